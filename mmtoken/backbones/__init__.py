@@ -1,0 +1,4 @@
+"""Backbones, one family a file; imported when MMEngine first looks a type up."""
+from .stvit_r_swin import STViTRSwin
+
+__all__ = ['STViTRSwin']

@@ -1,0 +1,259 @@
+"""STViT-R on Swin, the form for dense prediction.
+
+Source: STViT-R, arXiv 2303.08685; released detection backbone,
+github.com/changsn/STViT-R-Object-Detection (MIT). Parameter names are the official ones.
+"""
+from collections.abc import Mapping, Sequence
+
+import torch.nn as nn
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..layers.semantic import (
+    UNIT_DEPTH,
+    GlobalBlock,
+    LocalBlock,
+    PoolBlock,
+    RecoverBlock,
+    ReduceBlock,
+    semantic_unit,
+)
+from ..layers.stem import ConvStem
+from ..layers.swin import PatchMerging, SwinBlock
+from ..registry import MODELS
+from ..tokens.neighbourhood import PadMask
+from .base import TokenBackbone, check_out_indices, resolve_arch
+
+SEMANTIC_STAGE = 2
+
+
+@MODELS.register_module()
+class STViTRSwin(TokenBackbone):
+    """Swin whose third stage works on semantic tokens and recovers the image tokens.
+
+    The third stage, which has most of the blocks, is made of units of six
+    (:func:`~mmtoken.layers.semantic.semantic_unit`); the other stages are plain Swin. The maps
+    have strides 4, 8, 16 and 32, and any image size is accepted.
+
+    Args:
+        arch: ``'tiny'``, ``'small'``, ``'base'``, or a dict with the keys ``embed_dims``,
+            ``depths`` and ``num_heads`` (four stages; the third depth a multiple of 6).
+        in_channels: Channels of the image.
+        window_size: Side of an attention window, in tokens.
+        semantic_size: Side of a window after pooling, in semantic tokens. ``None`` gives the
+            dense twin: ordinary Swin blocks throughout.
+        key_sizes: Sides of the patches a window attends to in the pool block and the reduce block
+            (in image tokens) and the recover block (in semantic tokens).
+        pad_mask: How padding is hidden from semantic attention. ``'released'`` is what the
+            official checkpoints were trained with, slips included; ``'exact'`` hides padding and
+            nothing else; ``None`` hides nothing. See
+            :func:`~mmtoken.tokens.neighbourhood.plan_neighbourhoods`.
+        conv_pos: Add a depth-wise convolution to freshly pooled semantic tokens.
+        mlp_ratio: Hidden width of the MLPs over the channels.
+        drop_path_rate: Stochastic depth of the last block, rising linearly from 0.
+        out_indices: Stages whose maps are returned.
+        frozen_stages: Stages kept fixed, counted from the stem; -1 freezes nothing.
+        norm_eval: Keep batch norms in eval mode while training.
+        with_cp: Recompute activations in backward (per block; per unit in the third stage).
+        init_cfg: MMEngine's initialisation config.
+
+    Raises:
+        ValueError: Bad argument values; the message says what is allowed.
+        TypeError: ``arch`` is neither a name nor a dict.
+    """
+
+    arch_zoo = dict(
+        tiny=dict(embed_dims=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+        small=dict(embed_dims=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
+        base=dict(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
+    )
+
+    def __init__(
+        self,
+        arch: str | Mapping = 'small',
+        in_channels: int = 3,
+        window_size: int = 7,
+        semantic_size: int | None = 3,
+        key_sizes: Sequence[int] = (14, 21, 27),
+        pad_mask: PadMask = 'released',
+        conv_pos: bool = False,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.2,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        arch = resolve_arch(arch, self.arch_zoo, ('embed_dims', 'depths', 'num_heads'))
+        depths, num_heads = tuple(arch['depths']), tuple(arch['num_heads'])
+        _check_arguments(
+            arch['embed_dims'], depths, num_heads, window_size, semantic_size, key_sizes, pad_mask
+        )
+        super().__init__(
+            check_out_indices(out_indices, len(depths)), frozen_stages, norm_eval, init_cfg
+        )
+        if not -1 <= frozen_stages <= len(depths):
+            raise ValueError(
+                f'frozen_stages must be from -1 to {len(depths)}, got {frozen_stages}'
+            )
+        self.out_channels = tuple(arch['embed_dims'] * 2**i for i in range(len(depths)))
+
+        self.patch_embed = ConvStem(arch['embed_dims'], in_channels)
+        self.layers = nn.ModuleList()
+        for i, depth in enumerate(depths):
+            dims = self.out_channels[i]
+            start, last = sum(depths[:i]), max(sum(depths) - 1, 1)
+            common = dict(embed_dims=dims, num_heads=num_heads[i], mlp_ratio=mlp_ratio)
+            rates = [drop_path_rate * (start + j) / last for j in range(depth)]
+            downsample = PatchMerging(dims) if i + 1 < len(depths) else None
+            if semantic_size and i == SEMANTIC_STAGE:
+                stage = SemanticStage(
+                    common, rates, window_size, semantic_size, key_sizes, pad_mask, conv_pos,
+                    downsample, with_cp,
+                )  # fmt: skip
+            else:
+                stage = SwinStage(common, rates, window_size, downsample, with_cp)
+            self.layers.append(stage)
+        for i in self.out_indices:
+            self.add_module(f'norm{i}', nn.LayerNorm(self.out_channels[i]))
+        self.train()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute dense maps.
+
+        Args:
+            x: Images, ``(B, in_channels, H, W)``, any H and W.
+
+        Returns:
+            One ``(B, C_i, H_i, W_i)`` per index in ``out_indices``: ``C_i = embed_dims * 2 ** i``,
+            ``H_0 = ceil(H / 4)`` and then ``ceil(H_i / 2)``.
+        """
+        x = self.patch_embed(x)
+        maps = []
+        for i, stage in enumerate(self.layers):
+            x = stage(x)
+            if i in self.out_indices:
+                normed = getattr(self, f'norm{i}')(x)
+                maps.append(normed.permute(0, 3, 1, 2).contiguous())
+            if i == self.out_indices[-1]:
+                break
+            x = stage.downsample(x)
+        return tuple(maps)
+
+
+class SwinStage(nn.Module):
+    """Swin blocks, every other one with shifted windows, and the layer that leads to the next."""
+
+    def __init__(
+        self,
+        common: dict,
+        drop_path: list[float],
+        window_size: int,
+        downsample: nn.Module | None,
+        with_cp: bool,
+    ) -> None:
+        super().__init__()
+        self.with_cp = with_cp
+        shift = window_size // 2
+        self.blocks = nn.ModuleList(
+            SwinBlock(window_size=window_size, shift=shift * (j % 2), drop_path=rate, **common)
+            for j, rate in enumerate(drop_path)
+        )
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C) -> (B, H, W, C)``; the caller downsamples."""
+        for block in self.blocks:
+            x = _run(block, x, checkpointed=self.with_cp)
+        return x
+
+
+class SemanticStage(nn.Module):
+    """Units of six blocks on semantic tokens, in one flat list as in the official checkpoints."""
+
+    def __init__(
+        self,
+        common: dict,
+        drop_path: list[float],
+        window_size: int,
+        semantic_size: int,
+        key_sizes: Sequence[int],
+        pad_mask: PadMask,
+        conv_pos: bool,
+        downsample: nn.Module | None,
+        with_cp: bool,
+    ) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.semantic_size = semantic_size
+        self.pad_mask = pad_mask
+        self.with_cp = with_cp
+        near, far, recover = key_sizes
+        self.blocks = nn.ModuleList()
+        for j in range(0, len(drop_path), UNIT_DEPTH):
+            rates = drop_path[j : j + UNIT_DEPTH]
+            self.blocks.extend([
+                SwinBlock(window_size=window_size, drop_path=rates[0], **common),
+                PoolBlock(key_size=near, conv_pos=conv_pos, drop_path=rates[1], **common),
+                ReduceBlock(key_size=far, drop_path=rates[2], **common),
+                LocalBlock(drop_path=rates[3], **common),
+                GlobalBlock(drop_path=rates[4], **common),
+                RecoverBlock(key_size=recover, drop_path=rates[5], **common),
+            ])
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C) -> (B, H, W, C)``; the caller downsamples."""
+        for j in range(0, len(self.blocks), UNIT_DEPTH):
+            unit = list(self.blocks[j : j + UNIT_DEPTH])
+            x = _run(
+                semantic_unit, x, unit, self.window_size, self.semantic_size, self.pad_mask,
+                checkpointed=self.with_cp,
+            )  # fmt: skip
+        return x
+
+
+def _run(function, x: Tensor, *args, checkpointed: bool) -> Tensor:
+    if checkpointed and x.requires_grad:
+        return checkpoint(function, x, *args, use_reentrant=False)
+    return function(x, *args)
+
+
+def _check_arguments(
+    embed_dims: int,
+    depths: tuple[int, ...],
+    num_heads: tuple[int, ...],
+    window_size: int,
+    semantic_size: int | None,
+    key_sizes: Sequence[int],
+    pad_mask: PadMask,
+) -> None:
+    if len(depths) != 4 or len(num_heads) != 4:
+        raise ValueError(
+            f'depths and num_heads are for four stages, got depths={depths}, num_heads={num_heads}'
+        )
+    for i, heads in enumerate(num_heads):
+        if embed_dims * 2**i % heads:
+            raise ValueError(
+                f'stage {i} has {embed_dims * 2**i} channels, no multiple of its {heads} heads'
+            )
+    if semantic_size is None:
+        return
+    if not 1 <= semantic_size <= window_size:
+        raise ValueError(
+            f'semantic_size must be from 1 to window_size={window_size}, or None for the dense '
+            f'twin, got {semantic_size}'
+        )
+    if depths[SEMANTIC_STAGE] % UNIT_DEPTH:
+        raise ValueError(
+            f'the third depth must be a multiple of {UNIT_DEPTH}, the blocks of a unit, '
+            f'got depths={depths}'
+        )
+    strides = (window_size, window_size, semantic_size)
+    if len(key_sizes) != 3 or any(k < s for k, s in zip(key_sizes, strides, strict=True)):
+        raise ValueError(
+            f'key_sizes are three sides no smaller than {strides}, got {tuple(key_sizes)}'
+        )
+    if pad_mask not in ('released', 'exact', None):
+        raise ValueError(f"pad_mask must be 'released', 'exact' or None, got {pad_mask!r}")

@@ -1,0 +1,138 @@
+"""Shifted-window attention blocks and patch merging on a channels-last token grid.
+
+Source: Swin Transformer, arXiv 2103.14030, section 3. Parameter names are the official ones.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp, trunc_normal_
+from torch import Tensor
+
+from ..tokens.attention import attention, join_heads
+from ..tokens.windows import (
+    merge_windows,
+    pad_to_windows,
+    partition_windows,
+    shifted_window_mask,
+)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention inside windows, with a learned relative position bias.
+
+    Args:
+        embed_dims: Channels.
+        num_heads: Attention heads.
+        window_size: Window side, in tokens.
+    """
+
+    def __init__(self, embed_dims: int, num_heads: int, window_size: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.relative_position_bias_table = nn.Parameter(
+            torch.zeros((2 * window_size - 1) ** 2, num_heads)
+        )
+        trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.register_buffer(
+            'relative_position_index', relative_position_index(window_size), persistent=False
+        )
+        self.qkv = nn.Linear(embed_dims, 3 * embed_dims)
+        self.proj = nn.Linear(embed_dims, embed_dims)
+
+    def forward(self, windows: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend inside each window.
+
+        Args:
+            windows: ``(B * windows, L, C)`` with ``L = window_size ** 2``.
+            mask: Additive, ``(windows, 1, L, L)``, from
+                :func:`~mmtoken.tokens.windows.shifted_window_mask`.
+        """
+        qkv = self.qkv(windows).unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        length = windows.shape[1]
+        bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
+        bias = bias.view(length, length, -1).permute(2, 0, 1).unsqueeze(0)
+        if mask is not None:
+            images = windows.shape[0] // mask.shape[0]
+            bias = (bias + mask).repeat(images, 1, 1, 1)
+        return self.proj(join_heads(attention(query, key, value, bias)))
+
+
+def relative_position_index(size: int) -> Tensor:
+    """Row of the bias table for each pair of tokens of a window: ``(size ** 2, size ** 2)``."""
+    row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing='ij')
+    row, column = row.flatten(), column.flatten()
+    down = row[:, None] - row[None, :] + size - 1
+    across = column[:, None] - column[None, :] + size - 1
+    return down * (2 * size - 1) + across
+
+
+class SwinBlock(nn.Module):
+    """Window attention and MLP, each behind a LayerNorm and with a residual.
+
+    Args:
+        embed_dims: Channels.
+        num_heads: Attention heads.
+        window_size: Window side, in tokens.
+        shift: Cyclic shift of the windows, in tokens.
+        mlp_ratio: Hidden width of the MLP over ``embed_dims``.
+        drop_path: Stochastic depth rate.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        window_size: int = 7,
+        shift: int = 0,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.shift = shift
+        self.norm1 = nn.LayerNorm(embed_dims)
+        self.attn = WindowAttention(embed_dims, num_heads, window_size)
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(embed_dims)
+        self.mlp = Mlp(embed_dims, int(embed_dims * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C) -> (B, H, W, C)``, any H and W.
+
+        As in Swin, padding is added after the norm and attended to like any token.
+        """
+        x = x + self.drop_path(self.attend(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def attend(self, x: Tensor) -> Tensor:
+        grid, size, shift = x.shape[1:3], self.window_size, self.shift
+        x, mask = pad_to_windows(x, size), None
+        padded = x.shape[1:3]
+        if shift:
+            x = x.roll((-shift, -shift), dims=(1, 2))
+            mask = shifted_window_mask(*padded, size, shift, x.device, x.dtype)
+        x = self.attn(partition_windows(x, size), mask)
+        if not shift:
+            return merge_windows(x, size, grid)
+        x = merge_windows(x, size, padded).roll((shift, shift), dims=(1, 2))
+        return x[:, : grid[0], : grid[1]]
+
+
+class PatchMerging(nn.Module):
+    """Concatenate each 2 x 2 group of tokens and project it: half the grid, twice the channels."""
+
+    def __init__(self, embed_dims: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * embed_dims)
+        self.reduction = nn.Linear(4 * embed_dims, 2 * embed_dims, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2 * C)``."""
+        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        top, bottom = x[:, 0::2], x[:, 1::2]
+        x = torch.cat(
+            [top[:, :, 0::2], bottom[:, :, 0::2], top[:, :, 1::2], bottom[:, :, 1::2]], dim=-1
+        )
+        return self.reduction(self.norm(x))

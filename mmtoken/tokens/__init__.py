@@ -1,0 +1,1 @@
+"""Token arithmetic in plain torch: tensors in, tensors out, nothing of OpenMMLab."""
