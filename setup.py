@@ -35,8 +35,14 @@ setup(
     long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
-    keywords=['computer vision', 'vision transformer', 'token reduction', 'object detection',
-              'semantic segmentation', 'OpenMMLab'],
+    keywords=[
+        'computer vision',
+        'vision transformer',
+        'token reduction',
+        'object detection',
+        'semantic segmentation',
+        'OpenMMLab',
+    ],
     classifiers=[
         'Development Status :: 4 - Beta',
         'License :: OSI Approved :: Apache Software License',

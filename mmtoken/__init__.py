@@ -5,6 +5,7 @@ prefix ``mmtoken.``, and MMEngine's registries find them through :mod:`mmtoken.r
 model is built. The import does two things only: it refuses installations that are known not to
 work, and it lets MMEngine resolve ``mmtoken::`` and ``mmseg::`` config paths.
 """
+
 from .stack import check_stack, enable_config_paths
 from .version import __version__
 

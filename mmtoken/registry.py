@@ -4,6 +4,7 @@ A type written as ``mmtoken.STViTRSwin`` resolves from any parent scope (mmdet, 
 mmpretrain). ``locations`` are imported at the first look-up, so nothing heavy is loaded before a
 model is built.
 """
+
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import Registry
 

@@ -5,6 +5,7 @@ Two families of distributions provide the same import names: upstream (``mmdet``
 dead combinations fail far from their cause, with messages that do not name it; here they fail at
 ``import mmtoken``, with the command that mends them.
 """
+
 import os
 from importlib import metadata
 
@@ -49,7 +50,8 @@ def check_stack() -> None:
         lines = '\n'.join(f'  - {problem}' for problem in problems)
         raise ImportError(
             f'mmtoken found OpenMMLab packages that do not work together:\n{lines}\n'
-            f'To go on regardless, set {SKIP_CHECK}=1.')
+            f'To go on regardless, set {SKIP_CHECK}=1.'
+        )
 
 
 def find_problems(version_of) -> list[str]:
@@ -63,27 +65,31 @@ def find_problems(version_of) -> list[str]:
         if version_of(upstream) and version_of(onedl):
             problems.append(
                 f'both {upstream} and {onedl} are installed, and each overwrites the files of '
-                f'`{module}`; keep one: pip uninstall -y {upstream} {onedl} && pip install {onedl}')
+                f'`{module}`; keep one: pip uninstall -y {upstream} {onedl} && pip install {onedl}'
+            )
 
     mmcv = version_of('mmcv')
     for library in ('mmdet', 'mmsegmentation'):
         if mmcv and mmcv >= (2, 2) and version_of(library):
             problems.append(
                 f'{library} {_dotted(version_of(library))} refuses mmcv {_dotted(mmcv)} '
-                '(it allows 2.0.0rc4 to 2.1.x): pip install "mmcv==2.1.0"')
+                '(it allows 2.0.0rc4 to 2.1.x): pip install "mmcv==2.1.0"'
+            )
 
     mmengine, setuptools = version_of('mmengine'), version_of('setuptools')
     if mmengine and mmengine <= (0, 10, 7) and setuptools and setuptools >= (82,):
         problems.append(
             f'mmengine {_dotted(mmengine)} needs pkg_resources, which setuptools '
             f'{_dotted(setuptools)} no longer has, so no `mmdet::` config path resolves: '
-            'pip install "setuptools<82"')
+            'pip install "setuptools<82"'
+        )
 
     torch, numpy = version_of('torch'), version_of('numpy')
     if torch and torch < (2, 3) and numpy and numpy >= (2,):
         problems.append(
             f'torch {_dotted(torch)} was built for numpy 1 and cannot exchange arrays with numpy '
-            f'{_dotted(numpy)}: pip install "numpy<2"')
+            f'{_dotted(numpy)}: pip install "numpy<2"'
+        )
     return problems
 
 

@@ -21,12 +21,14 @@ def _bbox_head(target_stds):
         roi_feat_size=7,
         num_classes=80,
         bbox_coder=dict(
-            type='DeltaXYWHBBoxCoder', target_means=[0., 0., 0., 0.], target_stds=target_stds),
+            type='DeltaXYWHBBoxCoder', target_means=[0.0, 0.0, 0.0, 0.0], target_stds=target_stds
+        ),
         reg_class_agnostic=False,
         reg_decoded_bbox=True,
         norm_cfg=dict(type='SyncBN', requires_grad=True),
         loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
-        loss_bbox=dict(type='GIoULoss', loss_weight=10.0))
+        loss_bbox=dict(type='GIoULoss', loss_weight=10.0),
+    )
 
 
 model = dict(
@@ -35,12 +37,15 @@ model = dict(
         type='mmtoken.STViTRSwin',
         arch='small',
         drop_path_rate=0.2,
-        init_cfg=dict(type='Pretrained', checkpoint=checkpoint)),
+        init_cfg=dict(type='Pretrained', checkpoint=checkpoint),
+    ),
     neck=dict(in_channels=[96, 192, 384, 768]),
     roi_head=dict(
         bbox_head=[
             _bbox_head([0.1, 0.1, 0.2, 0.2]),
             _bbox_head([0.05, 0.05, 0.1, 0.1]),
             _bbox_head([0.033, 0.033, 0.067, 0.067]),
-        ]))
+        ]
+    ),
+)
 optim_wrapper = dict(type='AmpOptimWrapper')

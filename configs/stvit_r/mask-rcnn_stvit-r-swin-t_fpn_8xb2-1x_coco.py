@@ -8,9 +8,6 @@ _base_ = [
 ]
 
 model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='mmtoken.STViTRSwin',
-        arch='tiny',
-        drop_path_rate=0.2),
-    neck=dict(in_channels=[96, 192, 384, 768]))
+    backbone=dict(_delete_=True, type='mmtoken.STViTRSwin', arch='tiny', drop_path_rate=0.2),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)

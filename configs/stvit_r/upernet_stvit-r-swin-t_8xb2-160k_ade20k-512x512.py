@@ -9,11 +9,8 @@ _base_ = [
 
 model = dict(
     data_preprocessor=dict(size=(512, 512)),
-    backbone=dict(
-        _delete_=True,
-        type='mmtoken.STViTRSwin',
-        arch='tiny',
-        drop_path_rate=0.3),
+    backbone=dict(_delete_=True, type='mmtoken.STViTRSwin', arch='tiny', drop_path_rate=0.3),
     decode_head=dict(num_classes=150),
-    auxiliary_head=dict(num_classes=150))
+    auxiliary_head=dict(num_classes=150),
+)
 train_dataloader = dict(batch_size=2)

@@ -1,4 +1,5 @@
 """Backbones, one family a file; imported when MMEngine first looks a type up."""
+
 from .stvit_r_swin import STViTRSwin
 
 __all__ = ['STViTRSwin']

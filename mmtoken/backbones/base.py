@@ -1,4 +1,5 @@
 """What every backbone of the package has in common."""
+
 from abc import ABCMeta, abstractmethod
 from collections.abc import Iterable, Mapping
 
@@ -6,6 +7,8 @@ import torch.nn as nn
 from mmengine.model import BaseModule
 from timm.layers import trunc_normal_
 from torch import Tensor
+
+from ..checkpoints import load_into
 
 
 class TokenBackbone(BaseModule, metaclass=ABCMeta):
@@ -20,8 +23,11 @@ class TokenBackbone(BaseModule, metaclass=ABCMeta):
             the first stage, and so on; -1 freezes nothing.
         norm_eval: Keep batch norms in eval mode while training.
         init_cfg: MMEngine's initialisation config, for example
-            ``dict(type='Pretrained', checkpoint=...)``.
+            ``dict(type='Pretrained', checkpoint=..., prefix='backbone.')``.
     """
+
+    unused_keys: str | None = None  # names a checkpoint may have in excess (regular expression)
+    fresh_keys: str | None = None  # names it may lack
 
     def __init__(
         self,
@@ -40,10 +46,21 @@ class TokenBackbone(BaseModule, metaclass=ABCMeta):
         """``(B, 3, H, W)`` to one ``(B, C_i, H_i, W_i)`` per index in ``out_indices``."""
 
     def init_weights(self) -> None:
-        """Truncated-normal Linear layers, then whatever ``init_cfg`` says."""
-        if not self.is_init:
-            self.apply(_init_linear)
-        super().init_weights()
+        """Truncated-normal Linear layers, then whatever ``init_cfg`` says.
+
+        Raises:
+            ValueError: A ``Pretrained`` checkpoint that does not fit; see
+                :func:`~mmtoken.checkpoints.load_into`.
+        """
+        if self.is_init:
+            return
+        self.apply(_init_linear)
+        init_cfg = self.init_cfg
+        if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
+            load_into(self, init_cfg['checkpoint'], init_cfg.get('prefix'))
+            self.is_init = True
+        else:
+            super().init_weights()
 
     def train(self, mode: bool = True) -> 'TokenBackbone':
         """As in torch, but frozen stages and, with ``norm_eval``, batch norms stay in eval mode."""

@@ -3,6 +3,7 @@
 Source: STViT-R, arXiv 2303.08685; released detection backbone,
 github.com/changsn/STViT-R-Object-Detection (MIT). Parameter names are the official ones.
 """
+
 from collections.abc import Mapping, Sequence
 
 import torch.nn as nn
@@ -68,6 +69,10 @@ class STViTRSwin(TokenBackbone):
         base=dict(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
     )
 
+    # Classification checkpoints have a head; they lack the norms of the output maps.
+    unused_keys = r'head\..*|norm\..*|.*\.attn_mask|.*\.relative_position_index'
+    fresh_keys = r'norm\d\..*|.*\.num_batches_tracked'
+
     def __init__(
         self,
         arch: str | Mapping = 'small',
@@ -94,9 +99,7 @@ class STViTRSwin(TokenBackbone):
             check_out_indices(out_indices, len(depths)), frozen_stages, norm_eval, init_cfg
         )
         if not -1 <= frozen_stages <= len(depths):
-            raise ValueError(
-                f'frozen_stages must be from -1 to {len(depths)}, got {frozen_stages}'
-            )
+            raise ValueError(f'frozen_stages must be from -1 to {len(depths)}, got {frozen_stages}')
         self.out_channels = tuple(arch['embed_dims'] * 2**i for i in range(len(depths)))
 
         self.patch_embed = ConvStem(arch['embed_dims'], in_channels)
@@ -193,14 +196,16 @@ class SemanticStage(nn.Module):
         self.blocks = nn.ModuleList()
         for j in range(0, len(drop_path), UNIT_DEPTH):
             rates = drop_path[j : j + UNIT_DEPTH]
-            self.blocks.extend([
-                SwinBlock(window_size=window_size, drop_path=rates[0], **common),
-                PoolBlock(key_size=near, conv_pos=conv_pos, drop_path=rates[1], **common),
-                ReduceBlock(key_size=far, drop_path=rates[2], **common),
-                LocalBlock(drop_path=rates[3], **common),
-                GlobalBlock(drop_path=rates[4], **common),
-                RecoverBlock(key_size=recover, drop_path=rates[5], **common),
-            ])
+            self.blocks.extend(
+                [
+                    SwinBlock(window_size=window_size, drop_path=rates[0], **common),
+                    PoolBlock(key_size=near, conv_pos=conv_pos, drop_path=rates[1], **common),
+                    ReduceBlock(key_size=far, drop_path=rates[2], **common),
+                    LocalBlock(drop_path=rates[3], **common),
+                    GlobalBlock(drop_path=rates[4], **common),
+                    RecoverBlock(key_size=recover, drop_path=rates[5], **common),
+                ]
+            )
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:

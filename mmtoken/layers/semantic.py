@@ -16,14 +16,19 @@ github.com/changsn/STViT-R-Object-Detection (MIT). Parameter names are the offic
 the release, which normalises and projects a token once for every patch that contains it (up to 81
 times), keys and values are made once per token: the result is the same.
 """
+
 import torch
 import torch.nn as nn
 from timm.layers import DropPath, Mlp
 from torch import Tensor
 
 from ..tokens.attention import attention, join_heads, split_heads
-from ..tokens.neighbourhood import Neighbourhoods, PadMask, neighbourhood_attention
-from ..tokens.neighbourhood import plan_neighbourhoods
+from ..tokens.neighbourhood import (
+    Neighbourhoods,
+    PadMask,
+    neighbourhood_attention,
+    plan_neighbourhoods,
+)
 from ..tokens.windows import (
     max_pool_windows,
     merge_windows,
@@ -114,9 +119,7 @@ class ReduceBlock(SemanticBlock):
         super().__init__(embed_dims, num_heads, mlp_ratio, drop_path)
         self.key_size = key_size
 
-    def forward(
-        self, semantic: Tensor, x: Tensor, window_size: int, pad_mask: PadMask
-    ) -> Tensor:
+    def forward(self, semantic: Tensor, x: Tensor, window_size: int, pad_mask: PadMask) -> Tensor:
         """Update semantic tokens.
 
         Args:
@@ -148,7 +151,7 @@ class PoolBlock(ReduceBlock):
         self.conv_pos = WindowPositionConv(embed_dims) if conv_pos else None
 
     def pool(self, x: Tensor, window_size: int, semantic_size: int) -> Tensor:
-        """``(B, H, W, C) -> (B, windows * semantic_size ** 2, C)``; padding takes part, as zeros."""
+        """``(B, H, W, C) -> (B, windows * semantic_size ** 2, C)``; padding counts as zeros."""
         x = pad_to_windows(x, window_size)
         semantic = max_pool_windows(x, window_size, semantic_size)
         if self.conv_pos is not None:
@@ -161,7 +164,9 @@ class WindowPositionConv(nn.Module):
 
     def __init__(self, embed_dims: int) -> None:
         super().__init__()
-        self.proj = nn.Sequential(nn.Conv2d(embed_dims, embed_dims, 3, padding=1, groups=embed_dims))
+        self.proj = nn.Sequential(
+            nn.Conv2d(embed_dims, embed_dims, 3, padding=1, groups=embed_dims)
+        )
 
     def forward(self, semantic: Tensor) -> Tensor:
         """``(B * windows, n * n, C) -> (B * windows, n * n, C)``."""

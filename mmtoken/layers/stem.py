@@ -1,4 +1,5 @@
 """Convolutional patch embedding."""
+
 from collections import OrderedDict
 
 import torch.nn as nn

@@ -2,6 +2,7 @@
 
 Source: Swin Transformer, arXiv 2103.14030, section 3. Parameter names are the official ones.
 """
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

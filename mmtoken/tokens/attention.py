@@ -3,6 +3,7 @@
 Every attention of the package is :func:`attention`, so that kernels are chosen, counted and
 tested in one place. :func:`attention_reference` says the same in plain arithmetic.
 """
+
 import torch.nn.functional as F
 from torch import Tensor
 

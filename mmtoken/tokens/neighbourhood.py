@@ -15,6 +15,7 @@ Two forms of the same attention:
 Source: STViT-R, arXiv 2303.08685; released detection backbone,
 github.com/changsn/STViT-R-Object-Detection (MIT), whose masks this reproduces.
 """
+
 from functools import lru_cache
 from typing import Literal, NamedTuple
 

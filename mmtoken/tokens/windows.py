@@ -2,6 +2,7 @@
 
 Source: Swin Transformer, arXiv 2103.14030, section 3.2.
 """
+
 from functools import lru_cache
 
 import torch

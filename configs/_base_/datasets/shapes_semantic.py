@@ -4,8 +4,18 @@ _base_ = 'mmseg::_base_/datasets/ade20k.py'
 data_root = 'data/shapes/ade/ADEChallengeData2016'
 metainfo = dict(
     classes=('wall', 'lamp', 'box', 'bottle', 'ball', 'fan', 'plate', 'clock', 'flag'),
-    palette=[(120, 120, 120), (224, 255, 8), (0, 255, 20), (0, 61, 255), (0, 255, 112),
-             (0, 173, 255), (133, 255, 0), (255, 163, 0), (255, 0, 133)])
+    palette=[
+        (120, 120, 120),
+        (224, 255, 8),
+        (0, 255, 20),
+        (0, 61, 255),
+        (0, 255, 112),
+        (0, 173, 255),
+        (133, 255, 0),
+        (255, 163, 0),
+        (255, 0, 133),
+    ],
+)
 crop_size = (128, 128)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -24,8 +34,9 @@ test_pipeline = [
 train_dataloader = dict(
     batch_size=16,
     num_workers=2,
-    dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=train_pipeline))
+    dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=train_pipeline),
+)
 val_dataloader = dict(
-    num_workers=2,
-    dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=test_pipeline))
+    num_workers=2, dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=test_pipeline)
+)
 test_dataloader = val_dataloader

@@ -1,0 +1,23 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / 'tools'), str(ROOT / 'tools' / 'datasets')]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def shapes_root(tmp_path_factory):
+    """A small embedded data set, in both layouts."""
+    from shapes import make_dataset
+
+    root = tmp_path_factory.mktemp('data') / 'shapes'
+    make_dataset(root, num_train=8, num_val=4)
+    return root

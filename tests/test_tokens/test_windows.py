@@ -1,0 +1,46 @@
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmtoken.tokens.windows import (
+    max_pool_windows,
+    merge_windows,
+    pad_to_windows,
+    partition_windows,
+    shifted_window_mask,
+)
+
+sides = st.integers(1, 17)
+
+
+@settings(max_examples=50, deadline=None)
+@given(height=sides, width=sides, size=st.integers(1, 8), batch=st.integers(1, 3))
+def test_partition_and_merge_are_inverse(height, width, size, batch):
+    x = torch.randn(batch, height, width, 2)
+    windows = partition_windows(pad_to_windows(x, size), size)
+    assert windows.shape == (batch * -(-height // size) * -(-width // size), size * size, 2)
+    assert torch.equal(merge_windows(windows, size, (height, width)), x)
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows=st.integers(1, 3), columns=st.integers(1, 3), size=st.integers(1, 8), data=st.data())
+def test_max_pool_is_adaptive_max_pool(rows, columns, size, data):
+    pooled = data.draw(st.integers(1, size))
+    x = torch.randn(2, rows * size, columns * size, 3)
+    windows = partition_windows(x, size).transpose(1, 2).unflatten(2, (size, size))
+    expected = F.adaptive_max_pool2d(windows, pooled).flatten(2).transpose(1, 2)
+    assert torch.equal(max_pool_windows(x, size, pooled), expected)
+
+
+def test_shifted_mask_separates_what_the_shift_joined():
+    size, shift, height, width = 4, 2, 8, 12
+    mask = shifted_window_mask(height, width, size, shift, torch.device('cpu'), torch.float32)
+    assert mask.shape == (6, 1, 16, 16)
+    # Tokens may attend if their distance in the window is their distance on the unshifted grid.
+    place = torch.stack(
+        torch.meshgrid(torch.arange(height), torch.arange(width), indexing='ij'), dim=-1
+    )[None]
+    rolled = partition_windows(place.roll((-shift, -shift), (1, 2)), size)
+    near = ((rolled[:, :, None] - rolled[:, None]).abs() < size).all(-1)
+    assert torch.equal(mask[:, 0] == 0, near)

@@ -1,0 +1,72 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).resolve().parent.parent.parent / 'tools'
+
+
+def run(*args, **kwargs):
+    return subprocess.run(list(map(str, args)), capture_output=True, text=True, **kwargs)
+
+
+@pytest.mark.parametrize('tool', ['train', 'test'])
+def test_help_teaches(tool):
+    result = run(sys.executable, TOOLS / f'{tool}.py', '--help')
+    assert result.returncode == 0
+    assert '--cfg-options' in result.stdout and f'tools/{tool}.py CONFIG' in result.stdout
+    assert run(sys.executable, TOOLS / f'{tool}.py').returncode == 2
+
+
+def test_missing_config_and_unknown_scope(tmp_path):
+    result = run(sys.executable, TOOLS / 'train.py', tmp_path / 'none.py')
+    assert result.returncode == 1 and 'no config file' in result.stderr
+    (tmp_path / 'config.py').write_text("default_scope = 'mmpose'\n")
+    result = run(sys.executable, TOOLS / 'train.py', tmp_path / 'config.py')
+    assert result.returncode == 1 and "'mmpose'; it must be one of mmdet" in result.stderr
+
+
+@pytest.mark.parametrize(
+    'scope, words', [('mmdet', 'Train a detector'), ('mmseg', 'Train a segmentor')]
+)
+def test_the_library_of_the_config_answers(scope, words, tmp_path):
+    (tmp_path / 'config.py').write_text(f'default_scope = {scope!r}\n')
+    result = run(sys.executable, TOOLS / 'train.py', tmp_path / 'config.py', '--help')
+    assert result.returncode == 0 and words in result.stdout
+
+
+def fake_command(folder, name):
+    path = folder / name
+    path.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    path.chmod(0o755)
+    return {**os.environ, 'PATH': f'{folder}:{os.environ["PATH"]}'}
+
+
+def test_dist_launchers(tmp_path):
+    env = fake_command(tmp_path, 'python') | dict(PORT='29501')
+    result = run(TOOLS / 'dist_train.sh', 'c.py', '8', '--amp', '--cfg-options', 'a="b c"', env=env)
+    words = result.stdout.splitlines()
+    assert words[:2] == ['-m', 'torch.distributed.launch']
+    assert '--nproc_per_node=8' in words and '--master_port=29501' in words
+    assert words[-6:] == ['c.py', '--launcher', 'pytorch', '--amp', '--cfg-options', 'a="b c"']
+    words = run(TOOLS / 'dist_test.sh', 'c.py', 'w.pth', '2', env=env).stdout.splitlines()
+    assert words[-4:] == ['c.py', 'w.pth', '--launcher', 'pytorch']
+
+
+def test_slurm_launchers(tmp_path):
+    env = fake_command(tmp_path, 'srun') | dict(SRUN_ARGS='--quotatype=auto -x node1', GPUS='4')
+    words = run(TOOLS / 'slurm_train.sh', 'gpu', 'job', 'c.py', 'out', '--amp', env=env)
+    words = words.stdout.splitlines()
+    assert words[:3] == ['-p', 'gpu', '--job-name=job'] and '--ntasks=4' in words
+    assert words[words.index('-x') + 1] == 'node1'
+    assert words[-6:] == ['c.py', '--work-dir', 'out', '--launcher', 'slurm', '--amp']
+    words = run(TOOLS / 'slurm_test.sh', 'gpu', 'job', 'c.py', 'w.pth', env=env)
+    assert words.stdout.splitlines()[-4:] == ['c.py', 'w.pth', '--launcher', 'slurm']
+
+
+@pytest.mark.parametrize('name', ['dist_train', 'dist_test', 'slurm_train', 'slurm_test'])
+def test_launchers_tell_their_usage(name):
+    result = run(TOOLS / f'{name}.sh')
+    assert result.returncode == 2 and f'tools/{name}.sh' in result.stdout

@@ -1,0 +1,65 @@
+"""Replaces a folder as a whole, and only one of our own."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+GENERATOR = 'mmtoken make_shapes'
+SUMMARY_NAME = 'shapes.json'
+
+
+@contextmanager
+def fresh_folder(out: Path, force: bool) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of ``out`` if the block ends well.
+
+    If the block raises, what was written is removed and ``out`` stays as it was.
+
+    Args:
+        out: Folder to make; its parents are made too.
+        force: Replace ``out`` if it holds a data set that this tool made.
+
+    Raises:
+        FileExistsError: If ``out`` is a file, or is not empty and must not be replaced.
+    """
+    out = out.resolve()
+    _check_free(out, force)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # A sibling is on the same file system, where a rename is one step.
+    with tempfile.TemporaryDirectory(prefix=f'.{out.name}-', dir=out.parent) as scratch:
+        new, old = Path(scratch, 'new'), Path(scratch, 'old')
+        new.mkdir()
+        yield new
+        if not out.exists():
+            new.rename(out)
+            return
+        out.rename(old)
+        try:
+            new.rename(out)
+        except BaseException:
+            old.rename(out)
+            raise
+
+
+def _check_free(out: Path, force: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise FileExistsError(f'{out} is a file; name a folder that is empty or does not exist')
+    if not any(out.iterdir()):
+        return
+    if not _is_own(out):
+        raise FileExistsError(
+            f'{out} is not empty and was not made by this tool; --force does not replace it'
+        )
+    if not force:
+        raise FileExistsError(f'{out} holds a data set already; --force replaces it')
+
+
+def _is_own(folder: Path) -> bool:
+    try:
+        summary = json.loads((folder / SUMMARY_NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(summary, dict) and summary.get('generator') == GENERATOR

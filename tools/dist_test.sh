@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Test on several GPUs of one or more machines.
+# Usage: [NNODES=1 NODE_RANK=0 MASTER_ADDR=127.0.0.1 PORT=29500] tools/dist_test.sh CONFIG CHECKPOINT GPUS [options of test.py]
+set -euo pipefail
+
+if (($# < 3)); then
+  sed -n '2,3s/^# //p' "$0"
+  exit 2
+fi
+config=$1 checkpoint=$2 gpus=$3
+tools=$(dirname "${BASH_SOURCE[0]}")
+
+exec python -m torch.distributed.launch \
+  --nnodes="${NNODES:-1}" \
+  --node_rank="${NODE_RANK:-0}" \
+  --master_addr="${MASTER_ADDR:-127.0.0.1}" \
+  --master_port="${PORT:-29500}" \
+  --nproc_per_node="$gpus" \
+  "$tools/test.py" "$config" "$checkpoint" --launcher pytorch "${@:4}"

@@ -1,0 +1,133 @@
+"""Build every config and run one training iteration and one prediction of each on noise.
+
+A cheap look at whether an installation of OpenMMLab and the configs fit together; no data needed.
+"""
+
+import argparse
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.structures import InstanceData, PixelData
+from rich.console import Console
+from rich.table import Table
+
+CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
+HEIGHT, WIDTH = 96, 160
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('configs', nargs='*', type=Path, help='default: every config of mmtoken')
+    configs = parser.parse_args().configs or all_configs()
+
+    table = Table(title='One iteration of every config')
+    for column in ('config', 'parameters', 'loss', 'seconds'):
+        table.add_column(column, justify='left' if column == 'config' else 'right')
+    failed = []
+    for path in configs:
+        started = time.time()
+        try:
+            parameters, loss = run(path)
+            row = [f'{parameters / 1e6:.1f} M', f'{loss:.3f}', f'{time.time() - started:.0f}']
+        except Exception:
+            traceback.print_exc()
+            failed.append(path)
+            row = ['', 'FAILED', '']
+        table.add_row(path.stem, *row)
+    Console(width=120).print(table)
+    print(f'{len(configs) - len(failed)} passed, {len(failed)} failed')
+    sys.exit(bool(failed))
+
+
+def all_configs() -> list[Path]:
+    """Every config that trains something; ``_base_`` holds parts."""
+    return sorted(path for path in CONFIGS.glob('*/*.py') if path.parent.name != '_base_')
+
+
+def run(path: Path) -> tuple[int, float]:
+    """One optimiser step and one prediction on a batch of noise.
+
+    Returns:
+        Parameters of the model, and the loss.
+
+    Raises:
+        ArithmeticError: The loss is not finite.
+    """
+    torch.manual_seed(0)
+    model, scope = build(path)
+    batch = dict(
+        inputs=[torch.randint(256, (3, HEIGHT, WIDTH), dtype=torch.uint8) for _ in range(2)],
+        data_samples=[SAMPLES[scope](model) for _ in range(2)],
+    )
+    model.train()
+    data = model.data_preprocessor(batch, training=True)
+    loss, logs = model.parse_losses(model(**data, mode='loss'))
+    if not loss.isfinite():
+        raise ArithmeticError(f'the loss is {loss.item()}: {dict(logs)}')
+    loss.backward()
+    torch.optim.SGD(model.parameters(), lr=1e-4).step()
+    model.eval()
+    model.test_step(batch)
+    return sum(p.numel() for p in model.parameters()), loss.item()
+
+
+def build(path: Path) -> tuple[torch.nn.Module, str]:
+    """The model of a config, without pretrained weights and for one CPU, and its scope."""
+    cfg = Config.fromfile(path)
+    cfg.model.backbone.pop('init_cfg', None)
+    without_sync_bn(cfg.model)
+    init_default_scope(cfg.default_scope)
+    return MODELS.build(cfg.model), cfg.default_scope
+
+
+def without_sync_bn(node) -> None:
+    """SyncBN refuses to train on a CPU."""
+    children = node.values() if isinstance(node, dict) else node
+    for child in children:
+        if isinstance(child, dict) and child.get('type') == 'SyncBN':
+            child['type'] = 'BN'
+        elif isinstance(child, (dict, list, tuple)):
+            without_sync_bn(child)
+
+
+def detection_sample(model):
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+
+    boxes = torch.tensor([[8.0, 8.0, 60.0, 70.0], [50.0, 20.0, 150.0, 90.0]])
+    masks = torch.zeros(2, HEIGHT, WIDTH, dtype=torch.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.int(), strict=True):
+        mask[top:bottom, left:right] = 1
+    sample = DetDataSample(metainfo=meta())
+    sample.gt_instances = InstanceData(
+        bboxes=boxes, labels=torch.tensor([0, 3]), masks=BitmapMasks(masks.numpy(), HEIGHT, WIDTH)
+    )
+    return sample
+
+
+def segmentation_sample(model):
+    from mmseg.structures import SegDataSample
+
+    sample = SegDataSample(metainfo=meta())
+    labels = torch.randint(model.num_classes, (1, HEIGHT, WIDTH))
+    sample.gt_sem_seg = PixelData(data=labels)
+    return sample
+
+
+def meta() -> dict:
+    shape = (HEIGHT, WIDTH)
+    return dict(
+        img_shape=shape, ori_shape=shape, pad_shape=shape, batch_input_shape=shape,
+        scale_factor=(1.0, 1.0),
+    )  # fmt: skip
+
+
+SAMPLES = dict(mmdet=detection_sample, mmseg=segmentation_sample)
+
+if __name__ == '__main__':
+    main()

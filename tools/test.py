@@ -1,0 +1,6 @@
+"""Test any config of this project: hands it to the test.py of the library it is written for."""
+
+from dispatch import main
+
+if __name__ == '__main__':
+    main('test')
