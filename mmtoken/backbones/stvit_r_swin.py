@@ -6,6 +6,7 @@ github.com/changsn/STViT-R-Object-Detection (MIT). Parameter names are the offic
 
 from collections.abc import Mapping, Sequence
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +18,7 @@ from ..layers.semantic import (
     PoolBlock,
     RecoverBlock,
     ReduceBlock,
+    Windowing,
     semantic_unit,
 )
 from ..layers.stem import ConvStem
@@ -111,10 +113,10 @@ class STViTRSwin(TokenBackbone):
             rates = [drop_path_rate * (start + j) / last for j in range(depth)]
             downsample = PatchMerging(dims) if i + 1 < len(depths) else None
             if semantic_size and i == SEMANTIC_STAGE:
+                windows = Windowing(window_size, semantic_size, pad_mask)
                 stage = SemanticStage(
-                    common, rates, window_size, semantic_size, key_sizes, pad_mask, conv_pos,
-                    downsample, with_cp,
-                )  # fmt: skip
+                    common, rates, windows, key_sizes, conv_pos, downsample, with_cp
+                )
             else:
                 stage = SwinStage(common, rates, window_size, downsample, with_cp)
             self.layers.append(stage)
@@ -179,18 +181,14 @@ class SemanticStage(nn.Module):
         self,
         common: dict,
         drop_path: list[float],
-        window_size: int,
-        semantic_size: int,
+        windows: Windowing,
         key_sizes: Sequence[int],
-        pad_mask: PadMask,
         conv_pos: bool,
         downsample: nn.Module | None,
         with_cp: bool,
     ) -> None:
         super().__init__()
-        self.window_size = window_size
-        self.semantic_size = semantic_size
-        self.pad_mask = pad_mask
+        self.windows = windows
         self.with_cp = with_cp
         near, far, recover = key_sizes
         self.blocks = nn.ModuleList()
@@ -198,7 +196,7 @@ class SemanticStage(nn.Module):
             rates = drop_path[j : j + UNIT_DEPTH]
             self.blocks.extend(
                 [
-                    SwinBlock(window_size=window_size, drop_path=rates[0], **common),
+                    SwinBlock(window_size=windows.size, drop_path=rates[0], **common),
                     PoolBlock(key_size=near, conv_pos=conv_pos, drop_path=rates[1], **common),
                     ReduceBlock(key_size=far, drop_path=rates[2], **common),
                     LocalBlock(drop_path=rates[3], **common),
@@ -212,15 +210,12 @@ class SemanticStage(nn.Module):
         """``(B, H, W, C) -> (B, H, W, C)``; the caller downsamples."""
         for j in range(0, len(self.blocks), UNIT_DEPTH):
             unit = list(self.blocks[j : j + UNIT_DEPTH])
-            x = _run(
-                semantic_unit, x, unit, self.window_size, self.semantic_size, self.pad_mask,
-                checkpointed=self.with_cp,
-            )  # fmt: skip
+            x = _run(semantic_unit, x, unit, self.windows, checkpointed=self.with_cp)
         return x
 
 
 def _run(function, x: Tensor, *args, checkpointed: bool) -> Tensor:
-    if checkpointed and x.requires_grad:
+    if checkpointed and torch.is_grad_enabled():
         return checkpoint(function, x, *args, use_reentrant=False)
     return function(x, *args)
 

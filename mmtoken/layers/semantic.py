@@ -17,6 +17,8 @@ the release, which normalises and projects a token once for every patch that con
 times), keys and values are made once per token: the result is the same.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn as nn
 from timm.layers import DropPath, Mlp
@@ -37,6 +39,21 @@ from ..tokens.windows import (
 )
 
 UNIT_DEPTH = 6
+
+
+class Windowing(NamedTuple):
+    """How a stage is cut into windows.
+
+    Attributes:
+        size: Window side, in image tokens.
+        pooled_size: Window side, in semantic tokens.
+        pad_mask: Which padding attention must not see, see
+            :func:`~mmtoken.tokens.neighbourhood.plan_neighbourhoods`.
+    """
+
+    size: int
+    pooled_size: int
+    pad_mask: PadMask
 
 
 class CrossAttention(nn.Module):
@@ -92,20 +109,12 @@ class SemanticBlock(nn.Module):
     def add_mlp(self, x: Tensor) -> Tensor:
         return x + self.drop_path(self.layer_scale_2 * self.mlp(self.norm2(x)))
 
-    def normed_with_padding(self, x: Tensor) -> Tensor:
-        """Normalised tokens of a grid, then the padding token: ``(B, H, W, C) -> (B, HW + 1, C)``.
 
-        Padding is added before the norm, so it is what a zero becomes there: the norm's bias.
-        """
-        padding = self.norm1.bias.to(x.dtype).expand(x.shape[0], 1, -1)
-        return torch.cat([self.norm1(x).flatten(1, 2), padding], dim=1)
-
-
-class ReduceBlock(SemanticBlock):
-    """Semantic tokens gather from the image tokens around their window.
+class NeighbourhoodBlock(SemanticBlock):
+    """A block whose keys lie in a patch around each window of queries.
 
     Args:
-        key_size: Side of the patch of image tokens a window attends to, in tokens.
+        key_size: Side of that patch, in tokens of the grid it is taken from.
     """
 
     def __init__(
@@ -119,23 +128,46 @@ class ReduceBlock(SemanticBlock):
         super().__init__(embed_dims, num_heads, mlp_ratio, drop_path)
         self.key_size = key_size
 
-    def forward(self, semantic: Tensor, x: Tensor, window_size: int, pad_mask: PadMask) -> Tensor:
+    def attend(
+        self, query: Tensor, grid: Tensor, stride: int, hidden: list[int], pad_mask: PadMask
+    ) -> Tensor:
+        """Attend from each window to the patch around it.
+
+        Args:
+            query: Normalised, ``(B, windows * Q, C)``, window after window.
+            grid: Where the keys come from, ``(B, H, W, C)``, not normalised.
+            stride: Side of a window on that grid, in tokens.
+            hidden: Trailing rows and columns of the padded grid that the mask is about, in tokens.
+            pad_mask: See :func:`~mmtoken.tokens.neighbourhood.plan_neighbourhoods`.
+        """
+        plan = plan_neighbourhoods(
+            tuple(grid.shape[1:3]), self.key_size, stride, *hidden, pad_mask,
+            grid.device, grid.dtype,
+        )  # fmt: skip
+        return self.attn.forward_neighbours(query, self.normed_with_padding(grid), plan)
+
+    def normed_with_padding(self, grid: Tensor) -> Tensor:
+        """Normalised tokens of a grid, then the padding token: ``(B, H, W, C) -> (B, HW + 1, C)``.
+
+        Padding is added before the norm, so it is what a zero becomes there: the norm's bias.
+        """
+        padding = self.norm1.bias.to(grid.dtype).expand(grid.shape[0], 1, -1)
+        return torch.cat([self.norm1(grid).flatten(1, 2), padding], dim=1)
+
+
+class ReduceBlock(NeighbourhoodBlock):
+    """Semantic tokens gather from the image tokens around their window."""
+
+    def forward(self, semantic: Tensor, x: Tensor, windows: Windowing) -> Tensor:
         """Update semantic tokens.
 
         Args:
             semantic: ``(B, windows * n * n, C)``, window after window.
             x: Image tokens, ``(B, H, W, C)``, any H and W.
-            window_size: Window side, in image tokens.
-            pad_mask: See :func:`~mmtoken.tokens.neighbourhood.plan_neighbourhoods`.
+            windows: How the stage is cut.
         """
-        height, width = x.shape[1:3]
-        plan = plan_neighbourhoods(
-            (height, width), self.key_size, window_size,
-            -height % window_size, -width % window_size, pad_mask, x.device, x.dtype,
-        )  # fmt: skip
-        update = self.attn.forward_neighbours(
-            self.norm1(semantic), self.normed_with_padding(x), plan
-        )
+        padding = [-side % windows.size for side in x.shape[1:3]]
+        update = self.attend(self.norm1(semantic), x, windows.size, padding, windows.pad_mask)
         return self.add_mlp(self.add_attention(semantic, update))
 
 
@@ -150,10 +182,10 @@ class PoolBlock(ReduceBlock):
         super().__init__(embed_dims, *args, **kwargs)
         self.conv_pos = WindowPositionConv(embed_dims) if conv_pos else None
 
-    def pool(self, x: Tensor, window_size: int, semantic_size: int) -> Tensor:
-        """``(B, H, W, C) -> (B, windows * semantic_size ** 2, C)``; padding counts as zeros."""
-        x = pad_to_windows(x, window_size)
-        semantic = max_pool_windows(x, window_size, semantic_size)
+    def pool(self, x: Tensor, windows: Windowing) -> Tensor:
+        """``(B, H, W, C) -> (B, windows * n * n, C)``; padding takes part, as zeros."""
+        x = pad_to_windows(x, windows.size)
+        semantic = max_pool_windows(x, windows.size, windows.pooled_size)
         if self.conv_pos is not None:
             semantic = self.conv_pos(semantic)
         return semantic.reshape(x.shape[0], -1, x.shape[-1])
@@ -178,9 +210,9 @@ class WindowPositionConv(nn.Module):
 class LocalBlock(SemanticBlock):
     """Self-attention among the semantic tokens of each window."""
 
-    def forward(self, semantic: Tensor, semantic_size: int) -> Tensor:
-        """``(B, windows * semantic_size ** 2, C) -> (B, windows * semantic_size ** 2, C)``."""
-        normed = self.norm1(semantic).reshape(-1, semantic_size**2, semantic.shape[-1])
+    def forward(self, semantic: Tensor, windows: Windowing) -> Tensor:
+        """``(B, windows * n * n, C) -> (B, windows * n * n, C)``."""
+        normed = self.norm1(semantic).reshape(-1, windows.pooled_size**2, semantic.shape[-1])
         update = self.attn(normed, normed).view_as(semantic)
         return self.add_mlp(self.add_attention(semantic, update))
 
@@ -197,82 +229,57 @@ class GlobalBlock(SemanticBlock):
         return self.add_mlp(self.add_attention(semantic, self.attn(normed, normed)))
 
 
-class RecoverBlock(SemanticBlock):
-    """Image tokens query the semantic tokens around their window.
+class RecoverBlock(NeighbourhoodBlock):
+    """Image tokens query the semantic tokens around their window."""
 
-    Args:
-        key_size: Side of the patch of semantic tokens a window attends to, in semantic tokens.
-    """
-
-    def __init__(
-        self,
-        embed_dims: int,
-        num_heads: int,
-        key_size: int,
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
-    ) -> None:
-        super().__init__(embed_dims, num_heads, mlp_ratio, drop_path)
-        self.key_size = key_size
-
-    def forward(
-        self, x: Tensor, semantic: Tensor, window_size: int, semantic_size: int, pad_mask: PadMask
-    ) -> Tensor:
+    def forward(self, x: Tensor, semantic: Tensor, windows: Windowing) -> Tensor:
         """Update image tokens.
 
         Args:
             x: Image tokens, ``(B, H, W, C)``, any H and W.
-            semantic: ``(B, windows * semantic_size ** 2, C)``, window after window.
-            window_size: Window side, in image tokens.
-            semantic_size: Window side, in semantic tokens.
-            pad_mask: See :func:`~mmtoken.tokens.neighbourhood.plan_neighbourhoods`.
+            semantic: ``(B, windows * n * n, C)``, window after window.
+            windows: How the stage is cut.
         """
-        grid = x.shape[1:3]
-        padding = [-side % window_size for side in grid]
-        semantic_grid = [-(-side // window_size) * semantic_size for side in grid]
-        semantic = merge_windows(
-            semantic.reshape(-1, semantic_size**2, x.shape[-1]), semantic_size, semantic_grid
-        )
-        if pad_mask == 'exact':
-            padding = [_pooled_padding(p, window_size, semantic_size) for p in padding]
+        size, pooled_size, pad_mask = windows
+        grid, channels = x.shape[1:3], x.shape[-1]
         # The released mask takes the padding of the image tokens for that of the semantic tokens.
-        plan = plan_neighbourhoods(
-            tuple(semantic_grid), self.key_size, semantic_size, *padding, pad_mask,
-            x.device, x.dtype,
-        )  # fmt: skip
-        windows = partition_windows(pad_to_windows(x, window_size), window_size)
-        query = self.norm1(windows).view(x.shape[0], -1, x.shape[-1])
-        update = self.attn.forward_neighbours(query, self.normed_with_padding(semantic), plan)
-        update = merge_windows(update.view_as(windows), window_size, grid)
+        padding = [-side % size for side in grid]
+        if pad_mask == 'exact':
+            padding = [_pooled_padding(p, size, pooled_size) for p in padding]
+        semantic = merge_windows(
+            semantic.reshape(-1, pooled_size**2, channels),
+            pooled_size,
+            [-(-side // size) * pooled_size for side in grid],
+        )
+        query = partition_windows(pad_to_windows(x, size), size)
+        query = self.norm1(query).view(x.shape[0], -1, channels)
+        update = self.attend(query, semantic, pooled_size, padding, pad_mask)
+        update = merge_windows(update.reshape(-1, size**2, channels), size, grid)
         return self.add_mlp(self.add_attention(x, update))
 
 
-def _pooled_padding(padding: int, window_size: int, semantic_size: int) -> int:
+def _pooled_padding(padding: int, size: int, pooled_size: int) -> int:
     """How many of a window's semantic rows are pooled from nothing but ``padding`` rows."""
-    starts = (i * window_size // semantic_size for i in range(semantic_size))
-    return sum(start >= window_size - padding for start in starts)
+    starts = (i * size // pooled_size for i in range(pooled_size))
+    return sum(start >= size - padding for start in starts)
 
 
-def semantic_unit(
-    x: Tensor, blocks: list[nn.Module], window_size: int, semantic_size: int, pad_mask: PadMask
-) -> Tensor:
+def semantic_unit(x: Tensor, blocks: list[nn.Module], windows: Windowing) -> Tensor:
     """Run one unit of six blocks.
 
     Args:
         x: Image tokens, ``(B, H, W, C)``, any H and W.
         blocks: Swin, pool, reduce, local, global and recover block.
-        window_size: Window side, in image tokens.
-        semantic_size: Window side, in semantic tokens.
-        pad_mask: See :func:`~mmtoken.tokens.neighbourhood.plan_neighbourhoods`.
+        windows: How the stage is cut.
 
     Returns:
         Image tokens, ``(B, H, W, C)``.
     """
     swin, pool, reduce, mix_local, mix_global, recover = blocks
     x = swin(x)
-    semantic = pool.pool(x, window_size, semantic_size)
-    semantic = pool(semantic, x, window_size, pad_mask)
-    semantic = reduce(semantic, x, window_size, pad_mask)
-    semantic = mix_local(semantic, semantic_size)
+    semantic = pool.pool(x, windows)
+    semantic = pool(semantic, x, windows)
+    semantic = reduce(semantic, x, windows)
+    semantic = mix_local(semantic, windows)
     semantic = mix_global(semantic)
-    return recover(x, semantic, window_size, semantic_size, pad_mask)
+    return recover(x, semantic, windows)

@@ -61,9 +61,9 @@ def test_tokens_are_saved():
 
 def test_exact_mask_ignores_what_lies_in_the_padding():
     """Poisoned padding must not change the maps; with the released mask it may."""
-    from mmtoken.layers.semantic import SemanticBlock
+    from mmtoken.layers.semantic import NeighbourhoodBlock
 
-    original = SemanticBlock.normed_with_padding
+    original = NeighbourhoodBlock.normed_with_padding
 
     def poisoned(self, x):
         tokens = original(self, x)
@@ -78,7 +78,7 @@ def test_exact_mask_ignores_what_lies_in_the_padding():
                 torch.nn.init.uniform_(parameter, 0.2, 0.6)
         with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
             clean = model(image)[2]
-            patch.setattr(SemanticBlock, 'normed_with_padding', poisoned)
+            patch.setattr(NeighbourhoodBlock, 'normed_with_padding', poisoned)
             assert torch.allclose(model(image)[2], clean, atol=1e-5) == equal, pad_mask
 
 

@@ -7,4 +7,4 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=75),
     dict(type='PolyLR', eta_min=0.0, power=1.0, begin=75, end=900, by_epoch=False),
 ]
-default_hooks = dict(checkpoint=dict(interval=900))
+default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=900))
