@@ -55,7 +55,7 @@ SEGMENTATION = dict(
     ),
 )
 MASK_RCNN = 'mask-rcnn_stvit-r-swin-nano{}_fpn_1xb8-8e_shapes.py'
-UPERNET = 'upernet_stvit-r-swin-nano{}_1xb16-900i_shapes-128x128.py'
+UPERNET = 'upernet_stvit-r-swin-nano{}_1xb16-750i_shapes-128x128.py'
 RUNS = [
     Run('Mask R-CNN, STViT-R-Swin', CONFIGS / MASK_RCNN.format(''), **DETECTION),
     Run('UPerNet, STViT-R-Swin', CONFIGS / UPERNET.format(''), **SEGMENTATION),

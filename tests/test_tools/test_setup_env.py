@@ -213,6 +213,26 @@ def test_torch_stays_pinned_in_every_installation(world):
     assert all('constraints-onedl.txt' in call for call in calls)
 
 
+@pytest.mark.parametrize(
+    'cuda, nvcc, variant, force_cuda',
+    [
+        ('', '13.0', 'cpu', 0),
+        ('13.0 sm80-sm90', '13.0', 'cu130-sm80-sm90', 1),
+        ('13.0 sm90', '12.4', 'cpu', 0),
+        ('13.0 sm90', None, 'cpu', 0),
+    ],
+)
+def test_ops_for_the_gpu_need_a_gpu_and_its_compiler(world, cuda, nvcc, variant, force_cuda):
+    world.environment['FAKE_CUDA'] = cuda
+    if nvcc:
+        world.add_command('nvcc', f'echo "Cuda compilation tools, release {nvcc}, V{nvcc}.88"')
+    _, err = world.run()
+    (wheel,) = world.wheels()
+    assert wheel.parent.name == f'2.11.0-cp{world.version.replace(".", "")}-{variant}'
+    assert f'FORCE_CUDA={force_cuda}' in world.log.read_text()
+    assert ('on the CPU only' in err) == (bool(cuda) and variant == 'cpu')
+
+
 def test_second_clone_takes_the_cached_wheel_without_a_compiler(world):
     world.run()
     (world.bin / 'c++').unlink()

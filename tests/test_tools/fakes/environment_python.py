@@ -1,4 +1,4 @@
-"""Pretends to be a Python that has pip and, without a GPU, torch; records how it is called."""
+"""Pretends to be a Python that has pip and torch; records how it is called."""
 
 import os
 import subprocess
@@ -8,14 +8,18 @@ import zipfile
 from pathlib import Path
 
 arguments = sys.argv[1:]
+RECORDED = {'FORCE_CUDA', 'MMCV_WITH_OPS'} & set(os.environ)
 build = os.environ.get('FAKE_BUILD')
 
 with open(os.environ['FAKE_LOG'], 'a') as log:
-    print(*arguments, file=log)
+    print(*arguments, *(f'{name}={os.environ[name]}' for name in RECORDED), file=log)
 if os.environ.get('FAKE_FAILURE', 'none') in arguments:
     sys.exit(1)
 if 'sys.version_info' in arguments[1]:
     print(os.environ['FAKE_BASE'])
+elif 'torch.cuda' in arguments[1]:
+    if cuda := os.environ.get('FAKE_CUDA'):
+        print(cuda)
 elif arguments[:2] == ['-m', 'zipfile']:
     zipfile.main(arguments[2:])
 elif arguments[:3] == ['-m', 'pip', 'download']:
