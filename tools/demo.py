@@ -114,21 +114,22 @@ def prepare_data(data: Path, quick: bool) -> None:
 def train_and_test(run: Run, out: Path, data: Path, quick: bool) -> None:
     """Run the library's own train.py and test.py, and read the scores that test.py wrote."""
     work_dir = out / run.config.stem
-    options = list(run.quick_options) if quick else []
-    options += data_options(run, data)
+    common = ['--work-dir', work_dir]
+    options = data_options(run, data)
 
     started = time.time()
-    command = [run.config, '--work-dir', work_dir, '--cfg-options', *options]
-    follow(f'{run.name}: training', 'train', command, out)
+    quick_options = run.quick_options if quick else ()
+    follow(
+        f'{run.name}: training', out, 'train', run.config, *common,
+        options=[*options, *quick_options],
+    )  # fmt: skip
     run.train_seconds = time.time() - started
     run.checkpoint = Path((work_dir / 'last_checkpoint').read_text().strip())
 
     started = time.time()
-    command = [
-        run.config, run.checkpoint, '--work-dir', work_dir, '--cfg-options',
-        *data_options(run, data),
-    ]  # fmt: skip
-    follow(f'{run.name}: testing', 'test', command, out)
+    follow(
+        f'{run.name}: testing', out, 'test', run.config, run.checkpoint, *common, options=options
+    )
     run.test_seconds = time.time() - started
     run.scores = read_scores(run, work_dir)
 
@@ -151,15 +152,17 @@ def data_options(run: Run, data: Path) -> list[str]:
     ]
 
 
-def follow(title: str, tool: str, arguments: list, out: Path) -> None:
+def follow(title: str, out: Path, tool: str, config: Path, *arguments, options: list[str]) -> None:
     """Run one of our tools with its log in a file and its progress on the screen.
 
     Raises:
         SystemExit: The tool failed; its last lines are shown.
     """
-    command = [sys.executable, f'tools/{tool}.py', *map(str, arguments)]
+    command = [sys.executable, f'tools/{tool}.py', str(config), *map(str, arguments)]
+    if options:
+        command += ['--cfg-options', *options]
     out.mkdir(parents=True, exist_ok=True)
-    log = out / f'{tool}_{Path(arguments[0]).stem}.log'
+    log = out / f'{tool}_{config.stem}.log'
     columns = (
         TextColumn('{task.description}'),
         BarColumn(),

@@ -84,11 +84,12 @@ step() {
 # shellcheck disable=SC2329 # the trap calls it
 clean_up() {
   if [[ -n $job ]]; then
-    kill -- "-$job" 2>/dev/null || true
+    kill -INT -- "-$job" 2>/dev/null || true # on which pip removes its temporary files
     for _ in {1..50}; do
       kill -0 -- "-$job" 2>/dev/null || break
       sleep 0.1
     done
+    kill -KILL -- "-$job" 2>/dev/null || true
   fi
   [[ -z $scratch ]] || rm -rf "$scratch"
 }
@@ -277,7 +278,7 @@ pip_install() { # LOG TITLE ARGUMENT...
 }
 
 install() {
-  pip_install torch "Installing torch (a download of some 3 GB)" \
+  pip_install torch "Installing torch (some 3 GB to download, the first time)" \
     "torch==$(pin torch)" "torchvision==$(pin torchvision)"
   pip_install build "Installing build tools" --requirement "$root/requirements/build.txt"
   local variant

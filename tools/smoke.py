@@ -80,6 +80,8 @@ def build(path: Path) -> tuple[torch.nn.Module, str]:
     """The model of a config, without pretrained weights and for one CPU, and its scope."""
     cfg = Config.fromfile(path)
     cfg.model.backbone.pop('init_cfg', None)
+    if cfg.model.data_preprocessor.get('size'):
+        cfg.model.data_preprocessor.size = (HEIGHT, WIDTH)
     without_sync_bn(cfg.model)
     init_default_scope(cfg.default_scope)
     return MODELS.build(cfg.model), cfg.default_scope
