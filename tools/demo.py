@@ -173,8 +173,9 @@ def follow(title: str, out: Path, tool: str, config: Path, *arguments, options: 
     with log.open('w') as file, Progress(*columns, console=console) as progress:
         task = progress.add_task(f'{title:40s}', total=1)
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
-        )
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1,
+            env={**os.environ, 'PYTHONUNBUFFERED': '1'},
+        )  # fmt: skip
         for line in process.stdout:
             file.write(line)
             done = fraction_done(line, tool)

@@ -1,18 +1,50 @@
-"""Pretends to be a Python that has pip and torch; records how it is called."""
+"""Pretends to be a Python that has pip and torch; records how it is called.
+
+It starts a dozen times in a set-up, so it imports little.
+"""
 
 import os
-import subprocess
 import sys
-import time
-import zipfile
-from pathlib import Path
 
 arguments = sys.argv[1:]
 RECORDED = {'FORCE_CUDA', 'MMCV_WITH_OPS'} & set(os.environ)
-build = os.environ.get('FAKE_BUILD')
 
 with open(os.environ['FAKE_LOG'], 'a') as log:
     print(*arguments, *(f'{name}={os.environ[name]}' for name in RECORDED), file=log)
+
+
+def download():
+    if 'PIP_FIND_LINKS' in os.environ:
+        pip = os.environ['FAKE_PIP']
+        os.execv(pip, [pip, *arguments])
+    sys.exit(1)
+
+
+def list_wheel():
+    import zipfile
+
+    zipfile.main(arguments[2:])
+
+
+def build_wheel():
+    import time
+    import zipfile
+
+    folder = arguments[arguments.index('--wheel-dir') + 1]
+    wheel = os.path.join(folder, os.environ['FAKE_WHEEL'])
+    build = os.environ.get('FAKE_BUILD')
+    if build == 'fail':
+        sys.exit('fatal error: out of cheese')
+    if build == 'slow':
+        time.sleep(1)
+    if build == 'hang':
+        for half_done in (wheel, os.path.join(os.environ['TMPDIR'], 'half.o')):
+            open(half_done, 'w').close()
+        os.system('sleep 60')
+    with zipfile.ZipFile(wheel, 'w') as archive:
+        archive.writestr('mmcv/_ext.cpython.so', '')
+
+
 if os.environ.get('FAKE_FAILURE', 'none') in arguments:
     sys.exit(1)
 if 'sys.version_info' in arguments[1]:
@@ -21,19 +53,8 @@ elif 'torch.cuda' in arguments[1]:
     if cuda := os.environ.get('FAKE_CUDA'):
         print(cuda)
 elif arguments[:2] == ['-m', 'zipfile']:
-    zipfile.main(arguments[2:])
+    list_wheel()
 elif arguments[:3] == ['-m', 'pip', 'download']:
-    offers = 'PIP_FIND_LINKS' in os.environ  # without, spare the time to start pip
-    sys.exit(subprocess.call([os.environ['FAKE_PIP'], *arguments]) if offers else 1)
+    download()
 elif arguments[:3] == ['-m', 'pip', 'wheel']:
-    wheel = Path(arguments[arguments.index('--wheel-dir') + 1], os.environ['FAKE_WHEEL'])
-    if build == 'fail':
-        sys.exit('fatal error: out of cheese')
-    if build == 'slow':
-        time.sleep(1)
-    if build == 'hang':
-        Path(os.environ['TMPDIR'], 'half.o').touch()
-        wheel.touch()
-        subprocess.call(['sleep', '60'])
-    with zipfile.ZipFile(wheel, 'w') as archive:
-        archive.writestr('mmcv/_ext.cpython.so', '')
+    build_wheel()
