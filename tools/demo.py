@@ -54,7 +54,7 @@ SEGMENTATION = dict(
         'default_hooks.checkpoint.interval=30',
     ),
 )
-MASK_RCNN = 'mask-rcnn_stvit-r-swin-nano{}_fpn_1xb8-8e_shapes.py'
+MASK_RCNN = 'mask-rcnn_stvit-r-swin-nano{}_fpn_1xb8-7e_shapes.py'
 UPERNET = 'upernet_stvit-r-swin-nano{}_1xb16-750i_shapes-128x128.py'
 RUNS = [
     Run('Mask R-CNN, STViT-R-Swin', CONFIGS / MASK_RCNN.format(''), **DETECTION),

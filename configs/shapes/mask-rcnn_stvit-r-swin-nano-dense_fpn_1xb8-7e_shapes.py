@@ -1,4 +1,4 @@
 # The dense twin: ordinary Swin blocks in place of semantic tokens.
-_base_ = './mask-rcnn_stvit-r-swin-nano_fpn_1xb8-8e_shapes.py'
+_base_ = './mask-rcnn_stvit-r-swin-nano_fpn_1xb8-7e_shapes.py'
 
 model = dict(backbone=dict(semantic_size=None))
