@@ -7,6 +7,7 @@ dead combinations fail far from their cause, with messages that do not name it; 
 """
 
 import os
+from collections.abc import Callable
 from importlib import metadata
 
 # import name -> (upstream distribution, onedl distribution)
@@ -54,7 +55,7 @@ def check_stack() -> None:
         )
 
 
-def find_problems(version_of) -> list[str]:
+def find_problems(version_of: Callable[[str], tuple[int, ...] | None]) -> list[str]:
     """Describe each known-dead combination.
 
     Args:
