@@ -16,7 +16,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'tools' / 'datasets'))
-CONFIGS = Path('configs/shapes')
+CONFIGS = ROOT / 'configs' / 'shapes'
 EPILOG = """\
 examples:
   python tools/demo.py           the whole demo, at most 20 minutes on two CPU cores
@@ -68,7 +68,6 @@ TWINS = [
 
 def main() -> None:
     args = parse_args()
-    os.chdir(ROOT)  # data and work_dirs are relative to it, as in the configs
     out = Path(args.out)
     runs = RUNS + (TWINS if args.twin else [])
     started = time.time()
@@ -108,7 +107,10 @@ def prepare_data(data: Path, quick: bool) -> None:
         return
     console.print(f'Data: making {data}')
     sizes = dict(num_train=120, num_val=40) if quick else {}
-    make_dataset(data, **sizes, workers=os.cpu_count() or 1, show_progress=True)
+    try:
+        make_dataset(data, **sizes, workers=os.cpu_count() or 1, show_progress=True)
+    except FileExistsError as error:  # a folder of the user's
+        sys.exit(str(error))
 
 
 def train_and_test(run: Run, out: Path, data: Path, quick: bool) -> None:
@@ -158,7 +160,7 @@ def follow(title: str, out: Path, tool: str, config: Path, *arguments, options: 
     Raises:
         SystemExit: The tool failed; its last lines are shown.
     """
-    command = [sys.executable, f'tools/{tool}.py', str(config), *map(str, arguments)]
+    command = [sys.executable, *map(str, (ROOT / 'tools' / f'{tool}.py', config, *arguments))]
     if options:
         command += ['--cfg-options', *options]
     out.mkdir(parents=True, exist_ok=True)
@@ -245,7 +247,7 @@ def report(runs: list[Run], out: Path) -> None:
     console.print('* one image of 160 x 224')
     results = [
         dict(
-            model=run.name, config=str(run.config), checkpoint=str(run.checkpoint), **run.scores,
+            model=run.name, config=run.config.name, checkpoint=str(run.checkpoint), **run.scores,
             parameters=run.parameters, backbone_macs=run.macs,
             train_seconds=round(run.train_seconds), test_seconds=round(run.test_seconds),
         )
