@@ -5,6 +5,7 @@ that a wrong file trains from scratch in silence. Here every key must find its p
 that a module declares to be expendable.
 """
 
+import os
 import re
 from collections.abc import Mapping
 
@@ -16,7 +17,7 @@ from torch import Tensor
 WRAPPERS = ('state_dict', 'model')
 
 
-def load_into(module: nn.Module, file: str, prefix: str | None = None) -> None:
+def load_into(module: nn.Module, file: str | os.PathLike, prefix: str | None = None) -> None:
     """Load ``file`` into ``module``.
 
     A training checkpoint is unwrapped (``'state_dict'``, ``'model'``), and ``'module.'`` in front
@@ -33,7 +34,9 @@ def load_into(module: nn.Module, file: str, prefix: str | None = None) -> None:
         ValueError: The file holds no weights, or weights of something else: names or shapes that
             differ are listed.
     """
-    state = strip_prefix(find_weights(CheckpointLoader.load_checkpoint(file, 'cpu'), file), prefix)
+    file = os.fspath(file)
+    checkpoint = CheckpointLoader.load_checkpoint(file, 'cpu')
+    state = strip_prefix(find_weights(checkpoint, file), prefix)
     own = module.state_dict()
     unused = getattr(module, 'unused_keys', None)
     fresh = getattr(module, 'fresh_keys', None)
