@@ -78,7 +78,7 @@ def make_document(images: list[dict], annotations: list[dict]) -> dict[str, Any]
     """Assemble the content of one ``instances_*.json``."""
     return {
         'info': {'description': 'Shapes: drawn scenes for mmtoken', 'version': '1.0'},
-        'licenses': [{'id': 1, 'name': 'Same as mmtoken', 'url': ''}],
+        'licenses': [{'id': 1, 'name': 'Apache-2.0', 'url': ''}],
         'images': images,
         'annotations': annotations,
         'categories': [
