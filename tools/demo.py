@@ -7,9 +7,12 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -57,8 +60,8 @@ SEGMENTATION = dict(
 MASK_RCNN = 'mask-rcnn_stvit-r-swin-nano{}_fpn_1xb8-7e_shapes.py'
 UPERNET = 'upernet_stvit-r-swin-nano{}_1xb16-750i_shapes-128x128.py'
 RUNS = [
-    Run('Mask R-CNN, STViT-R-Swin', CONFIGS / MASK_RCNN.format(''), **DETECTION),
-    Run('UPerNet, STViT-R-Swin', CONFIGS / UPERNET.format(''), **SEGMENTATION),
+    Run('Mask R-CNN, STViT-R', CONFIGS / MASK_RCNN.format(''), **DETECTION),
+    Run('UPerNet, STViT-R', CONFIGS / UPERNET.format(''), **SEGMENTATION),
 ]
 TWINS = [
     Run('Mask R-CNN, dense twin', CONFIGS / MASK_RCNN.format('-dense'), **DETECTION),
@@ -76,11 +79,13 @@ def main() -> None:
     prepare_data(data, quick=args.quick)
     for run in runs:
         train_and_test(run, out, data, quick=args.quick)
-        measure(run)
+        with output_to(out / 'measure.log'):
+            measure(run)
 
-    from demo_pictures import draw_detections, draw_segmentations  # imports mmdet and mmseg
+    with output_to(out / 'pictures.log'):
+        from demo_pictures import draw_detections, draw_segmentations  # imports mmdet and mmseg
 
-    pictures = [draw_detections(RUNS[0], data, out), draw_segmentations(RUNS[1], data, out)]
+        pictures = [draw_detections(RUNS[0], data, out), draw_segmentations(RUNS[1], data, out)]
     report(runs, out)
     console.print('Pictures: ' + ', '.join(map(str, pictures)))
     if args.quick:
@@ -190,6 +195,23 @@ def follow(title: str, out: Path, tool: str, config: Path, *arguments, options: 
         sys.exit(f'{title} failed; the whole log is in {log}')
 
 
+@contextmanager
+def output_to(log: Path) -> Iterator[None]:
+    """Send what libraries print and warn of to a file, to keep the screen for the demo."""
+    sys.stdout.flush()
+    screen = os.dup(1), os.dup(2)
+    with log.open('w') as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.dup2(screen[0], 1)
+            os.dup2(screen[1], 2)
+
+
 def fraction_done(line: str, tool: str) -> float | None:
     """How far a line of MMEngine's log says a run has come, None if it says nothing."""
     match = re.search(r'(Epoch|Iter)\((\w+)\) *(?:\[(\d+)\])?\[ *(\d+)/(\d+)\](.*)', line)
@@ -233,18 +255,20 @@ def measure(run: Run) -> None:
 def report(runs: list[Run], out: Path) -> None:
     """Print the results as a table and keep them in ``results.json``."""
     columns = ['box AP', 'mask AP', 'mIoU']
-    table = Table(title='The embedded data set, trained from scratch')
-    table.add_column('model')
-    for column in [*columns, 'parameters', 'backbone MACs*', 'train', 'test']:
-        table.add_column(column, justify='right')
+    table = Table(
+        title='The embedded data set, trained from scratch', box=SIMPLE_HEAD, pad_edge=False
+    )
+    table.add_column('model', no_wrap=True)
+    for column in [*columns, 'params', 'MACs*', 'seconds']:
+        table.add_column(column, justify='right', no_wrap=True)
     for run in runs:
         scores = [f'{run.scores[c]:.3f}' if c in run.scores else '' for c in columns]
+        seconds = f'{run.train_seconds:.0f} + {run.test_seconds:.0f}'
         table.add_row(
-            run.name, *scores, f'{run.parameters / 1e6:.2f} M', f'{run.macs / 1e9:.2f} G',
-            f'{run.train_seconds:.0f} s', f'{run.test_seconds:.0f} s',
-        )  # fmt: skip
+            run.name, *scores, f'{run.parameters / 1e6:.2f} M', f'{run.macs / 1e9:.2f} G', seconds
+        )
     console.print(table)
-    console.print('* one image of 160 x 224')
+    console.print('* the backbone, one image of 160 x 224. Seconds: training + testing.')
     results = [
         dict(
             model=run.name, config=run.config.name, checkpoint=str(run.checkpoint), **run.scores,

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import mmcv
 import numpy as np
+from torch import Tensor
 
-SCALE = 3  # the scenes are small; drawing on them enlarged keeps outlines and names legible
+SCALE = 3  # the scenes are small; enlarged, outlines and names can be read
 NUM_SCENES = 6
 
 
@@ -21,10 +22,13 @@ def draw_detections(run, data: Path, out: Path) -> Path:
     visualizer.dataset_meta = model.dataset_meta
     rows = []
     for path in scenes(data / 'coco' / 'val2017'):
-        image = enlarged(path)
-        predicted = inference_detector(model, mmcv.rgb2bgr(image))
+        predicted = inference_detector(model, str(path)).cpu()
+        instances = predicted.pred_instances
+        instances.bboxes = instances.bboxes * SCALE
+        instances.masks = enlarged(instances.masks)
+        image = enlarged_image(path)
         visualizer.add_datasample(
-            'scene', image, predicted, draw_gt=False, pred_score_thr=0.4, show=False
+            'scene', image, predicted, draw_gt=False, pred_score_thr=0.5, show=False
         )
         rows.append(np.hstack([image, visualizer.get_image()]))
     return save_sheet(rows, out / 'detections.png')
@@ -33,6 +37,7 @@ def draw_detections(run, data: Path, out: Path) -> Path:
 def draw_segmentations(run, data: Path, out: Path) -> Path:
     """Scenes beside their segmentation, into ``segmentations.png``."""
     from mmengine.registry import init_default_scope
+    from mmengine.structures import PixelData
     from mmseg.apis import inference_model, init_model
     from mmseg.registry import VISUALIZERS
 
@@ -44,11 +49,10 @@ def draw_segmentations(run, data: Path, out: Path) -> Path:
     visualizer.dataset_meta = model.dataset_meta
     rows = []
     for path in scenes(data / 'ade' / 'ADEChallengeData2016' / 'images' / 'validation'):
-        image = enlarged(path)
-        predicted = inference_model(model, mmcv.rgb2bgr(image))
-        visualizer.add_datasample(
-            'scene', image, predicted, draw_gt=False, show=False, with_labels=True
-        )
+        predicted = inference_model(model, str(path)).cpu()
+        predicted.pred_sem_seg = PixelData(data=enlarged(predicted.pred_sem_seg.data))
+        image = enlarged_image(path)
+        visualizer.add_datasample('scene', image, predicted, draw_gt=False, show=False)
         rows.append(np.hstack([image, visualizer.get_image()]))
     return save_sheet(rows, out / 'segmentations.png')
 
@@ -61,7 +65,12 @@ def scenes(folder: Path) -> list[Path]:
     return [path for path, _ in zip(landscape, range(NUM_SCENES), strict=False)]
 
 
-def enlarged(path: Path) -> np.ndarray:
+def enlarged(maps: Tensor) -> Tensor:
+    """Repeat pixels: ``(N, H, W) -> (N, SCALE * H, SCALE * W)``."""
+    return maps.repeat_interleave(SCALE, dim=1).repeat_interleave(SCALE, dim=2)
+
+
+def enlarged_image(path: Path) -> np.ndarray:
     """An image in RGB, ``(SCALE * H, SCALE * W, 3)``."""
     image = mmcv.imread(path, channel_order='rgb')
     return mmcv.imrescale(image, float(SCALE), interpolation='bicubic')
@@ -71,6 +80,5 @@ def save_sheet(rows: list[np.ndarray], path: Path) -> Path:
     """Two scenes a row, with a white gap."""
     gap = np.full((rows[0].shape[0], 12, 3), 255, np.uint8)
     pairs = [np.hstack([a, gap, b]) for a, b in zip(rows[::2], rows[1::2], strict=False)]
-    sheet = np.vstack(pairs)
-    mmcv.imwrite(mmcv.rgb2bgr(sheet), str(path))
+    mmcv.imwrite(mmcv.rgb2bgr(np.vstack(pairs)), str(path))
     return path
