@@ -47,7 +47,11 @@ class Run:
 
 DETECTION = dict(
     metrics={'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'},
-    quick_options=('train_cfg.max_epochs=2', 'train_cfg.val_interval=2'),
+    quick_options=(
+        'train_cfg.max_epochs=2',
+        'train_cfg.val_interval=2',
+        'model.test_cfg.rcnn.score_thr=0.0',  # without any detection there would be no AP
+    ),
 )
 SEGMENTATION = dict(
     metrics={'mIoU': 'mIoU'},
@@ -122,13 +126,12 @@ def train_and_test(run: Run, out: Path, data: Path, quick: bool) -> None:
     """Run the library's own train.py and test.py, and read the scores that test.py wrote."""
     work_dir = out / run.config.stem
     common = ['--work-dir', work_dir]
-    options = data_options(run, data)
+    options = [*data_options(run, data), *(run.quick_options if quick else ())]
 
     started = time.time()
-    quick_options = run.quick_options if quick else ()
     follow(
         f'{run.name}: training', out, 'train', run.config, *common,
-        options=[*options, *quick_options],
+        options=options,
     )  # fmt: skip
     run.train_seconds = time.time() - started
     run.checkpoint = Path((work_dir / 'last_checkpoint').read_text().strip())
