@@ -129,10 +129,7 @@ def train_and_test(run: Run, out: Path, data: Path, quick: bool) -> None:
     options = [*data_options(run, data), *(run.quick_options if quick else ())]
 
     started = time.time()
-    follow(
-        f'{run.name}: training', out, 'train', run.config, *common,
-        options=options,
-    )  # fmt: skip
+    follow(f'{run.name}: training', out, 'train', run.config, *common, options=options)
     run.train_seconds = time.time() - started
     run.checkpoint = Path((work_dir / 'last_checkpoint').read_text().strip())
 
