@@ -12,7 +12,6 @@ from mmengine.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = smoke.all_configs()
-SMALL = [path for path in CONFIGS if path.parent.name == 'shapes' or '-t_' in path.name]
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
