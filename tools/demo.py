@@ -208,8 +208,9 @@ def output_to(log: Path) -> Iterator[None]:
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            os.dup2(screen[0], 1)
-            os.dup2(screen[1], 2)
+            for stream, saved in enumerate(screen, start=1):
+                os.dup2(saved, stream)
+                os.close(saved)
 
 
 def fraction_done(line: str, tool: str) -> float | None:

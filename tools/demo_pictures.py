@@ -1,5 +1,6 @@
 """Pictures of the demo: what its models see in scenes they were not trained on."""
 
+from itertools import islice
 from pathlib import Path
 
 import mmcv
@@ -62,7 +63,7 @@ def scenes(folder: Path) -> list[Path]:
     landscape = (
         path for path in sorted(folder.glob('*.jpg')) if np.argmax(mmcv.imread(path).shape[:2])
     )
-    return [path for path, _ in zip(landscape, range(NUM_SCENES), strict=False)]
+    return list(islice(landscape, NUM_SCENES))
 
 
 def enlarged(maps: Tensor) -> Tensor:
