@@ -3,8 +3,11 @@
 Importing this package registers nothing and loads no torch: configs name our modules with the
 prefix ``mmtoken.``, and MMEngine's registries find them through :mod:`mmtoken.registry` when a
 model is built. The import does two things only: it refuses installations that are known not to
-work, and it lets MMEngine resolve ``mmtoken::`` and ``mmseg::`` config paths.
+work, and it lets MMEngine resolve ``mmtoken::`` and ``mmseg::`` config paths. The public functions
+below load what they need when they are first asked for.
 """
+
+from importlib import import_module
 
 from .stack import check_stack, enable_config_paths
 from .version import __version__
@@ -12,4 +15,12 @@ from .version import __version__
 check_stack()
 enable_config_paths()
 
-__all__ = ['__version__']
+_FUNCTIONS = {'dense_twin': 'mmtoken.analysis.twin'}
+
+__all__ = ['__version__', *_FUNCTIONS]
+
+
+def __getattr__(name: str):
+    if name in _FUNCTIONS:
+        return getattr(import_module(_FUNCTIONS[name]), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

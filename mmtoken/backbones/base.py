@@ -2,6 +2,7 @@
 
 from abc import ABCMeta, abstractmethod
 from collections.abc import Iterable, Mapping
+from typing import ClassVar
 
 import torch.nn as nn
 from mmengine.model import BaseModule
@@ -26,6 +27,7 @@ class TokenBackbone(BaseModule, metaclass=ABCMeta):
             ``dict(type='Pretrained', checkpoint=..., prefix='backbone.')``.
     """
 
+    twin_args: ClassVar[dict]  # constructor arguments that turn the class into its dense twin
     unused_keys: str | None = None  # names a checkpoint may have in excess (regular expression)
     fresh_keys: str | None = None  # names it may lack
 

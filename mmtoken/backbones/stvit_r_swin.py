@@ -71,6 +71,8 @@ class STViTRSwin(TokenBackbone):
         base=dict(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
     )
 
+    twin_args = dict(semantic_size=None)
+
     # Classification checkpoints have a head; they lack the norms of the output maps.
     unused_keys = r'head\..*|norm\..*|.*\.attn_mask|.*\.relative_position_index'
     fresh_keys = r'norm\d\..*|.*\.num_batches_tracked'

@@ -1,0 +1,26 @@
+"""Choose the obvious form of every mechanism instead of its fast one.
+
+Each mechanism has a reference, which says plainly what is computed, and a fast path that gives the
+same result. The reference is what tests compare with and what costs are counted on.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_reference = ContextVar('reference', default=False)
+
+
+@contextmanager
+def reference_path() -> Iterator[None]:
+    """Inside this context all mechanisms take their reference form."""
+    token = _reference.set(True)
+    try:
+        yield
+    finally:
+        _reference.reset(token)
+
+
+def on_reference_path() -> bool:
+    """Whether :func:`reference_path` is in force."""
+    return _reference.get()
