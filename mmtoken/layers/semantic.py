@@ -21,16 +21,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
 from torch import Tensor
 
 from ..tokens.attention import attention, join_heads, split_heads
-from ..tokens.neighbourhood import (
-    Neighbourhoods,
-    PadMask,
-    neighbourhood_attention,
-    plan_neighbourhoods,
-)
+from ..tokens.neighbourhood import Neighbourhood, PadMask, attend_groups, attend_patches
+from ..tokens.reference import on_reference_path
+from ..tokens.tiles import add_in_tiles, works_in_tiles
 from ..tokens.windows import (
     max_pool_windows,
     merge_windows,
@@ -48,7 +46,7 @@ class Windowing(NamedTuple):
         size: Window side, in image tokens.
         pooled_size: Window side, in semantic tokens.
         pad_mask: Which padding attention must not see, see
-            :func:`~mmtoken.tokens.neighbourhood.plan_neighbourhoods`.
+            :class:`~mmtoken.tokens.neighbourhood.Neighbourhood`.
     """
 
     size: int
@@ -71,18 +69,6 @@ class CrossAttention(nn.Module):
         key, value = self.kv(tokens).chunk(2, dim=-1)
         query, key, value = (split_heads(t, self.num_heads) for t in (self.q(query), key, value))
         return self.proj(join_heads(attention(query, key, value)))
-
-    def forward_neighbours(self, query: Tensor, tokens: Tensor, plan: Neighbourhoods) -> Tensor:
-        """Attend to the patch around each window.
-
-        Args:
-            query: ``(B, windows * Q, C)``, window after window.
-            tokens: ``(B, plan.num_tokens + 1, C)``, the padding token last.
-            plan: Which tokens each window attends to.
-        """
-        key, value = self.kv(tokens).chunk(2, dim=-1)
-        out = neighbourhood_attention(self.q(query), key, value, plan, self.num_heads)
-        return self.proj(out)
 
 
 class SemanticBlock(nn.Module):
@@ -107,7 +93,12 @@ class SemanticBlock(nn.Module):
         return x + self.drop_path(self.layer_scale_1 * update)
 
     def add_mlp(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.layer_scale_2 * self.mlp(self.norm2(x)))
+        if works_in_tiles(x) and not self.training:
+            return add_in_tiles(x, self.mlp_update)
+        return x + self.drop_path(self.mlp_update(x))
+
+    def mlp_update(self, x: Tensor) -> Tensor:
+        return self.layer_scale_2 * self.mlp(self.norm2(x))
 
 
 class NeighbourhoodBlock(SemanticBlock):
@@ -128,31 +119,28 @@ class NeighbourhoodBlock(SemanticBlock):
         super().__init__(embed_dims, num_heads, mlp_ratio, drop_path)
         self.key_size = key_size
 
-    def attend(
-        self, query: Tensor, grid: Tensor, stride: int, hidden: list[int], pad_mask: PadMask
-    ) -> Tensor:
-        """Attend from each window to the patch around it.
-
-        Args:
-            query: Normalised, ``(B, windows * Q, C)``, window after window.
-            grid: Where the keys come from, ``(B, H, W, C)``, not normalised.
-            stride: Side of a window on that grid, in tokens.
-            hidden: Trailing rows and columns of the padded grid that the mask is about, in tokens.
-            pad_mask: See :func:`~mmtoken.tokens.neighbourhood.plan_neighbourhoods`.
-        """
-        plan = plan_neighbourhoods(
-            tuple(grid.shape[1:3]), self.key_size, stride, *hidden, pad_mask,
-            grid.device, grid.dtype,
-        )  # fmt: skip
-        return self.attn.forward_neighbours(query, self.normed_with_padding(grid), plan)
-
-    def normed_with_padding(self, grid: Tensor) -> Tensor:
-        """Normalised tokens of a grid, then the padding token: ``(B, H, W, C) -> (B, HW + 1, C)``.
+    def attend(self, query: Tensor, keys: Tensor, hood: Neighbourhood) -> Tensor:
+        """Attend from each window of ``query`` to the patch of ``keys`` around it.
 
         Padding is added before the norm, so it is what a zero becomes there: the norm's bias.
+
+        Args:
+            query: ``(B, H, W, C)``.
+            keys: ``(B, H', W', C)``.
+            hood: Who attends to whom.
+
+        Returns:
+            ``(B, H, W, C)``.
         """
-        padding = self.norm1.bias.to(grid.dtype).expand(grid.shape[0], 1, -1)
-        return torch.cat([self.norm1(grid).flatten(1, 2), padding], dim=1)
+        attn, norm = self.attn, self.norm1
+        query = attn.q(norm(query))
+        if on_reference_path():
+            key_value = attn.kv(norm(F.pad(keys, (0, 0, *hood.padding))))
+            return attn.proj(attend_patches(query, key_value, hood, attn.num_heads))
+        normed = norm(keys).flatten(1, 2)
+        padding = norm.bias.to(normed.dtype).expand(len(normed), 1, -1)
+        key_value = attn.kv(torch.cat([normed, padding], dim=1))
+        return attn.proj(attend_groups(query, key_value, hood, attn.num_heads))
 
 
 class ReduceBlock(NeighbourhoodBlock):
@@ -162,13 +150,21 @@ class ReduceBlock(NeighbourhoodBlock):
         """Update semantic tokens.
 
         Args:
-            semantic: ``(B, windows * n * n, C)``, window after window.
+            semantic: ``(B, rows * n, columns * n, C)``, of windows pooled to n x n.
             x: Image tokens, ``(B, H, W, C)``, any H and W.
             windows: How the stage is cut.
         """
-        padding = [-side % windows.size for side in x.shape[1:3]]
-        update = self.attend(self.norm1(semantic), x, windows.size, padding, windows.pad_mask)
-        return self.add_mlp(self.add_attention(semantic, update))
+        grid, size = x.shape[1:3], windows.size
+        hood = Neighbourhood(
+            query_grid=tuple(semantic.shape[1:3]),
+            query_size=windows.pooled_size,
+            key_grid=tuple(grid),
+            stride=size,
+            size=self.key_size,
+            hidden=tuple(-side % size for side in grid),
+            pad_mask=windows.pad_mask,
+        )
+        return self.add_mlp(self.add_attention(semantic, self.attend(semantic, x, hood)))
 
 
 class PoolBlock(ReduceBlock):
@@ -183,12 +179,10 @@ class PoolBlock(ReduceBlock):
         self.conv_pos = WindowPositionConv(embed_dims) if conv_pos else None
 
     def pool(self, x: Tensor, windows: Windowing) -> Tensor:
-        """``(B, H, W, C) -> (B, windows * n * n, C)``; padding takes part, as zeros."""
+        """``(B, H, W, C) -> (B, rows * n, columns * n, C)``; padding takes part, as zeros."""
         x = pad_to_windows(x, windows.size)
         semantic = max_pool_windows(x, windows.size, windows.pooled_size)
-        if self.conv_pos is not None:
-            semantic = self.conv_pos(semantic)
-        return semantic.reshape(x.shape[0], -1, x.shape[-1])
+        return semantic if self.conv_pos is None else self.conv_pos(semantic, windows.pooled_size)
 
 
 class WindowPositionConv(nn.Module):
@@ -200,33 +194,33 @@ class WindowPositionConv(nn.Module):
             nn.Conv2d(embed_dims, embed_dims, 3, padding=1, groups=embed_dims)
         )
 
-    def forward(self, semantic: Tensor) -> Tensor:
-        """``(B * windows, n * n, C) -> (B * windows, n * n, C)``."""
-        side = int(semantic.shape[1] ** 0.5)
-        x = semantic.transpose(1, 2).unflatten(2, (side, side))
-        return semantic + self.proj(x).flatten(2).transpose(1, 2)
+    def forward(self, semantic: Tensor, size: int) -> Tensor:
+        """``(B, H, W, C) -> (B, H, W, C)``, in windows of ``size * size``."""
+        grid = semantic.shape[1:3]
+        windows = partition_windows(semantic, size).transpose(1, 2).unflatten(2, (size, size))
+        position = self.proj(windows).flatten(2).transpose(1, 2)
+        return semantic + merge_windows(position, size, grid)
 
 
 class LocalBlock(SemanticBlock):
     """Self-attention among the semantic tokens of each window."""
 
     def forward(self, semantic: Tensor, windows: Windowing) -> Tensor:
-        """``(B, windows * n * n, C) -> (B, windows * n * n, C)``."""
-        normed = self.norm1(semantic).reshape(-1, windows.pooled_size**2, semantic.shape[-1])
-        update = self.attn(normed, normed).view_as(semantic)
+        """``(B, H, W, C) -> (B, H, W, C)``, the grid of semantic tokens."""
+        size, grid = windows.pooled_size, semantic.shape[1:3]
+        normed = partition_windows(self.norm1(semantic), size)
+        update = merge_windows(self.attn(normed, normed), size, grid)
         return self.add_mlp(self.add_attention(semantic, update))
 
 
 class GlobalBlock(SemanticBlock):
-    """Self-attention among all semantic tokens of an image.
-
-    There is no position term, so the tokens need not be put back in the order of their grid.
-    """
+    """Self-attention among all semantic tokens of an image."""
 
     def forward(self, semantic: Tensor) -> Tensor:
-        """``(B, N, C) -> (B, N, C)``."""
-        normed = self.norm1(semantic)
-        return self.add_mlp(self.add_attention(semantic, self.attn(normed, normed)))
+        """``(B, H, W, C) -> (B, H, W, C)``, the grid of semantic tokens."""
+        normed = self.norm1(semantic).flatten(1, 2)
+        update = self.attn(normed, normed).view_as(semantic)
+        return self.add_mlp(self.add_attention(semantic, update))
 
 
 class RecoverBlock(NeighbourhoodBlock):
@@ -237,25 +231,24 @@ class RecoverBlock(NeighbourhoodBlock):
 
         Args:
             x: Image tokens, ``(B, H, W, C)``, any H and W.
-            semantic: ``(B, windows * n * n, C)``, window after window.
+            semantic: ``(B, rows * n, columns * n, C)``, of windows pooled to n x n.
             windows: How the stage is cut.
         """
         size, pooled_size, pad_mask = windows
-        grid, channels = x.shape[1:3], x.shape[-1]
         # The released mask takes the padding of the image tokens for that of the semantic tokens.
-        padding = [-side % size for side in grid]
+        padding = tuple(-side % size for side in x.shape[1:3])
         if pad_mask == 'exact':
-            padding = [_pooled_padding(p, size, pooled_size) for p in padding]
-        semantic = merge_windows(
-            semantic.reshape(-1, pooled_size**2, channels),
-            pooled_size,
-            [-(-side // size) * pooled_size for side in grid],
+            padding = tuple(_pooled_padding(p, size, pooled_size) for p in padding)
+        hood = Neighbourhood(
+            query_grid=tuple(x.shape[1:3]),
+            query_size=size,
+            key_grid=tuple(semantic.shape[1:3]),
+            stride=pooled_size,
+            size=self.key_size,
+            hidden=padding,
+            pad_mask=pad_mask,
         )
-        query = partition_windows(pad_to_windows(x, size), size)
-        query = self.norm1(query).view(x.shape[0], -1, channels)
-        update = self.attend(query, semantic, pooled_size, padding, pad_mask)
-        update = merge_windows(update.reshape(-1, size**2, channels), size, grid)
-        return self.add_mlp(self.add_attention(x, update))
+        return self.add_mlp(self.add_attention(x, self.attend(x, semantic, hood)))
 
 
 def _pooled_padding(padding: int, size: int, pooled_size: int) -> int:

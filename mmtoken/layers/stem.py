@@ -2,9 +2,13 @@
 
 from collections import OrderedDict
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from ..tokens.tiles import TILE_TOKENS, works_in_tiles
 
 
 class ConvStem(nn.Module):
@@ -32,7 +36,43 @@ class ConvStem(nn.Module):
         """``(B, 3, H, W) -> (B, ceil(H / 4), ceil(W / 4), embed_dims)``."""
         height, width = x.shape[-2:]
         x = F.pad(x, (0, -width % self.stride, 0, -height % self.stride))
+        if works_in_tiles(x) and not self.training:
+            return self.forward_in_strips(x)
         return self.proj(x).permute(0, 2, 3, 1).contiguous()
+
+    def forward_in_strips(self, x: Tensor) -> Tensor:
+        """The convolutions, for inference, a few rows of tokens at a time.
+
+        ``(B, 3, H, W) -> (B, H / 4, W / 4, embed_dims)``, H and W multiples of 4. Batch norms are
+        folded into the convolutions, and tokens come out channels last without a copy.
+        """
+        batch, _, height, width = x.shape
+        rows, columns = height // self.stride, width // self.stride
+        first, second = (_fold(layer) for layer in (self.proj[0], self.proj[2]))
+        step = max(1, TILE_TOKENS // (batch * columns))
+        out = []
+        # One row of zeros above, the padding of both convolutions
+        x = F.pad(x, (0, 0, 1, 0)).contiguous(memory_format=torch.channels_last)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            # Row r of the tokens sees rows 2r - 1 to 2r + 1 of the first convolution's output,
+            # and its row m sees rows 2m - 1 to 2m + 1 of the image, which is shifted by 1.
+            top = max(2 * start - 1, 0)
+            y = F.conv2d(x[:, :, 2 * top : 4 * stop + 1], *first, stride=2, padding=(0, 1))
+            y = F.pad(F.hardswish(y), (0, 0, int(start == 0), 0))
+            y = F.hardswish(F.conv2d(y, *second, stride=2, padding=(0, 1)))
+            out.append(y.permute(0, 2, 3, 1))
+        return torch.cat(out, dim=1)
+
+
+def _fold(layer: nn.Sequential) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that does what convolution and batch norm do."""
+    norm = layer.bn
+    weight, bias = fuse_conv_bn_weights(
+        layer.c.weight, layer.c.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight,
+        norm.bias,
+    )  # fmt: skip
+    return weight.contiguous(memory_format=torch.channels_last), bias
 
 
 def _conv_norm(in_channels: int, out_channels: int) -> nn.Sequential:

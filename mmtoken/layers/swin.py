@@ -10,6 +10,7 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import Tensor
 
 from ..tokens.attention import attention, join_heads
+from ..tokens.tiles import plan_window_tiles, works_in_tiles
 from ..tokens.windows import (
     merge_windows,
     pad_to_windows,
@@ -49,15 +50,21 @@ class WindowAttention(nn.Module):
             mask: Additive, ``(windows, 1, L, L)``, from
                 :func:`~mmtoken.tokens.windows.shifted_window_mask`.
         """
-        qkv = self.qkv(windows).unflatten(-1, (3, self.num_heads, -1))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        length = windows.shape[1]
-        bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
-        bias = bias.view(length, length, -1).permute(2, 0, 1).unsqueeze(0)
+        bias = self.position_bias()
         if mask is not None:
             images = windows.shape[0] // mask.shape[0]
             bias = (bias + mask).repeat(images, 1, 1, 1)
-        return self.proj(join_heads(attention(query, key, value, bias)))
+        return self.proj(self.attend(self.qkv(windows), bias))
+
+    def attend(self, qkv: Tensor, bias: Tensor) -> Tensor:
+        """``(windows, L, 3 * C)``, and a bias for ``(windows, heads, L, L)``, to (windows, L, C)."""
+        query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return join_heads(attention(query, key, value, bias))
+
+    def position_bias(self) -> Tensor:
+        """The learned bias of every pair of tokens of a window: ``(1, heads, L, L)``."""
+        bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
+        return bias.view(*self.relative_position_index.shape, -1).permute(2, 0, 1).unsqueeze(0)
 
 
 def relative_position_index(size: int) -> Tensor:
@@ -104,6 +111,8 @@ class SwinBlock(nn.Module):
 
         As in Swin, padding is added after the norm and attended to like any token.
         """
+        if works_in_tiles(x) and not self.training:
+            return self.forward_in_tiles(x)
         x = x + self.drop_path(self.attend(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -113,12 +122,30 @@ class SwinBlock(nn.Module):
         padded = x.shape[1:3]
         if shift:
             x = x.roll((-shift, -shift), dims=(1, 2))
-            mask = shifted_window_mask(*padded, size, shift, x.device, x.dtype)
+            mask = shifted_window_mask(tuple(grid), size, shift, x.device, x.dtype)
         x = self.attn(partition_windows(x, size), mask)
         if not shift:
             return merge_windows(x, size, grid)
         x = merge_windows(x, size, padded).roll((shift, shift), dims=(1, 2))
         return x[:, : grid[0], : grid[1]]
+
+    def forward_in_tiles(self, x: Tensor) -> Tensor:
+        """:meth:`forward`, for inference, a few windows at a time."""
+        tokens = x.reshape(-1, x.shape[-1])
+        out = torch.empty_like(tokens)
+        qkv, bias = self.attn.qkv, self.attn.position_bias()
+        for tile in plan_window_tiles(
+            x.shape[0], tuple(x.shape[1:3]), self.window_size, self.shift
+        ):
+            t = tokens.index_select(0, tile.tokens)
+            # Padding is zero before the projection, so it is the projection's bias behind it.
+            windows = tile.to_windows(qkv(self.norm1(t)), qkv.bias)
+            windows = windows.view(-1, self.window_size**2, windows.shape[-1])
+            mask = bias if tile.apart is None else bias.masked_fill(tile.apart, float('-inf'))
+            t += self.attn.proj(tile.to_tokens(self.attn.attend(windows, mask).flatten(0, 1)))
+            t += self.mlp(self.norm2(t))
+            out.index_copy_(0, tile.tokens, t)
+        return out.view_as(x)
 
 
 class PatchMerging(nn.Module):

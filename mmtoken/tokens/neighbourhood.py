@@ -1,16 +1,18 @@
-"""Windows of queries that attend to the patch of a token grid around them.
+"""Windows of one token grid that attend to the patch around them on another.
 
-Window ``(i, j)`` attends to a ``size x size`` patch whose top-left corner lies at
-``(stride * i - before, stride * j - before)``. Patches overlap, reach beyond the grid, and may
-exclude parts of the padding. All padding is the same token (what a zero becomes in LayerNorm and
-projection), so a grid of H * W tokens has H * W + 1 distinct keys, and a neighbourhood is a list
-of indices into them.
+Two grids are cut into the same number of windows, for instance image tokens into windows of 7 x 7
+and the semantic tokens pooled from them into windows of 3 x 3. Window ``(i, j)`` of the queries
+attends to a ``size x size`` patch of the keys whose top-left corner lies at ``(stride * i - before,
+stride * j - before)``. Patches overlap, reach beyond the grid, and may exclude parts of the
+padding.
 
 Two forms of the same attention:
 
-* *gathered* copies each patch. It is the obvious reference, and the cheaper form on large grids.
-* *whole grid* attends to all distinct keys at once, under a bias that is the logarithm of how
-  often a window sees a key: minus infinity for never, 0 for once, log(n) for padding seen n times.
+* :func:`attend_patches`, the reference, pads the key grid and copies the patch of every window.
+* :func:`attend_groups` takes a few neighbouring windows at a time to the union of their patches,
+  under a bias that is the logarithm of how often a window sees a key: minus infinity for never, 0
+  for once. All padding is one and the same key (what a zero becomes in norm and projection), which
+  a window may see n times, hence log(n). A fraction of the copies, and no work on padding.
 
 Source: STViT-R, arXiv 2303.08685; released detection backbone,
 github.com/changsn/STViT-R-Object-Detection (MIT), whose masks this reproduces.
@@ -24,146 +26,190 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import attention, join_heads, split_heads
+from .windows import merge_windows, pad_to_windows, partition_windows, window_index
 
 PadMask = Literal['released', 'exact'] | None
 
+# Windows on a side of a group. On a CPU more would compute more scores that are thrown away than
+# it saves copies (measured for patches of 14, 21 and 27 tokens); a GPU wants few, large kernels.
+GROUP_SIDE = {'cpu': 2, 'cuda': 8}
 
-class Neighbourhoods(NamedTuple):
-    """Where each window of queries finds its keys, for one grid size.
+
+class Neighbourhood(NamedTuple):
+    """Who attends to whom, in numbers.
 
     Attributes:
-        index: ``(windows, K)``, into the tokens of an image, row by row; ``num_tokens`` stands
-            for padding.
-        hidden: ``(windows, K)``, True where a window must not attend; None if nowhere.
-        log_count: ``(windows, num_tokens + 1)``, logarithm of how often a window sees each key.
-        num_tokens: Tokens of the grid, without padding.
-    """
-
-    index: Tensor
-    hidden: Tensor | None
-    log_count: Tensor
-    num_tokens: int
-
-
-@lru_cache(maxsize=32)
-def plan_neighbourhoods(
-    grid: tuple[int, int],
-    size: int,
-    stride: int,
-    hidden_rows: int,
-    hidden_columns: int,
-    pad_mask: PadMask,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Neighbourhoods:
-    """List the keys of every window of a grid.
-
-    Args:
-        grid: ``(H, W)`` in tokens. A grid that is no multiple of ``stride`` is padded at the
-            bottom and right.
-        size: Side of a patch, in tokens.
-        stride: Side of a window on this grid, in tokens.
-        hidden_rows, hidden_columns: Trailing rows and columns of the padded grid that the mask
-            is about, in tokens.
+        query_grid: ``(H, W)`` of the queries, in tokens.
+        query_size: Side of a window of queries, in tokens.
+        key_grid: ``(H, W)`` of the keys, in tokens. Grids that are no multiple of the windows are
+            padded at the bottom and right.
+        stride: Side of a window of keys, in tokens.
+        size: Side of the patch of keys that a window attends to, in tokens.
+        hidden: Trailing rows and columns of the padded key grid that the mask is about, in tokens.
         pad_mask: ``'exact'`` hides those rows *and* columns, and what lies outside the grid.
             ``'released'`` hides what the official checkpoints were trained with: only the corner
             where both meet, or, where one of them is 0, the other; where both are 0 nothing at
             all, the outside included. ``None`` hides nothing.
-
-    Returns:
-        The plan; its tensors are cached per argument tuple and must not be written to.
     """
-    height, width = grid
-    bottom, right = -height % stride, -width % stride
-    before, after = (size - stride) // 2, (size - stride + 1) // 2
-    around = (before, right + after, before, bottom + after)
 
-    # Cached plans outlive inference mode, and autograd cannot save tensors that were made in it.
-    with torch.inference_mode(False):
-        token = torch.arange(height * width).view(height, width)
-        token = F.pad(token, around, value=height * width)
+    query_grid: tuple[int, int]
+    query_size: int
+    key_grid: tuple[int, int]
+    stride: int
+    size: int
+    hidden: tuple[int, int]
+    pad_mask: PadMask
 
-        # Released: `-0:` is the whole axis, and the two slices are intersected.
-        rows = torch.zeros(height + bottom, 1, dtype=torch.bool)
-        columns = torch.zeros(1, width + right, dtype=torch.bool)
-        if pad_mask == 'released':
-            rows[-hidden_rows:] = True
-            columns[:, -hidden_columns:] = True
-            hidden = rows & columns
-        else:
-            rows[rows.shape[0] - hidden_rows :] = True
-            columns[:, columns.shape[1] - hidden_columns :] = True
-            hidden = rows | columns
-        hidden = F.pad(hidden, (before, after, before, after), value=True)
+    @property
+    def num_windows(self) -> tuple[int, int]:
+        """Rows and columns of windows."""
+        height, width = self.key_grid
+        return -(-height // self.stride), -(-width // self.stride)
 
-        index = _patches(token, size, stride)
-        hidden = _patches(hidden, size, stride)
-        # A softmax in which every key is hidden alike hides none.
-        hidden &= ~hidden.all(dim=1, keepdim=True)
-        if pad_mask is None:
-            hidden[:] = False
-
-        count = torch.zeros(index.shape[0], height * width + 1, dtype=torch.float64)
-        count.scatter_add_(1, index, (~hidden).double())
-        return Neighbourhoods(
-            index=index.to(device),
-            hidden=hidden.to(device) if hidden.any() else None,
-            log_count=count.log().to(device, dtype),
-            num_tokens=height * width,
-        )
+    @property
+    def padding(self) -> tuple[int, int, int, int]:
+        """Left, right, top and bottom padding of the key grid, the surroundings included."""
+        before, after = (self.size - self.stride) // 2, (self.size - self.stride + 1) // 2
+        bottom, right = (-side % self.stride for side in self.key_grid)
+        return before, right + after, before, bottom + after
 
 
-def _patches(grid: Tensor, size: int, stride: int) -> Tensor:
-    """Overlapping patches: ``(H, W) -> (windows, size * size)``."""
-    patches = grid.unfold(0, size, stride).unfold(1, size, stride)
-    return patches.reshape(-1, size * size)
-
-
-def neighbourhood_attention(
-    query: Tensor, key: Tensor, value: Tensor, plan: Neighbourhoods, num_heads: int
+def attend_patches(
+    query: Tensor, key_value: Tensor, hood: Neighbourhood, num_heads: int
 ) -> Tensor:
-    """Attend from windows of queries to the patches around them.
+    """Attend from each window to a copy of its patch: the reference.
 
     Args:
-        query: ``(B, windows * Q, C)``, window after window.
-        key, value: ``(B, plan.num_tokens + 1, C)``, the tokens of each image row by row, then the
-            padding token.
-        plan: From :func:`plan_neighbourhoods`.
+        query: ``(B, H, W, C)``, on the query grid.
+        key_value: ``(B, H', W', 2 * C)``, on the key grid with ``hood.padding`` around it, keys
+            first.
+        hood: Who attends to whom.
+        num_heads: Attention heads.
 
     Returns:
-        ``(B, windows * Q, C)``.
+        ``(B, H, W, C)``.
     """
-    # Gathering costs copies of all patches, the whole grid costs scores of keys out of reach.
-    if plan.num_tokens < 2 * plan.index.shape[1]:
-        return attend_whole_grid(query, key, value, plan, num_heads)
-    return attend_gathered(query, key, value, plan, num_heads)
+    batch, grid, channels = query.shape[0], query.shape[1:3], query.shape[-1]
+    windows = partition_windows(pad_to_windows(query, hood.query_size), hood.query_size)
+    patches = _cut(key_value.permute(0, 3, 1, 2), hood).permute(0, 2, 3, 1).flatten(0, 1)
+    key, value = patches.chunk(2, dim=-1)
+    hidden = _hidden_keys(hood)
+    bias = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, float('-inf'))
+    bias = bias[:, None, None].repeat(batch, 1, 1, 1).to(query.device)
+    out = join_heads(attention(*(split_heads(t, num_heads) for t in (windows, key, value)), bias))
+    return merge_windows(out.view(-1, hood.query_size**2, channels), hood.query_size, grid)
 
 
-def attend_gathered(
-    query: Tensor, key: Tensor, value: Tensor, plan: Neighbourhoods, num_heads: int
-) -> Tensor:
-    """:func:`neighbourhood_attention` with a copy of every patch: the reference."""
-    batch, _, channels = key.shape
-    windows, length = plan.index.shape
-    bias = None
-    if plan.hidden is not None:
-        bias = query.new_zeros(plan.hidden.shape).masked_fill_(plan.hidden, float('-inf'))
-        bias = bias[:, None, None].repeat(batch, 1, 1, 1)
-    # index_select, because its backward is a plain index_add
-    patches = [t.index_select(1, plan.index.flatten()) for t in (key, value)]
-    out = attention(
-        split_heads(query.reshape(batch * windows, -1, channels), num_heads),
-        *(split_heads(t.view(batch * windows, length, channels), num_heads) for t in patches),
-        bias,
-    )
-    return join_heads(out).view_as(query)
+def attend_groups(query: Tensor, key_value: Tensor, hood: Neighbourhood, num_heads: int) -> Tensor:
+    """Attend from a few windows at a time to the union of their patches.
+
+    Args:
+        query: ``(B, H, W, C)``, on the query grid.
+        key_value: ``(B, N + 1, 2 * C)``, keys first: the N tokens of the key grid row by row, then
+            the padding token.
+        hood: Who attends to whom.
+        num_heads: Attention heads.
+
+    Returns:
+        ``(B, H, W, C)``.
+    """
+    groups, order = plan_groups(hood, query.device, query.dtype)
+    queries = query.flatten(1, 2).index_select(1, torch.cat([g.queries for g in groups]))
+    outputs = []
+    for group, part in zip(
+        groups, queries.split([len(g.queries) for g in groups], dim=1), strict=True
+    ):
+        keys = key_value.index_select(1, group.keys).chunk(2, dim=-1)
+        bias = None if group.log_count is None else group.log_count[group.window]
+        out = attention(*(split_heads(t, num_heads) for t in (part, *keys)), bias)
+        outputs.append(join_heads(out))
+    return torch.cat(outputs, dim=1).index_select(1, order).view_as(query)
 
 
-def attend_whole_grid(
-    query: Tensor, key: Tensor, value: Tensor, plan: Neighbourhoods, num_heads: int
-) -> Tensor:
-    """:func:`neighbourhood_attention` without a copy of any patch."""
-    queries_per_window = query.shape[1] // plan.log_count.shape[0]
-    bias = plan.log_count.repeat_interleave(queries_per_window, dim=0)
-    out = attention(*(split_heads(t, num_heads) for t in (query, key, value)), bias)
-    return join_heads(out)
+class Group(NamedTuple):
+    """Neighbouring windows and the keys that any of them sees.
+
+    Attributes:
+        queries: ``(Q,)``, indices into the query grid, row by row.
+        window: ``(Q,)``, which of the group's windows each query is in.
+        keys: ``(K,)``, indices into the key grid, row by row; ``H * W`` stands for padding.
+        log_count: ``(windows, K)``, logarithm of how often a window sees each key; None if every
+            window sees every key once.
+    """
+
+    queries: Tensor
+    window: Tensor
+    keys: Tensor
+    log_count: Tensor | None
+
+
+@lru_cache(maxsize=64)
+def plan_groups(
+    hood: Neighbourhood, device: torch.device, dtype: torch.dtype
+) -> tuple[tuple[Group, ...], Tensor]:
+    """Deal the windows out into square groups.
+
+    Returns:
+        The groups, and ``(H * W,)``: where the queries of the grid, row by row, are found in those
+        of all groups, one after the other. Cached, and not to be written to.
+    """
+    # Cached plans outlive inference mode, and autograd cannot save tensors that were made in it.
+    with torch.inference_mode(False):
+        log_count = _count_keys(hood).log().to(dtype)
+        places = window_index(hood.query_grid, hood.query_size)
+        windows = torch.arange(len(places)).view(hood.num_windows)
+        side = GROUP_SIDE.get(device.type, GROUP_SIDE['cuda'])
+        groups = []
+        for rows in windows.split(side):
+            for members in rows.split(side, dim=1):
+                groups.append(_group(members.flatten(), places, log_count, hood))
+        order = torch.cat([g.queries for g in groups]).argsort()
+        groups = (Group(*(None if t is None else t.to(device) for t in g)) for g in groups)
+        return tuple(groups), order.to(device)
+
+
+def _group(members: Tensor, places: Tensor, log_count: Tensor, hood: Neighbourhood) -> Group:
+    log_count = log_count[members]
+    keys = log_count.isfinite().any(dim=0).nonzero().flatten()
+    log_count = log_count[:, keys]
+    queries = places[members]
+    real = queries < hood.query_grid[0] * hood.query_grid[1]
+    return Group(queries[real], real.nonzero()[:, 0], keys, log_count if log_count.any() else None)
+
+
+def _count_keys(hood: Neighbourhood) -> Tensor:
+    """How often each window sees each key, the padding last: ``(windows, H * W + 1)``."""
+    height, width = hood.key_grid
+    token = torch.arange(height * width).view(1, height, width)
+    token = F.pad(token, hood.padding, value=height * width)
+    index = _cut(token, hood)[0]
+    count = torch.zeros(index.shape[0], height * width + 1, dtype=torch.float64)
+    return count.scatter_add_(1, index, (~_hidden_keys(hood)).double())
+
+
+def _hidden_keys(hood: Neighbourhood) -> Tensor:
+    """Which places of its patch a window must not attend to: ``(windows, size * size)``."""
+    rows, columns = (n * hood.stride for n in hood.num_windows)
+    low, right = torch.arange(rows)[:, None], torch.arange(columns)
+    if hood.pad_mask == 'released':
+        # A slice from minus zero is the whole axis, and the two slices are intersected.
+        low, right = (
+            place >= end - (count or end)
+            for place, end, count in zip((low, right), (rows, columns), hood.hidden, strict=True)
+        )
+        hidden = low & right
+    else:
+        hidden = (low >= rows - hood.hidden[0]) | (right >= columns - hood.hidden[1])
+    before, after = (hood.size - hood.stride) // 2, (hood.size - hood.stride + 1) // 2
+    hidden = F.pad(hidden, (before, after, before, after), value=True)
+    hidden = _cut(hidden[None], hood)[0]
+    if hood.pad_mask is None:
+        return torch.zeros_like(hidden)
+    # A softmax in which every key is hidden alike hides none.
+    return hidden & ~hidden.all(dim=1, keepdim=True)
+
+
+def _cut(grid: Tensor, hood: Neighbourhood) -> Tensor:
+    """Overlapping patches of a padded grid: ``(..., H', W') -> (..., windows, size * size)``."""
+    patches = grid.unfold(-2, hood.size, hood.stride).unfold(-2, hood.size, hood.stride)
+    return patches.flatten(-4, -3).flatten(-2)

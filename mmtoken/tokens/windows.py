@@ -61,7 +61,7 @@ def max_pool_windows(x: Tensor, size: int, pooled: int) -> Tensor:
         pooled: Side of the pooled window, in tokens.
 
     Returns:
-        ``(B * windows, pooled * pooled, C)``, in the order of :func:`partition_windows`.
+        ``(B, H / size * pooled, W / size * pooled, C)``.
     """
     batch, height, width, channels = x.shape
     bins = [(i * size // pooled, -(-(i + 1) * size // pooled)) for i in range(pooled)]
@@ -69,7 +69,9 @@ def max_pool_windows(x: Tensor, size: int, pooled: int) -> Tensor:
     x = torch.stack([_max_of_slices(x, 2, *span) for span in bins], dim=2)
     x = torch.stack([_max_of_slices(x, 4, *span) for span in bins], dim=3)
     # (B, window rows, pooled rows, pooled columns, window columns, C)
-    return x.permute(0, 1, 4, 2, 3, 5).reshape(-1, pooled * pooled, channels)
+    return x.transpose(3, 4).reshape(
+        batch, height // size * pooled, width // size * pooled, channels
+    )
 
 
 def _max_of_slices(x: Tensor, dim: int, start: int, stop: int) -> Tensor:
@@ -79,31 +81,55 @@ def _max_of_slices(x: Tensor, dim: int, start: int, stop: int) -> Tensor:
     return maximum
 
 
+def window_index(grid: tuple[int, int], size: int, shift: int = 0) -> Tensor:
+    """Which token stands in each place of each window.
+
+    Args:
+        grid: ``(H, W)``, in tokens; padded at the bottom and right to whole windows.
+        size: Window side, in tokens.
+        shift: Cyclic shift of the padded grid towards the top left, in tokens.
+
+    Returns:
+        ``(windows, size * size)``, indices into the H * W tokens; H * W stands for padding.
+    """
+    height, width = grid
+    token = torch.arange(height * width).view(grid)
+    token = F.pad(token, (0, -width % size, 0, -height % size), value=height * width)
+    token = token.roll((-shift, -shift), dims=(0, 1))
+    return partition_windows(token[None, :, :, None], size).squeeze(-1)
+
+
+def shifted_regions(grid: tuple[int, int], size: int, shift: int) -> Tensor:
+    """Number the parts that a cyclic shift brings together: ``(windows, size * size)``.
+
+    Tokens of one window attend to each other if their numbers are equal. Arguments as in
+    :func:`window_index`.
+    """
+    height, width = (side + -side % size for side in grid)
+    region = torch.zeros(1, height, width, 1)
+    spans = (slice(0, -size), slice(-size, -shift), slice(-shift, None))
+    for i, rows in enumerate(spans):
+        for j, columns in enumerate(spans):
+            region[:, rows, columns] = 3 * i + j
+    return partition_windows(region, size).squeeze(-1)
+
+
 @lru_cache(maxsize=32)
 def shifted_window_mask(
-    height: int, width: int, size: int, shift: int, device: torch.device, dtype: torch.dtype
+    grid: tuple[int, int], size: int, shift: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """Additive mask that keeps a cyclically shifted grid from attending across its seam.
 
     Minus infinity stands where the releases of Swin have -100, whose exponentials are denormal
-    numbers: equal in fp32, and several times faster on a CPU.
-
-    Args:
-        height, width: Padded grid, in tokens.
-        size: Window side, in tokens.
-        shift: Cyclic shift, in tokens.
+    numbers: equal in fp32, and several times faster on a CPU. Arguments as in
+    :func:`window_index`.
 
     Returns:
         ``(windows, 1, L, L)`` with ``L = size * size``; 0 or minus infinity.
     """
     # Cached masks outlive inference mode, and autograd cannot save tensors that were made in it.
     with torch.inference_mode(False):
-        region = torch.zeros(1, height, width, 1)
-        spans = (slice(0, -size), slice(-size, -shift), slice(-shift, None))
-        for i, rows in enumerate(spans):
-            for j, columns in enumerate(spans):
-                region[:, rows, columns] = 3 * i + j
-        region = partition_windows(region, size).squeeze(-1)
+        region = shifted_regions(grid, size, shift)
         apart = region.unsqueeze(1) != region.unsqueeze(2)
         mask = torch.zeros(apart.shape, dtype=dtype).masked_fill_(apart, float('-inf'))
         return mask.unsqueeze(1).to(device)
