@@ -8,4 +8,4 @@ model is built.
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import Registry
 
-MODELS = Registry('model', parent=MMENGINE_MODELS, locations=['mmtoken.backbones'])
+MODELS = Registry('model', parent=MMENGINE_MODELS, locations=['mmtoken.backbones', 'mmtoken.necks'])

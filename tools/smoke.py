@@ -80,6 +80,8 @@ def build(path: Path) -> tuple[torch.nn.Module, str]:
     """The model of a config, without pretrained weights and for one CPU, and its scope."""
     cfg = Config.fromfile(path)
     cfg.model.backbone.pop('init_cfg', None)
+    # mmpretrain keeps it beside the model.
+    cfg.model.setdefault('data_preprocessor', cfg.get('data_preprocessor'))
     if cfg.model.data_preprocessor.get('size'):
         cfg.model.data_preprocessor.size = (HEIGHT, WIDTH)
     without_sync_bn(cfg.model)
@@ -121,6 +123,13 @@ def segmentation_sample(model):
     return sample
 
 
+def classification_sample(model):
+    from mmpretrain.structures import DataSample
+
+    label = torch.randint(model.head.num_classes, ()).item()
+    return DataSample(metainfo=meta()).set_gt_label(label)
+
+
 def meta() -> dict:
     shape = (HEIGHT, WIDTH)
     return dict(
@@ -129,7 +138,7 @@ def meta() -> dict:
     )  # fmt: skip
 
 
-SAMPLES = dict(mmdet=detection_sample, mmseg=segmentation_sample)
+SAMPLES = dict(mmdet=detection_sample, mmseg=segmentation_sample, mmpretrain=classification_sample)
 
 if __name__ == '__main__':
     main()

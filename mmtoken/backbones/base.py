@@ -1,22 +1,24 @@
 """What every backbone of the package has in common."""
 
+import math
 from abc import ABCMeta, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
+import torch
 import torch.nn as nn
 from mmengine.model import BaseModule
-from timm.layers import trunc_normal_
+from timm.layers import PatchEmbed, resample_abs_pos_embed, to_2tuple, trunc_normal_
 from torch import Tensor
 
 from ..checkpoints import load_into
 
 
 class TokenBackbone(BaseModule, metaclass=ABCMeta):
-    """Freezing, initialisation and layer depths of a staged backbone.
+    """Freezing, initialisation and layer depths of a backbone: a stem, then stages in a row.
 
-    A subclass has a stem ``patch_embed`` and stages ``layers``, each a module with a flat list
-    ``blocks``, and hands out one dense map per index in ``out_indices``.
+    A stage is what ``out_indices`` and ``frozen_stages`` count: in a hierarchical backbone a module
+    with a flat list ``blocks``, in a plain one (:class:`PlainBackbone`) a single block.
 
     Args:
         out_indices: Stages whose maps are returned, in rising order.
@@ -27,6 +29,8 @@ class TokenBackbone(BaseModule, metaclass=ABCMeta):
             ``dict(type='Pretrained', checkpoint=..., prefix='backbone.')``.
     """
 
+    stem_names: ClassVar[tuple[str, ...]] = ('patch_embed',)  # attributes before the first stage
+    stages_name: ClassVar[str] = 'layers'  # the attribute that lists the stages
     twin_args: ClassVar[dict]  # constructor arguments that turn the class into its dense twin
     unused_keys: str | None = None  # names a checkpoint may have in excess (regular expression)
     fresh_keys: str | None = None  # names it may lack
@@ -67,25 +71,34 @@ class TokenBackbone(BaseModule, metaclass=ABCMeta):
     def train(self, mode: bool = True) -> 'TokenBackbone':
         """As in torch, but frozen stages and, with ``norm_eval``, batch norms stay in eval mode."""
         super().train(mode)
-        for module in self.frozen_modules():
-            module.eval()
-            module.requires_grad_(False)
+        for frozen in self.frozen_modules():
+            frozen.requires_grad_(False)
+            if isinstance(frozen, nn.Module):
+                frozen.eval()
         if mode and self.norm_eval:
             for module in self.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         return self
 
-    def frozen_modules(self) -> list[nn.Module]:
-        """The stem, stages and output norms that ``frozen_stages`` keeps fixed."""
+    def frozen_modules(self) -> list[nn.Module | nn.Parameter]:
+        """The stem, stages and output layers that ``frozen_stages`` keeps fixed."""
         if self.frozen_stages < 0:
             return []
-        frozen = [self.patch_embed]
-        for i, stage in enumerate(self.layers[: self.frozen_stages]):
+        frozen = [getattr(self, name) for name in self.stem_names]
+        for i, stage in enumerate(self.stages[: self.frozen_stages]):
             frozen.append(stage)
             if i in self.out_indices:
-                frozen.append(getattr(self, f'norm{i}'))
+                frozen += self.output_layers(i)
         return frozen
+
+    @property
+    def stages(self) -> nn.ModuleList:
+        return getattr(self, self.stages_name)
+
+    def output_layers(self, index: int) -> list[nn.Module]:
+        """What lies between a stage and its map."""
+        return [getattr(self, f'norm{index}')]
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """Depth of the layer a parameter belongs to, for layer-wise learning-rate decay.
@@ -96,21 +109,94 @@ class TokenBackbone(BaseModule, metaclass=ABCMeta):
 
         Returns:
             ``(depth, number of layers)``: 0 for the stem, then one per block; a downsampling layer
-            counts with the block before it, output norms and all else come last.
+            counts with the block before it, output layers and all else come last.
         """
-        depths = [len(stage.blocks) for stage in self.layers]
+        depths = [len(getattr(stage, 'blocks', (stage,))) for stage in self.stages]
         num_layers = sum(depths) + 2
         last = num_layers - 1
         if not param_name.startswith(prefix):
             return last, num_layers
         parts = param_name[len(prefix) :].split('.')
-        if parts[0] == 'patch_embed':
+        if parts[0] in self.stem_names:
             return 0, num_layers
-        if parts[0] != 'layers':
+        if parts[0] != self.stages_name:
             return last, num_layers
         stage = int(parts[1])
         block = int(parts[3]) + 1 if parts[2] == 'blocks' else depths[stage]
         return sum(depths[:stage]) + block, num_layers
+
+
+class PlainBackbone(TokenBackbone):
+    """A plain ViT without a class token: every block is a stage. Names are timm's.
+
+    This class makes the stem, ``patch_embed`` and ``pos_embed``; a subclass adds ``blocks``.
+
+    Args:
+        embed_dims: Channels of a token.
+        num_layers: Blocks.
+        img_size: Image that ``pos_embed`` is laid out for, in pixels: a side, or ``(H, W)``. Any
+            other size is accepted too.
+        patch_size: Side of a patch, in pixels.
+        in_channels: Channels of the image.
+        out_indices: Blocks that are tapped, in rising order; negative ones count from the end.
+        frozen_stages: Blocks kept fixed: 0 freezes the stem, 1 the stem and the first block, and
+            so on; -1 freezes nothing.
+        norm_eval: Keep batch norms in eval mode while training.
+        init_cfg: MMEngine's initialisation config.
+
+    Raises:
+        ValueError: ``out_indices`` or ``frozen_stages`` out of range.
+    """
+
+    stem_names = ('patch_embed', 'pos_embed')
+    stages_name = 'blocks'
+    arch_keys = ('embed_dims', 'num_layers', 'num_heads', 'feedforward_channels')
+    arch_zoo: ClassVar[dict[str, dict]] = dict(
+        tiny=dict(embed_dims=192, num_layers=12, num_heads=3, feedforward_channels=768),
+        small=dict(embed_dims=384, num_layers=12, num_heads=6, feedforward_channels=1536),
+        base=dict(embed_dims=768, num_layers=12, num_heads=12, feedforward_channels=3072),
+    )
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_layers: int,
+        img_size: int | tuple[int, int],
+        patch_size: int,
+        in_channels: int,
+        out_indices: Iterable[int],
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(
+            check_out_indices(out_indices, num_layers), frozen_stages, norm_eval, init_cfg
+        )
+        if not -1 <= frozen_stages <= num_layers:
+            raise ValueError(f'frozen_stages must be from -1 to {num_layers}, got {frozen_stages}')
+        self.patch_embed = PatchEmbed(
+            None, patch_size, in_channels, embed_dims, output_fmt='NHWC', dynamic_img_pad=True
+        )
+        self.pos_grid = tuple(-(-side // patch_size) for side in to_2tuple(img_size))
+        self.pos_embed = nn.Parameter(
+            trunc_normal_(torch.empty(1, math.prod(self.pos_grid), embed_dims), std=0.02)
+        )
+
+    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Embed the patches and add their positions.
+
+        Args:
+            x: Images, ``(B, in_channels, H, W)``, any H and W; padded at the bottom and right to
+                whole patches.
+
+        Returns:
+            Tokens ``(B, H' * W', C)``, row by row, and their grid ``(H', W')``.
+        """
+        x = self.patch_embed(x)
+        grid = (x.shape[1], x.shape[2])
+        position = resample_abs_pos_embed(self.pos_embed, grid, self.pos_grid, num_prefix_tokens=0)
+        # Without the copy all that is added to it would keep the strides of the convolution.
+        return x.flatten(1, 2).contiguous() + position, grid
 
 
 def _init_linear(module: nn.Module) -> None:
@@ -144,7 +230,7 @@ def resolve_arch(arch: str | Mapping, zoo: Mapping[str, dict], keys: Iterable[st
 
 
 def check_out_indices(out_indices: Iterable[int], num_stages: int) -> tuple[int, ...]:
-    """Rising stage indices in ``[0, num_stages)``; negative ones count from the end.
+    """Rising indices of stages in ``[0, num_stages)``; negative ones count from the end.
 
     Raises:
         ValueError: Empty, repeated, unordered or out of range.
@@ -154,6 +240,6 @@ def check_out_indices(out_indices: Iterable[int], num_stages: int) -> tuple[int,
     rising = all(a < b for a, b in zip(indices, indices[1:], strict=False))
     if not indices or not rising or not all(0 <= i < num_stages for i in indices):
         raise ValueError(
-            f'out_indices must be rising stage indices from 0 to {num_stages - 1}, got {given}'
+            f'out_indices must be rising indices from 0 to {num_stages - 1}, got {given}'
         )
     return indices

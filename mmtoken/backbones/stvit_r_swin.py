@@ -1,32 +1,27 @@
-"""STViT-R on Swin, the form for dense prediction.
+"""STViT-R on Swin, for dense prediction and for classification.
 
-Source: STViT-R, arXiv 2303.08685; released detection backbone,
-github.com/changsn/STViT-R-Object-Detection (MIT). Parameter names are the official ones.
+Source: STViT-R, arXiv 2303.08685; released detection backbone and classifier,
+github.com/changsn/STViT-R-Object-Detection and github.com/changsn/STViT-R (MIT). Parameter names
+are the official ones.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
 
-import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from ..layers.semantic import (
-    UNIT_DEPTH,
-    GlobalBlock,
-    LocalBlock,
-    PoolBlock,
-    RecoverBlock,
-    ReduceBlock,
-    Windowing,
-    semantic_unit,
-)
-from ..layers.stem import ConvStem
-from ..layers.swin import PatchMerging, SwinBlock
+from ..layers.semantic import UNIT_DEPTH, Windowing
+from ..layers.stages import SemanticStage, SwinStage, classification_unit, dense_unit
+from ..layers.stem import ConvStem, PatchStem
+from ..layers.swin import PatchMerging
 from ..registry import MODELS
+from ..tokens.maps import to_map
 from ..tokens.neighbourhood import PadMask
 from .base import TokenBackbone, check_out_indices, resolve_arch
 
+Form = Literal['dense', 'classification']
+STEMS = dict(conv=ConvStem, patch=PatchStem)
 SEMANTIC_STAGE = 2
 
 
@@ -38,19 +33,32 @@ class STViTRSwin(TokenBackbone):
     (:func:`~mmtoken.layers.semantic.semantic_unit`); the other stages are plain Swin. The maps
     have strides 4, 8, 16 and 32, and any image size is accepted.
 
+    It comes in two forms with the same parameters: for dense prediction, where semantic attention
+    reaches the neighbourhood of a window, and for classification, where it reaches the whole image.
+    The released detectors start from classifiers of the other form.
+
     Args:
         arch: ``'tiny'``, ``'small'``, ``'base'``, or a dict with the keys ``embed_dims``,
             ``depths`` and ``num_heads`` (four stages; the third depth a multiple of 6).
+        form: ``'dense'`` or ``'classification'``; see above. As in Swin, a classifier does not
+            shift the windows of a grid that is no larger than a window, while a detector does.
+        stem: ``'conv'``, two strided convolutions as in STViT-R, or ``'patch'``, the patch
+            embedding of Swin, for weights of a plain Swin.
         in_channels: Channels of the image.
         window_size: Side of an attention window, in tokens.
         semantic_size: Side of a window after pooling, in semantic tokens. ``None`` gives the
             dense twin: ordinary Swin blocks throughout.
         key_sizes: Sides of the patches a window attends to in the pool block and the reduce block
-            (in image tokens) and the recover block (in semantic tokens).
+            (in image tokens) and the recover block (in semantic tokens). Dense form only.
         pad_mask: How padding is hidden from semantic attention. ``'released'`` is what the
             official checkpoints were trained with, slips included; ``'exact'`` hides padding and
             nothing else; ``None`` hides nothing. See
-            :func:`~mmtoken.tokens.neighbourhood.plan_neighbourhoods`.
+            :class:`~mmtoken.tokens.neighbourhood.Neighbourhood`. Dense form only.
+        shortcut: Keep the freshly pooled tokens and add the first attention to them. By default
+            True in the dense form, which knows nothing else, and False in the classification form,
+            as released.
+        use_global: Add learned centers to the semantic tokens of the first unit; the release found
+            little in it. They are resampled to other grids than that of a 224-pixel image.
         conv_pos: Add a depth-wise convolution to freshly pooled semantic tokens.
         mlp_ratio: Hidden width of the MLPs over the channels.
         drop_path_rate: Stochastic depth of the last block, rising linearly from 0.
@@ -80,11 +88,15 @@ class STViTRSwin(TokenBackbone):
     def __init__(
         self,
         arch: str | Mapping = 'small',
+        form: Form = 'dense',
+        stem: Literal['conv', 'patch'] = 'conv',
         in_channels: int = 3,
         window_size: int = 7,
         semantic_size: int | None = 3,
         key_sizes: Sequence[int] = (14, 21, 27),
         pad_mask: PadMask = 'released',
+        shortcut: bool | None = None,
+        use_global: bool = False,
         conv_pos: bool = False,
         mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.2,
@@ -99,6 +111,7 @@ class STViTRSwin(TokenBackbone):
         _check_arguments(
             arch['embed_dims'], depths, num_heads, window_size, semantic_size, key_sizes, pad_mask
         )
+        _check_form(form, stem, shortcut)
         super().__init__(
             check_out_indices(out_indices, len(depths)), frozen_stages, norm_eval, init_cfg
         )
@@ -106,7 +119,8 @@ class STViTRSwin(TokenBackbone):
             raise ValueError(f'frozen_stages must be from -1 to {len(depths)}, got {frozen_stages}')
         self.out_channels = tuple(arch['embed_dims'] * 2**i for i in range(len(depths)))
 
-        self.patch_embed = ConvStem(arch['embed_dims'], in_channels)
+        windows = Windowing(window_size, semantic_size, pad_mask)
+        self.patch_embed = STEMS[stem](arch['embed_dims'], in_channels)
         self.layers = nn.ModuleList()
         for i, depth in enumerate(depths):
             dims = self.out_channels[i]
@@ -115,12 +129,18 @@ class STViTRSwin(TokenBackbone):
             rates = [drop_path_rate * (start + j) / last for j in range(depth)]
             downsample = PatchMerging(dims) if i + 1 < len(depths) else None
             if semantic_size and i == SEMANTIC_STAGE:
-                windows = Windowing(window_size, semantic_size, pad_mask)
-                stage = SemanticStage(
-                    common, rates, windows, key_sizes, conv_pos, downsample, with_cp
-                )
+                units = [
+                    dense_unit(common, unit_rates, windows, key_sizes, conv_pos)
+                    if form == 'dense'
+                    else classification_unit(common, unit_rates, windows, conv_pos, bool(shortcut))
+                    for unit_rates in (
+                        rates[j : j + UNIT_DEPTH] for j in range(0, depth, UNIT_DEPTH)
+                    )
+                ]
+                centers = dims if use_global else None
+                stage = SemanticStage(units, windows, centers, downsample, with_cp)
             else:
-                stage = SwinStage(common, rates, window_size, downsample, with_cp)
+                stage = SwinStage(common, rates, window_size, form == 'dense', downsample, with_cp)
             self.layers.append(stage)
         for i in self.out_indices:
             self.add_module(f'norm{i}', nn.LayerNorm(self.out_channels[i]))
@@ -141,85 +161,11 @@ class STViTRSwin(TokenBackbone):
         for i, stage in enumerate(self.layers):
             x = stage(x)
             if i in self.out_indices:
-                normed = getattr(self, f'norm{i}')(x)
-                maps.append(normed.permute(0, 3, 1, 2).contiguous())
+                maps.append(to_map(getattr(self, f'norm{i}')(x)))
             if i == self.out_indices[-1]:
                 break
             x = stage.downsample(x)
         return tuple(maps)
-
-
-class SwinStage(nn.Module):
-    """Swin blocks, every other one with shifted windows, and the layer that leads to the next."""
-
-    def __init__(
-        self,
-        common: dict,
-        drop_path: list[float],
-        window_size: int,
-        downsample: nn.Module | None,
-        with_cp: bool,
-    ) -> None:
-        super().__init__()
-        self.with_cp = with_cp
-        shift = window_size // 2
-        self.blocks = nn.ModuleList(
-            SwinBlock(window_size=window_size, shift=shift * (j % 2), drop_path=rate, **common)
-            for j, rate in enumerate(drop_path)
-        )
-        self.downsample = downsample
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, H, W, C) -> (B, H, W, C)``; the caller downsamples."""
-        for block in self.blocks:
-            x = _run(block, x, checkpointed=self.with_cp)
-        return x
-
-
-class SemanticStage(nn.Module):
-    """Units of six blocks on semantic tokens, in one flat list as in the official checkpoints."""
-
-    def __init__(
-        self,
-        common: dict,
-        drop_path: list[float],
-        windows: Windowing,
-        key_sizes: Sequence[int],
-        conv_pos: bool,
-        downsample: nn.Module | None,
-        with_cp: bool,
-    ) -> None:
-        super().__init__()
-        self.windows = windows
-        self.with_cp = with_cp
-        near, far, recover = key_sizes
-        self.blocks = nn.ModuleList()
-        for j in range(0, len(drop_path), UNIT_DEPTH):
-            rates = drop_path[j : j + UNIT_DEPTH]
-            self.blocks.extend(
-                [
-                    SwinBlock(window_size=windows.size, drop_path=rates[0], **common),
-                    PoolBlock(key_size=near, conv_pos=conv_pos, drop_path=rates[1], **common),
-                    ReduceBlock(key_size=far, drop_path=rates[2], **common),
-                    LocalBlock(drop_path=rates[3], **common),
-                    GlobalBlock(drop_path=rates[4], **common),
-                    RecoverBlock(key_size=recover, drop_path=rates[5], **common),
-                ]
-            )
-        self.downsample = downsample
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, H, W, C) -> (B, H, W, C)``; the caller downsamples."""
-        for j in range(0, len(self.blocks), UNIT_DEPTH):
-            unit = list(self.blocks[j : j + UNIT_DEPTH])
-            x = _run(semantic_unit, x, unit, self.windows, checkpointed=self.with_cp)
-        return x
-
-
-def _run(function, x: Tensor, *args, checkpointed: bool) -> Tensor:
-    if checkpointed and torch.is_grad_enabled():
-        return checkpoint(function, x, *args, use_reentrant=False)
-    return function(x, *args)
 
 
 def _check_arguments(
@@ -259,3 +205,12 @@ def _check_arguments(
         )
     if pad_mask not in ('released', 'exact', None):
         raise ValueError(f"pad_mask must be 'released', 'exact' or None, got {pad_mask!r}")
+
+
+def _check_form(form: Form, stem: str, shortcut: bool | None) -> None:
+    if form not in get_args(Form):
+        raise ValueError(f"form must be 'dense' or 'classification', got {form!r}")
+    if stem not in STEMS:
+        raise ValueError(f"stem must be 'conv' or 'patch', got {stem!r}")
+    if form == 'dense' and shortcut is False:
+        raise ValueError('the dense form always has the shortcut; it was given shortcut=False')

@@ -31,11 +31,3 @@ class SemanticRecovery(CrossBlock):
     def forward(self, image: Tensor, semantic: Tensor) -> Tensor:
         """``(B, H * W, C), (B, N, C) -> (B, H * W, C)``."""
         return self.norm(super().forward(image, semantic))
-
-
-def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Tokens row by row to a map: ``(B, H * W, C) -> (B, C, H, W)``.
-
-    The map is contiguous: RoIAlign of mmcv misreads maps in the channels-last format.
-    """
-    return tokens.transpose(1, 2).unflatten(2, grid).contiguous()

@@ -146,14 +146,19 @@ class NeighbourhoodBlock(SemanticBlock):
 class ReduceBlock(NeighbourhoodBlock):
     """Semantic tokens gather from the image tokens around their window."""
 
-    def forward(self, semantic: Tensor, x: Tensor, windows: Windowing) -> Tensor:
+    def forward(
+        self, semantic: Tensor, x: Tensor, windows: Windowing, centers: Tensor | None = None
+    ) -> Tensor:
         """Update semantic tokens.
 
         Args:
             semantic: ``(B, rows * n, columns * n, C)``, of windows pooled to n x n.
             x: Image tokens, ``(B, H, W, C)``, any H and W.
             windows: How the stage is cut.
+            centers: Learned tokens that are added to the semantic ones first.
         """
+        if centers is not None:
+            semantic = semantic + centers
         grid, size = x.shape[1:3], windows.size
         hood = Neighbourhood(
             query_grid=tuple(semantic.shape[1:3]),
@@ -257,13 +262,16 @@ def _pooled_padding(padding: int, size: int, pooled_size: int) -> int:
     return sum(start >= size - padding for start in starts)
 
 
-def semantic_unit(x: Tensor, blocks: list[nn.Module], windows: Windowing) -> Tensor:
+def semantic_unit(
+    x: Tensor, blocks: list[nn.Module], windows: Windowing, centers: Tensor | None = None
+) -> Tensor:
     """Run one unit of six blocks.
 
     Args:
         x: Image tokens, ``(B, H, W, C)``, any H and W.
         blocks: Swin, pool, reduce, local, global and recover block.
         windows: How the stage is cut.
+        centers: Learned tokens for the reduce block, ``(1, rows * n, columns * n, C)``.
 
     Returns:
         Image tokens, ``(B, H, W, C)``.
@@ -272,7 +280,7 @@ def semantic_unit(x: Tensor, blocks: list[nn.Module], windows: Windowing) -> Ten
     x = swin(x)
     semantic = pool.pool(x, windows)
     semantic = pool(semantic, x, windows)
-    semantic = reduce(semantic, x, windows)
+    semantic = reduce(semantic, x, windows, centers)
     semantic = mix_local(semantic, windows)
     semantic = mix_global(semantic)
     return recover(x, semantic, windows)

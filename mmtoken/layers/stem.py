@@ -1,4 +1,4 @@
-"""Convolutional patch embedding."""
+"""Pixels to stride-4 tokens."""
 
 from collections import OrderedDict
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ..tokens.tiles import TILE_TOKENS, works_in_tiles
+from ..tokens.tiles import tile_length, works_in_tiles
 
 
 class ConvStem(nn.Module):
@@ -34,8 +34,7 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, 3, H, W) -> (B, ceil(H / 4), ceil(W / 4), embed_dims)``."""
-        height, width = x.shape[-2:]
-        x = F.pad(x, (0, -width % self.stride, 0, -height % self.stride))
+        x = pad_to_stride(x, self.stride)
         if works_in_tiles(x) and not self.training:
             return self.forward_in_strips(x)
         return self.proj(x).permute(0, 2, 3, 1).contiguous()
@@ -49,7 +48,7 @@ class ConvStem(nn.Module):
         batch, _, height, width = x.shape
         rows, columns = height // self.stride, width // self.stride
         first, second = (_fold(layer) for layer in (self.proj[0], self.proj[2]))
-        step = max(1, TILE_TOKENS // (batch * columns))
+        step = max(1, tile_length(self.proj[2].c.out_channels) // (batch * columns))
         out = []
         # One row of zeros above, the padding of both convolutions
         x = F.pad(x, (0, 0, 1, 0)).contiguous(memory_format=torch.channels_last)
@@ -63,6 +62,35 @@ class ConvStem(nn.Module):
             y = F.hardswish(F.conv2d(y, *second, stride=2, padding=(0, 1)))
             out.append(y.permute(0, 2, 3, 1))
         return torch.cat(out, dim=1)
+
+
+class PatchStem(nn.Module):
+    """The patch embedding of Swin: one 4 x 4 convolution of stride 4 and a LayerNorm.
+
+    Args:
+        embed_dims: Channels of a token.
+        in_channels: Channels of the image.
+
+    Source: Swin Transformer, arXiv 2103.14030; parameter names are the official ones.
+    """
+
+    stride = 4
+
+    def __init__(self, embed_dims: int, in_channels: int = 3) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, embed_dims, self.stride, self.stride)
+        self.norm = nn.LayerNorm(embed_dims)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, 3, H, W) -> (B, ceil(H / 4), ceil(W / 4), embed_dims)``."""
+        x = self.proj(pad_to_stride(x, self.stride))
+        return self.norm(x.permute(0, 2, 3, 1).contiguous())
+
+
+def pad_to_stride(x: Tensor, stride: int) -> Tensor:
+    """Zero-pad images ``(B, C, H, W)`` at the bottom and right to multiples of ``stride``."""
+    height, width = x.shape[-2:]
+    return F.pad(x, (0, -width % stride, 0, -height % stride))
 
 
 def _fold(layer: nn.Sequential) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,8 @@
 Source: Swin Transformer, arXiv 2103.14030, section 3. Parameter names are the official ones.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import Tensor
 
 from ..tokens.attention import attention, join_heads
-from ..tokens.tiles import plan_window_tiles, works_in_tiles
+from ..tokens.tiles import plan_window_tiles, tile_length, works_in_tiles
 from ..tokens.windows import (
     merge_windows,
     pad_to_windows,
@@ -57,7 +59,7 @@ class WindowAttention(nn.Module):
         return self.proj(self.attend(self.qkv(windows), bias))
 
     def attend(self, qkv: Tensor, bias: Tensor) -> Tensor:
-        """``(windows, L, 3 * C)``, and a bias for ``(windows, heads, L, L)``, to (windows, L, C)."""
+        """``(windows, L, 3 * C) -> (windows, L, C)``; ``bias`` is ``(windows, heads, L, L)``."""
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return join_heads(attention(query, key, value, bias))
 
@@ -84,6 +86,8 @@ class SwinBlock(nn.Module):
         num_heads: Attention heads.
         window_size: Window side, in tokens.
         shift: Cyclic shift of the windows, in tokens.
+        shift_always: Shift even a grid that is no larger than a window, as Swin's detectors do
+            and its classifiers do not.
         mlp_ratio: Hidden width of the MLP over ``embed_dims``.
         drop_path: Stochastic depth rate.
     """
@@ -94,12 +98,14 @@ class SwinBlock(nn.Module):
         num_heads: int,
         window_size: int = 7,
         shift: int = 0,
+        shift_always: bool = True,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.window_size = window_size
         self.shift = shift
+        self.shift_always = shift_always
         self.norm1 = nn.LayerNorm(embed_dims)
         self.attn = WindowAttention(embed_dims, num_heads, window_size)
         self.drop_path = DropPath(drop_path)
@@ -117,7 +123,8 @@ class SwinBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def attend(self, x: Tensor) -> Tensor:
-        grid, size, shift = x.shape[1:3], self.window_size, self.shift
+        grid, size = x.shape[1:3], self.window_size
+        shift = self.shift_on(grid)
         x, mask = pad_to_windows(x, size), None
         padded = x.shape[1:3]
         if shift:
@@ -129,14 +136,20 @@ class SwinBlock(nn.Module):
         x = merge_windows(x, size, padded).roll((shift, shift), dims=(1, 2))
         return x[:, : grid[0], : grid[1]]
 
+    def shift_on(self, grid: Sequence[int]) -> int:
+        """Shift on a grid ``(H, W)``, in tokens."""
+        return self.shift if self.shift_always or min(grid) > self.window_size else 0
+
     def forward_in_tiles(self, x: Tensor) -> Tensor:
         """:meth:`forward`, for inference, a few windows at a time."""
         tokens = x.reshape(-1, x.shape[-1])
         out = torch.empty_like(tokens)
         qkv, bias = self.attn.qkv, self.attn.position_bias()
-        for tile in plan_window_tiles(
-            x.shape[0], tuple(x.shape[1:3]), self.window_size, self.shift
-        ):
+        batch, *grid, channels = x.shape
+        plan = plan_window_tiles(
+            batch, tuple(grid), self.window_size, self.shift_on(grid), tile_length(channels)
+        )
+        for tile in plan:
             t = tokens.index_select(0, tile.tokens)
             # Padding is zero before the projection, so it is the projection's bias behind it.
             windows = tile.to_windows(qkv(self.norm1(t)), qkv.bias)
@@ -159,6 +172,14 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2 * C)``."""
         x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        if works_in_tiles(x):
+            batch, _, width, channels = x.shape
+            rows = 2 * max(1, tile_length(channels) // (2 * batch * width))
+            return torch.cat([self.merge(strip) for strip in x.split(rows, dim=1)], dim=1)
+        return self.merge(x)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """:meth:`forward` of a grid with even sides."""
         top, bottom = x[:, 0::2], x[:, 1::2]
         x = torch.cat(
             [top[:, :, 0::2], bottom[:, :, 0::2], top[:, :, 1::2], bottom[:, :, 1::2]], dim=-1

@@ -20,6 +20,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = N
     Returns:
         ``(B, heads, Q, d)``.
     """
+    # For a bias that is learned torch has no fused kernel on a CPU, and its substitute is slower
+    # than plain products.
+    if bias is not None and bias.requires_grad and query.device.type == 'cpu':
+        return attention_reference(query, key, value, bias)
     if bias is not None:
         bias = bias.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
@@ -29,7 +33,7 @@ def attention_reference(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """What :func:`attention` computes, written out."""
-    scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     if bias is not None:
         scores = scores + bias.to(query.dtype)
     return scores.softmax(dim=-1) @ value

@@ -74,9 +74,7 @@ class Neighbourhood(NamedTuple):
         return before, right + after, before, bottom + after
 
 
-def attend_patches(
-    query: Tensor, key_value: Tensor, hood: Neighbourhood, num_heads: int
-) -> Tensor:
+def attend_patches(query: Tensor, key_value: Tensor, hood: Neighbourhood, num_heads: int) -> Tensor:
     """Attend from each window to a copy of its patch: the reference.
 
     Args:

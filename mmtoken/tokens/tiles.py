@@ -17,7 +17,13 @@ from torch import Tensor
 from .reference import on_reference_path
 from .windows import shifted_regions, window_index
 
-TILE_TOKENS = 2000
+# The hidden layer of an MLP is then 3 MB in fp32.
+TILE_ELEMENTS = 192_000
+
+
+def tile_length(channels: int) -> int:
+    """Tokens in a tile: 2000 of 96 channels, 500 of 384."""
+    return max(1, TILE_ELEMENTS // channels)
 
 
 def works_in_tiles(x: Tensor) -> bool:
@@ -28,8 +34,10 @@ def works_in_tiles(x: Tensor) -> bool:
 def add_in_tiles(x: Tensor, update: Callable[[Tensor], Tensor]) -> Tensor:
     """``x + update(x)`` for an update that treats every token of ``(..., C)`` by itself."""
     out = torch.empty(x.shape, dtype=x.dtype)
-    tiles = x.reshape(-1, x.shape[-1]).split(TILE_TOKENS)
-    for tile, place in zip(tiles, out.view(-1, x.shape[-1]).split(TILE_TOKENS), strict=True):
+    channels = x.shape[-1]
+    length = tile_length(channels)
+    tiles = x.reshape(-1, channels).split(length)
+    for tile, place in zip(tiles, out.view(-1, channels).split(length), strict=True):
         torch.add(tile, update(tile), out=place)
     return out
 
@@ -64,9 +72,9 @@ class WindowTile(NamedTuple):
 
 @lru_cache(maxsize=32)
 def plan_window_tiles(
-    batch: int, grid: tuple[int, int], size: int, shift: int
+    batch: int, grid: tuple[int, int], size: int, shift: int, length: int
 ) -> tuple[WindowTile, ...]:
-    """Deal the windows of a batch out into tiles of about :data:`TILE_TOKENS` tokens.
+    """Deal the windows of a batch out into tiles of at most ``length`` tokens, or one window.
 
     Inner windows come first and those that touch the border last, so that most tiles know neither
     padding nor mask.
@@ -76,6 +84,7 @@ def plan_window_tiles(
         grid: ``(H, W)``, in tokens; padded at the bottom and right to whole windows.
         size: Window side, in tokens.
         shift: Cyclic shift of the padded grid, in tokens.
+        length: From :func:`tile_length`.
     """
     num_tokens = grid[0] * grid[1]
     index = window_index(grid, size, shift)
@@ -89,7 +98,7 @@ def plan_window_tiles(
     for windows in (inner.nonzero().flatten(), (~inner).nonzero().flatten()):
         image = torch.arange(batch).repeat_interleave(len(windows))
         windows = windows.repeat(batch)
-        for i, w in _chunks(image, windows, step=max(1, TILE_TOKENS // size**2)):
+        for i, w in _chunks(image, windows, step=max(1, length // size**2)):
             tiles.append(_tile(index[w], i, num_tokens, apart[w] if shift else None))
     return tuple(tiles)
 

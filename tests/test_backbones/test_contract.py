@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,19 +13,78 @@ from mmtoken import backbones
 from mmtoken.registry import MODELS
 
 SWIN = dict(embed_dims=16, depths=(2, 1, 6, 1), num_heads=(1, 2, 2, 4))
-VARIANTS = {
-    'STViTRSwin': [
-        dict(arch=SWIN),
-        dict(arch=SWIN, pad_mask='exact'),
-        dict(arch=SWIN, pad_mask=None, conv_pos=True),
-        dict(arch=SWIN, semantic_size=None),
-    ],
+VIT = dict(embed_dims=32, num_layers=6, num_heads=2, feedforward_channels=48)
+
+
+class Family(NamedTuple):
+    """What differs between backbones.
+
+    ``stage`` and ``output`` are the names, but for an index, of a stage and of what lies behind it;
+    ``depths`` are those of some parameters, negative ones counted from the last.
+    """
+
+    variants: list[dict]
+    num_stages: int
+    strides: tuple[int, ...]
+    stem: tuple[str, ...]
+    stage: str
+    output: str
+    depths: dict[str, int]
+
+
+FAMILIES = {
+    'STViTRSwin': Family(
+        variants=[
+            dict(arch=SWIN),
+            dict(arch=SWIN, pad_mask='exact'),
+            dict(arch=SWIN, pad_mask=None, conv_pos=True),
+            dict(arch=SWIN, semantic_size=None),
+            dict(arch=SWIN, form='classification', use_global=True),
+        ],
+        num_stages=4,
+        strides=(4, 8, 16, 32),
+        stem=('patch_embed.',),
+        stage='layers.{}.',
+        output='norm{}.',
+        depths={
+            'patch_embed.proj.0.c.weight': 0,
+            'layers.0.blocks.1.norm1.weight': 2,
+            'layers.0.downsample.norm.weight': 2,
+            'norm3.weight': -1,
+        },
+    ),
+    'STViTDeiT': Family(
+        variants=[
+            dict(arch=VIT, base_layers=2, img_size=80, out_indices=(1, 3, 4, 5), **kwargs)
+            for kwargs in (
+                {},
+                dict(pooling='max', global_centers=False, qkv_bias=False),
+                dict(pooling='mean', refine_residual='initial', recovery_scale=0.1),
+                dict(semantic_size=None),
+            )
+        ],
+        num_stages=6,
+        strides=(16, 16, 16, 16),
+        stem=('patch_embed.', 'pos_embed'),
+        stage='blocks.{}.',
+        output='recover.{}.',
+        depths={
+            'patch_embed.proj.weight': 0,
+            'pos_embed': 0,
+            'blocks.0.norm1.weight': 1,
+            'blocks.5.norm1.weight': 6,
+        },
+    ),
 }
 CASES = [
     pytest.param(dict(type=f'mmtoken.{name}', drop_path_rate=0.0, **kwargs), id=f'{name}-{i}')
-    for name, variants in VARIANTS.items()
-    for i, kwargs in enumerate(variants)
+    for name, family in FAMILIES.items()
+    for i, kwargs in enumerate(family.variants)
 ]
+
+
+def family_of(cfg):
+    return FAMILIES[cfg['type'].removeprefix('mmtoken.')]
 
 
 def build(cfg, **kwargs):
@@ -43,8 +103,8 @@ def wake(model):
 
 
 def test_every_backbone_is_covered():
-    assert set(VARIANTS) == set(backbones.__all__)
-    for name in VARIANTS:
+    assert set(FAMILIES) == set(backbones.__all__)
+    for name in FAMILIES:
         assert MODELS.get(f'mmtoken.{name}') is getattr(backbones, name)
 
 
@@ -54,11 +114,11 @@ def test_any_size(cfg, size):
     model = build(cfg).eval()
     with torch.no_grad():
         maps = model(torch.randn(1, 3, *size))
-    assert isinstance(maps, tuple) and len(maps) == 4
-    for i, (map_, channels) in enumerate(zip(maps, model.out_channels, strict=True)):
-        stride = 4 * 2**i
+    strides = family_of(cfg).strides
+    assert isinstance(maps, tuple) and len(maps) == len(strides)
+    for map_, channels, stride in zip(maps, model.out_channels, strides, strict=True):
         assert map_.shape == (1, channels, -(-size[0] // stride), -(-size[1] // stride))
-        assert map_.isfinite().all()
+        assert map_.isfinite().all() and map_.is_contiguous()
 
 
 @pytest.mark.parametrize('cfg', CASES)
@@ -86,8 +146,11 @@ def test_gradients_reach_every_parameter(cfg):
 
 
 @pytest.mark.parametrize('cfg', CASES)
-@pytest.mark.parametrize('frozen_stages', [-1, 0, 2, 4])
-def test_frozen_stages_stay_frozen(cfg, frozen_stages):
+@pytest.mark.parametrize('frozen', ['nothing', 'stem', 'half', 'all'])
+def test_frozen_stages_stay_frozen(cfg, frozen):
+    family = family_of(cfg)
+    stages = family.num_stages
+    frozen_stages = dict(nothing=-1, stem=0, half=stages // 2, all=stages)[frozen]
     model = build(cfg, frozen_stages=frozen_stages)
     model.train()
     before = copy.deepcopy(model.state_dict())
@@ -98,13 +161,14 @@ def test_frozen_stages_stay_frozen(cfg, frozen_stages):
         torch.optim.SGD(parameters, lr=0.1).step()
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
 
-    frozen = ('patch_embed.',) if frozen_stages >= 0 else ()
+    names = family.stem if frozen_stages >= 0 else ()
     for i in range(frozen_stages):
-        frozen += (f'layers.{i}.', f'norm{i}.')
-    assert not [k for k in changed if k.startswith(frozen)]
-    trained = [k for k in before if not k.startswith(frozen)]
-    assert bool(trained) == bool(changed)
-    assert ('patch_embed.proj.0.bn.running_mean' in changed) == (frozen_stages < 0)
+        names += (family.stage.format(i), family.output.format(i))
+    assert not [k for k in changed if k.startswith(names)]
+    assert bool(changed) == (frozen != 'all')
+    assert any(k.startswith('patch_embed.') for k in changed) == (frozen == 'nothing')
+    running = [k for k in before if k.startswith('patch_embed.') and k.endswith('running_mean')]
+    assert all((k in changed) == (frozen == 'nothing') for k in running)
 
 
 @pytest.mark.parametrize('cfg', CASES)
@@ -131,7 +195,7 @@ def test_checkpointing_changes_nothing(cfg):
 @pytest.mark.parametrize('cfg', CASES)
 def test_out_indices(cfg):
     model, image = build(cfg).eval(), torch.randn(1, 3, 70, 90)
-    some = build(cfg, out_indices=(1, 2)).eval()
+    some = build(cfg, out_indices=model.out_indices[1:3]).eval()
     some.load_state_dict(model.state_dict(), strict=False)
     with torch.no_grad():
         torch.testing.assert_close(some(image), model(image)[1:3])
@@ -192,14 +256,10 @@ def test_layer_depth(cfg):
     depths = {}
     for name, _ in model.named_parameters():
         depth, num_layers = model.get_layer_depth(f'backbone.{name}', prefix='backbone.')
-        assert num_layers == sum(len(stage.blocks) for stage in model.layers) + 2
         depths[name] = depth
     assert set(depths.values()) == set(range(num_layers))
-    assert depths['patch_embed.proj.0.c.weight'] == 0
-    assert (
-        depths['layers.0.blocks.1.norm1.weight'] == depths['layers.0.downsample.norm.weight'] == 2
-    )
-    assert depths['norm3.weight'] == num_layers - 1
+    for name, depth in family_of(cfg).depths.items():
+        assert depths[name] == depth % num_layers, name
     assert model.get_layer_depth('decode_head.conv.weight', 'backbone.')[0] == num_layers - 1
 
 
@@ -210,12 +270,14 @@ def test_layer_depth(cfg):
         (dict(arch='huge'), ValueError, "'huge'; known are"),
         (dict(arch=7), TypeError, 'a name or a dict, got int'),
         (dict(arch=dict(depth=3)), ValueError, r"got \['depth'\]"),
-        (dict(out_indices=(4,)), ValueError, 'from 0 to 3'),
+        (dict(out_indices=(99,)), ValueError, r'from 0 to {last}, got \(99,\)'),
         (dict(out_indices=(2, 1)), ValueError, 'rising'),
         (dict(out_indices=()), ValueError, 'rising'),
-        (dict(frozen_stages=5), ValueError, 'from -1 to 4, got 5'),
+        (dict(frozen_stages=99), ValueError, 'from -1 to {stages}, got 99'),
     ],
 )
 def test_bad_arguments(cfg, bad, error, message):
+    stages = family_of(cfg).num_stages
+    message = message.replace('{stages}', str(stages)).replace('{last}', str(stages - 1))
     with pytest.raises(error, match=message):
         build(cfg, **bad)

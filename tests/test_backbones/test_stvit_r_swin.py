@@ -1,57 +1,188 @@
 import json
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+from mmtoken.analysis import count_macs
 from mmtoken.backbones import STViTRSwin
+from mmtoken.backbones.stvit_r_swin import Form
+from mmtoken.layers import semantic
+from mmtoken.tokens.reference import reference_path
 
 DATA = Path(__file__).parent.parent / 'data'
 SWIN = dict(embed_dims=16, depths=(1, 1, 6, 1), num_heads=(1, 2, 2, 4))
 
 
-@pytest.mark.parametrize('path', sorted(DATA.glob('stvit_det_*.npz')), ids=lambda path: path.stem)
-def test_equals_the_released_model(path):
-    golden = np.load(path)
+def golden_model(golden, **kwargs):
+    """The released model of a golden file, with its weights (less the head)."""
     cfg = json.loads(str(golden['cfg_json']))
+    arch = dict(embed_dims=cfg['embed_dim'], depths=cfg['depths'], num_heads=cfg['num_heads'])
     model = STViTRSwin(
-        dict(embed_dims=cfg['embed_dim'], depths=cfg['depths'], num_heads=cfg['num_heads']),
+        arch,
         mlp_ratio=cfg.get('mlp_ratio', 4.0),
         conv_pos=cfg['use_conv_pos'],
         window_size=cfg['window_size'],
+        **kwargs,
+    )
+    weights = {
+        name.removeprefix('sd/'): torch.from_numpy(golden[name])
+        for name in golden.files
+        if name.startswith('sd/') and not name.startswith('sd/head.')
+    }
+    if 'sd/norm.weight' in golden.files:  # a classifier's only output norm
+        weights |= {f'norm3.{k}': weights.pop(f'norm.{k}') for k in ('weight', 'bias')}
+    keys = model.load_state_dict(weights, strict=False)
+    assert not keys.unexpected_keys
+    assert all(k.endswith('num_batches_tracked') for k in keys.missing_keys)
+    return model.eval()
+
+
+@pytest.mark.parametrize('path', sorted(DATA.glob('stvit_det_*.npz')), ids=lambda path: path.stem)
+@pytest.mark.parametrize('path_taken', ['fast', 'reference', 'training'])
+def test_equals_the_released_detection_backbone(path, path_taken):
+    golden = np.load(path)
+    cfg = json.loads(str(golden['cfg_json']))
+    model = golden_model(
+        golden,
         semantic_size=cfg['window_sample_size'],
         key_sizes=(
             cfg['k_window_size_1'], cfg['k_window_size_2'], cfg['restore_k_window_size'],
         ),
         pad_mask='released' if cfg['pad_mask'] else None,
     )  # fmt: skip
-    weights = {
-        name.removeprefix('sd/'): torch.from_numpy(golden[name])
-        for name in golden.files
-        if name.startswith('sd/')
-    }
-    keys = model.load_state_dict(weights, strict=False)
-    assert not keys.unexpected_keys
-    assert all(k.endswith('num_batches_tracked') for k in keys.missing_keys)
-    with torch.no_grad():
-        maps = model.eval()(torch.from_numpy(golden['input']))
+    contexts = dict(fast=torch.no_grad, reference=reference_path, training=torch.enable_grad)
+    with contexts[path_taken]():
+        maps = model(torch.from_numpy(golden['input']))
     for i, map_ in enumerate(maps):
         expected = torch.from_numpy(golden[f'out{i}'])
         torch.testing.assert_close(map_, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize('arch, count', [('small', 48_857_862), ('base', 86_789_128)])
-def test_parameters_as_released(arch, count):
+def test_equals_the_released_classifier():
+    golden = np.load(DATA / 'stvit_cls_a_noshortcut.npz')
+    model = golden_model(golden, form='classification', out_indices=(3,))
+    with torch.no_grad():
+        stage = torch.from_numpy(golden['stage3_in']).view(2, 14, 14, -1)
+        stage = model.layers[2].downsample(model.layers[2](stage)).flatten(1, 2)
+        features = model(torch.from_numpy(golden['input']))[0].mean((2, 3))
+    head = [torch.from_numpy(golden[f'sd/head.{k}']) for k in ('weight', 'bias')]
+    for actual, name in (
+        (stage, 'stage3_out_after_merge'),
+        (features, 'features'),
+        (F.linear(features, *head), 'logits'),
+    ):
+        torch.testing.assert_close(actual, torch.from_numpy(golden[name]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('form', ['dense', 'classification'])
+@pytest.mark.parametrize('semantic_size', [3, None])
+@pytest.mark.parametrize('size', [(224, 224), (330, 470), (1024, 1056)])
+def test_fast_path_equals_reference(form, semantic_size, size):
+    """The last grid is wider than nine windows on both axes, more than the recovery reaches."""
+    model = STViTRSwin(SWIN, form, semantic_size=semantic_size, pad_mask='exact').double().eval()
+    wake(model)
+    image = torch.randn(1, 3, *size, dtype=torch.float64)
+    with torch.no_grad():
+        fast = model(image)
+        with reference_path():
+            reference = model(image)
+    for a, b in zip(fast, reference, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+def wake(model):
+    """Let every parameter matter."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.uniform_(parameter, 0.2, 0.6)
+
+
+@pytest.mark.parametrize(
+    'arch, form, count',
+    [
+        ('small', 'dense', 48_857_862),
+        ('base', 'dense', 86_789_128),
+        ('small', 'classification', 49_625_518),
+        ('base', 'classification', 87_812_336),
+    ],
+)
+def test_parameters_as_released(arch, form, count):
+    dense = form == 'dense'
     with torch.device('meta'):
-        model = STViTRSwin(arch)
-    assert sum(p.numel() for p in model.parameters()) == count
+        model = STViTRSwin(arch, form, out_indices=range(4) if dense else [3])
+        head = torch.nn.Linear(model.out_channels[-1], 1000)
+    modules = [model] if dense else [model, head]
+    assert sum(p.numel() for m in modules for p in m.parameters()) == count
+
+
+def test_macs_as_published():
+    """135.5 G, each key and value projected once, padding included."""
+    with torch.device('meta'), reference_path():
+        macs = count_macs(STViTRSwin('small').eval(), torch.zeros(1, 3, 800, 1280))
+    assert macs / 135.5e9 == pytest.approx(1, abs=0.02)
+
+
+def test_forms_share_their_parameters():
+    shapes = [
+        {k: v.shape for k, v in STViTRSwin(SWIN, form, use_global=True).state_dict().items()}
+        for form in ('dense', 'classification')
+    ]
+    assert shapes[0] == shapes[1] and 'layers.2.semantic_token2' in shapes[0]
+
+
+@pytest.mark.parametrize('form', ['dense', 'classification'])
+def test_learned_centers_go_to_the_first_unit(form):
+    model = STViTRSwin({**SWIN, 'depths': (1, 1, 12, 1)}, form, use_global=True).eval()
+    wake(model)
+    stage, x = model.layers[2], torch.randn(1, 10, 17, 64)
+    tokens = torch.randn(1, 6, 9, 64)
+    centers = stage.centers(x.shape[1:3])
+    assert centers.shape == tokens.shape
+    assert torch.equal(stage.centers((14, 14)).flatten(1, 2), stage.semantic_token2)
+    with torch.no_grad():
+        reduce = stage.blocks[2]
+        plain, with_centers = (reduce(tokens, x, stage.windows, c) for c in (None, centers))
+        assert not torch.allclose(plain, with_centers)
+        before = model(torch.ones(1, 3, 224, 224))[2]
+        stage.semantic_token2 += 1
+        assert not torch.allclose(model(torch.ones(1, 3, 224, 224))[2], before)
+
+
+def test_shortcut_keeps_the_pooled_tokens():
+    with_shortcut, without = (
+        STViTRSwin(SWIN, 'classification', shortcut=s).eval().layers[2].blocks[1]
+        for s in (True, None)
+    )
+    without.load_state_dict(with_shortcut.state_dict())
+    for block in (with_shortcut, without):
+        torch.nn.init.zeros_(block.layer_scale_2)
+        torch.nn.init.ones_(block.layer_scale_1)
+    windows = STViTRSwin(SWIN).layers[2].windows
+    x = torch.randn(1, 14, 14, 64)
+    tokens = with_shortcut.pool(x, windows)
+    torch.testing.assert_close(
+        with_shortcut(tokens, x, windows), tokens + without(tokens, x, windows)
+    )
+
+
+def test_classifiers_do_not_shift_small_grids():
+    """As in Swin, where a detector does."""
+    image = torch.randn(1, 3, 224, 224)
+    arch = dict(embed_dims=8, depths=(2, 1, 1, 2), num_heads=(1, 1, 1, 1))
+    dense, classifier = (STViTRSwin(arch, f, semantic_size=None).eval() for f in get_args(Form))
+    wake(dense)
+    classifier.load_state_dict(dense.state_dict())
+    with torch.no_grad():
+        for i, (a, b) in enumerate(zip(dense(image), classifier(image), strict=True)):
+            assert torch.allclose(a, b, atol=1e-5) == (i < 3)
 
 
 def test_tokens_are_saved():
     """What the method is for: fewer multiply-accumulates than the dense twin."""
-    from mmtoken.analysis import count_macs
-
     image = torch.zeros(1, 3, 448, 672)
     sparse, dense = (
         count_macs(STViTRSwin('tiny', semantic_size=size).eval(), image) for size in (3, None)
@@ -61,24 +192,20 @@ def test_tokens_are_saved():
 
 def test_exact_mask_ignores_what_lies_in_the_padding():
     """Poisoned padding must not change the maps; with the released mask it may."""
-    from mmtoken.layers.semantic import NeighbourhoodBlock
+    original = semantic.attend_groups
 
-    original = NeighbourhoodBlock.normed_with_padding
-
-    def poisoned(self, x):
-        tokens = original(self, x)
-        return torch.cat([tokens[:, :-1], tokens[:, -1:] + 100], dim=1)
+    def poisoned(query, key_value, *args):
+        key_value = torch.cat([key_value[:, :-1], key_value[:, -1:] + 100], dim=1)
+        return original(query, key_value, *args)
 
     image = torch.randn(1, 3, 150, 230)  # third stage: 10 x 15 tokens, windows of 7
     for pad_mask, equal in (('exact', True), ('released', False), (None, False)):
         torch.manual_seed(0)
         model = STViTRSwin(SWIN, pad_mask=pad_mask).eval()
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                torch.nn.init.uniform_(parameter, 0.2, 0.6)
+        wake(model)
         with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
             clean = model(image)[2]
-            patch.setattr(NeighbourhoodBlock, 'normed_with_padding', poisoned)
+            patch.setattr(semantic, 'attend_groups', poisoned)
             assert torch.allclose(model(image)[2], clean, atol=1e-5) == equal, pad_mask
 
 
@@ -107,6 +234,9 @@ def test_starts_from_a_classification_checkpoint(tmp_path):
         (dict(arch=SWIN, key_sizes=(14, 21)), 'three sides'),
         (dict(arch=SWIN, key_sizes=(14, 5, 27)), 'no smaller than'),
         (dict(arch=SWIN, pad_mask='exakt'), "'released', 'exact' or None"),
+        (dict(arch=SWIN, form='cls'), "'dense' or 'classification', got 'cls'"),
+        (dict(arch=SWIN, stem='vit'), "'conv' or 'patch', got 'vit'"),
+        (dict(arch=SWIN, shortcut=False), 'always has the shortcut'),
     ],
 )
 def test_bad_arguments(bad, message):

@@ -2,100 +2,135 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmtoken.tokens.neighbourhood import (
-    attend_gathered,
-    attend_whole_grid,
-    neighbourhood_attention,
-    plan_neighbourhoods,
-)
+from mmtoken.tokens import neighbourhood
+from mmtoken.tokens.neighbourhood import Neighbourhood, attend_groups, attend_patches, plan_groups
 
 MASKS = ['released', 'exact', None]
+CPU = torch.device('cpu')
 
 
-def plan(grid, size, stride, hidden, pad_mask, dtype=torch.float64):
-    return plan_neighbourhoods(grid, size, stride, *hidden, pad_mask, torch.device('cpu'), dtype)
-
-
-def naive(query, key, value, grid, size, stride, hidden, pad_mask, num_heads):
-    """Window by window, key by key, from the definition."""
-    (height, width), before = grid, (size - stride) // 2
-    rows, columns = -(-height // stride), -(-width // stride)
-    out = torch.empty_like(query).unflatten(1, (rows * columns, -1))
-    queries = query.unflatten(1, (rows * columns, -1))
-    for b, (i, j) in itertools.product(
-        range(len(query)), itertools.product(range(rows), range(columns))
-    ):
+def attend_naively(query, tokens, padding, hood, num_heads):
+    """Query by query, key by key, from the definition."""
+    (height, width), (rows, columns) = hood.key_grid, hood.num_windows
+    before = (hood.size - hood.stride) // 2
+    out = torch.empty_like(query)
+    places = itertools.product(range(query.shape[1]), range(query.shape[2]))
+    for b, (y, x) in itertools.product(range(len(query)), places):
+        i, j = y // hood.query_size, x // hood.query_size
         keys, masked = [], []
-        for dy, dx in itertools.product(range(size), range(size)):
-            y, x = i * stride - before + dy, j * stride - before + dx
-            inside = 0 <= y < height and 0 <= x < width
-            keys.append(y * width + x if inside else height * width)
-            outside = not (0 <= y < rows * stride and 0 <= x < columns * stride)
-            low = y >= rows * stride - hidden[0]
-            right = x >= columns * stride - hidden[1]
-            if pad_mask == 'released':
-                low, right = low or not hidden[0], right or not hidden[1]
+        for dy, dx in itertools.product(range(hood.size), range(hood.size)):
+            v, u = i * hood.stride - before + dy, j * hood.stride - before + dx
+            inside = 0 <= v < height and 0 <= u < width
+            keys.append(tokens[b, v, u] if inside else padding)
+            outside = not (0 <= v < rows * hood.stride and 0 <= u < columns * hood.stride)
+            low = v >= rows * hood.stride - hood.hidden[0]
+            right = u >= columns * hood.stride - hood.hidden[1]
+            if hood.pad_mask == 'released':
+                low, right = low or not hood.hidden[0], right or not hood.hidden[1]
                 masked.append(outside or (low and right))
             else:
-                masked.append(pad_mask == 'exact' and (outside or low or right))
+                masked.append(hood.pad_mask == 'exact' and (outside or low or right))
         seen = [k for k, m in zip(keys, masked, strict=True) if not m] or keys
-        split = [t.unflatten(-1, (num_heads, -1)).transpose(0, 1)
-                 for t in (queries[b, i * columns + j], key[b, seen], value[b, seen])]  # fmt: skip
-        scores = split[0] @ split[1].transpose(1, 2) * split[0].shape[-1] ** -0.5
-        out[b, i * columns + j] = (scores.softmax(-1) @ split[2]).transpose(0, 1).flatten(1)
-    return out.flatten(1, 2)
+        key, value = (t.unflatten(-1, (num_heads, -1)) for t in torch.stack(seen).chunk(2, -1))
+        q = query[b, y, x].unflatten(-1, (num_heads, -1))
+        weight = (torch.einsum('hd,khd->hk', q, key) * q.shape[-1] ** -0.5).softmax(-1)
+        out[b, y, x] = torch.einsum('hk,khd->hd', weight, value).flatten()
+    return out
+
+
+def inputs(hood, batch=2, channels=8, **kwargs):
+    """Queries, keys and values, and the padding's."""
+    shapes = [(batch, *hood.query_grid, channels), (batch, *hood.key_grid, 2 * channels)]
+    return [torch.randn(s, dtype=torch.float64, **kwargs) for s in (*shapes, (2 * channels,))]
+
+
+def surround(tokens, padding, hood):
+    """Put ``hood.padding`` around the key grid."""
+    real = F.pad(torch.ones_like(tokens[..., :1]), (0, 0, *hood.padding))
+    return F.pad(tokens, (0, 0, *hood.padding)) + (1 - real) * padding
+
+
+def append(tokens, padding):
+    """The tokens row by row, then the padding token."""
+    return torch.cat([tokens.flatten(1, 2), padding.expand(len(tokens), 1, -1)], dim=1)
+
+
+hoods = st.builds(
+    lambda rows, columns, sizes, cut, extra, hidden, pad_mask: Neighbourhood(
+        query_grid=tuple(
+            n * sizes[0] - min(c, sizes[0] - 1) for n, c in zip((rows, columns), cut, strict=True)
+        ),
+        query_size=sizes[0],
+        key_grid=tuple(
+            n * sizes[1] - min(c, sizes[1] - 1) for n, c in zip((rows, columns), cut, strict=True)
+        ),
+        stride=sizes[1],
+        size=sizes[1] + extra,
+        # Exact: at least the padding is hidden, never a whole axis of windows.
+        hidden=hidden if pad_mask == 'released' else tuple(min(c, sizes[1] - 1) for c in cut),
+        pad_mask=pad_mask,
+    ),
+    rows=st.integers(1, 4),
+    columns=st.integers(1, 4),
+    sizes=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    cut=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    extra=st.integers(0, 7),
+    hidden=st.tuples(st.integers(0, 6), st.integers(0, 6)),
+    pad_mask=st.sampled_from(MASKS),
+)
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    height=st.integers(1, 12),
-    width=st.integers(1, 12),
-    stride=st.integers(1, 5),
-    extra=st.integers(0, 9),
-    pad_mask=st.sampled_from(MASKS),
-    data=st.data(),
-)
-def test_forms_equal_the_definition(height, width, stride, extra, pad_mask, data):
-    size, grid = stride + extra, (height, width)
-    # As the blocks use it: at least the padding is hidden, never a whole axis of windows.
-    hidden = tuple(-side % stride for side in grid)
-    if pad_mask == 'released':
-        hidden = tuple(data.draw(st.integers(0, 6)) for _ in grid)
-    windows = -(-height // stride) * -(-width // stride)
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(2, windows * 3, 8, dtype=torch.float64, generator=generator)
-    key, value = torch.randn(
-        2, 2, height * width + 1, 8, dtype=torch.float64, generator=generator
-    ).unbind()
-    p = plan(grid, size, stride, hidden, pad_mask)
-    expected = naive(query, key, value, grid, size, stride, hidden, pad_mask, num_heads=2)
-    for form in (attend_gathered, attend_whole_grid, neighbourhood_attention):
-        actual = form(query, key, value, p, 2)
-        torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-9)
+@given(hood=hoods, side=st.sampled_from([1, 2, 8]))
+def test_forms_equal_the_definition(hood, side):
+    torch.manual_seed(0)
+    query, tokens, padding = inputs(hood)
+    expected = attend_naively(query, tokens, padding, hood, num_heads=2)
+    patches = attend_patches(query, surround(tokens, padding, hood), hood, 2)
+    torch.testing.assert_close(patches, expected, atol=1e-9, rtol=1e-9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(neighbourhood.GROUP_SIDE, 'cpu', side)
+        plan_groups.cache_clear()
+        groups = attend_groups(query, append(tokens, padding), hood, 2)
+    plan_groups.cache_clear()
+    torch.testing.assert_close(groups, expected, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize('pad_mask', MASKS)
 def test_forms_have_equal_gradients(pad_mask):
-    grid = (10, 17)
-    p = plan(grid, 9, 4, (2, 3), pad_mask)
-    tensors = [torch.randn(2, n, 8, dtype=torch.float64, requires_grad=True)
-               for n in (15 * 5, 171, 171)]  # fmt: skip
-    weight = torch.randn(2, 75, 8, dtype=torch.float64)
-    grads = [
-        torch.autograd.grad((form(*tensors, p, 2) * weight).sum(), tensors)
-        for form in (attend_gathered, attend_whole_grid)
-    ]
-    for gathered, whole in zip(*grads, strict=True):
-        torch.testing.assert_close(gathered, whole, atol=1e-9, rtol=1e-9)
+    hood = Neighbourhood((18, 33), 7, (8, 15), 3, 9, (1, 2), pad_mask)
+    tensors = inputs(hood, requires_grad=True)
+    query, tokens, padding = tensors
+    weight = torch.randn_like(query)
+    patches = attend_patches(query, surround(tokens, padding, hood), hood, 2)
+    groups = attend_groups(query, append(tokens, padding), hood, 2)
+    grads = [torch.autograd.grad((out * weight).sum(), tensors) for out in (patches, groups)]
+    for patched, grouped in zip(*grads, strict=True):
+        torch.testing.assert_close(patched, grouped, atol=1e-9, rtol=1e-9)
+
+
+def test_no_group_holds_a_query_twice_or_none():
+    hood = Neighbourhood((50, 80), 7, (24, 36), 3, 27, (6, 4), 'released')
+    groups, order = plan_groups(hood, CPU, torch.float32)
+    queries = torch.cat([g.queries for g in groups])
+    assert torch.equal(queries[order], torch.arange(50 * 80))
+    assert len(groups) == 4 * 6
 
 
 def test_released_mask_of_an_unpadded_grid_hides_nothing():
-    assert plan((14, 14), 14, 7, (0, 0), 'released').hidden is None
-    assert plan((14, 14), 14, 7, (0, 0), 'exact').hidden.any()
+    """Its border, too, is then seen: 49 places of a corner window's patch of 14 lie outside."""
+    released, exact = (
+        plan_groups(Neighbourhood((6, 6), 3, (14, 14), 7, 14, (0, 0), m), CPU, torch.float32)[0][0]
+        for m in ('released', 'exact')
+    )
+    assert 14 * 14 in released.keys and 14 * 14 not in exact.keys
 
 
-def test_plans_are_cached():
-    assert plan((8, 9), 5, 4, (0, 3), 'exact') is plan((8, 9), 5, 4, (0, 3), 'exact')
+def test_plans_are_cached_and_bounded():
+    hood = Neighbourhood((6, 6), 3, (14, 14), 7, 14, (0, 0), 'exact')
+    assert plan_groups(hood, CPU, torch.float32) is plan_groups(hood, CPU, torch.float32)
+    assert plan_groups.cache_info().maxsize is not None

@@ -9,6 +9,7 @@ from mmtoken.tokens.windows import (
     pad_to_windows,
     partition_windows,
     shifted_window_mask,
+    window_index,
 )
 
 sides = st.integers(1, 17)
@@ -30,12 +31,23 @@ def test_max_pool_is_adaptive_max_pool(rows, columns, size, data):
     x = torch.randn(2, rows * size, columns * size, 3)
     windows = partition_windows(x, size).transpose(1, 2).unflatten(2, (size, size))
     expected = F.adaptive_max_pool2d(windows, pooled).flatten(2).transpose(1, 2)
-    assert torch.equal(max_pool_windows(x, size, pooled), expected)
+    grid = (rows * pooled, columns * pooled)
+    assert torch.equal(max_pool_windows(x, size, pooled), merge_windows(expected, pooled, grid))
+
+
+@settings(max_examples=30, deadline=None)
+@given(height=sides, width=sides, size=st.integers(2, 8), data=st.data())
+def test_window_index_says_what_partition_does(height, width, size, data):
+    shift = data.draw(st.integers(0, size - 1))
+    x = pad_to_windows(torch.randn(1, height, width, 1), size)
+    expected = partition_windows(x.roll((-shift, -shift), (1, 2)), size).squeeze(-1)
+    tokens = torch.cat([x[:, :height, :width].flatten(), torch.zeros(1)])
+    assert torch.equal(tokens[window_index((height, width), size, shift)], expected)
 
 
 def test_shifted_mask_separates_what_the_shift_joined():
     size, shift, height, width = 4, 2, 8, 12
-    mask = shifted_window_mask(height, width, size, shift, torch.device('cpu'), torch.float32)
+    mask = shifted_window_mask((height, width), size, shift, torch.device('cpu'), torch.float32)
     assert mask.shape == (6, 1, 16, 16)
     # Tokens may attend if their distance in the window is their distance on the unshifted grid.
     place = torch.stack(

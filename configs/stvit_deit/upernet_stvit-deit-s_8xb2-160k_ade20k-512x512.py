@@ -1,0 +1,44 @@
+# Four taps, as with mmseg's UPerNet on DeiT. The recovery runs in the neck; the first tap lies in
+# the base layers.
+_base_ = [
+    '../_base_/mmtoken.py',
+    'mmseg::_base_/models/upernet_vit-b16_ln_mln.py',
+    'mmseg::_base_/datasets/ade20k.py',
+    '../_base_/schedules/ade20k_adamw_160k.py',
+    'mmseg::_base_/default_runtime.py',
+]
+
+# DeiT's ImageNet-1k weights: none of STViT on plain ViT were released.
+checkpoint = 'https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth'
+model = dict(
+    data_preprocessor=dict(size=(512, 512)),
+    pretrained=None,
+    backbone=dict(
+        _delete_=True,
+        type='mmtoken.STViTDeiT',
+        arch='small',
+        drop_path_rate=0.1,
+        out_indices=(2, 5, 8, 11),
+        out_type='tokens',
+        init_cfg=dict(type='Pretrained', checkpoint=checkpoint),
+    ),
+    neck=dict(
+        _delete_=True,
+        type='mmtoken.SemanticRecoveryNeck',
+        in_channels=384,
+        num_heads=6,
+        dense_taps=1,
+        out_channels=384,
+        num_outs=4,
+        multi_level=True,
+    ),
+    decode_head=dict(in_channels=[384, 384, 384, 384], num_classes=150),
+    auxiliary_head=dict(in_channels=384, num_classes=150),
+)
+train_dataloader = dict(batch_size=2)
+optim_wrapper = dict(
+    paramwise_cfg=dict(
+        norm_decay_mult=0.0,
+        custom_keys={'pos_embed': dict(decay_mult=0.0), 'centers': dict(decay_mult=0.0)},
+    )
+)

@@ -1,0 +1,114 @@
+"""Recover dense maps from semantic tokens, then build a pyramid."""
+
+from collections.abc import Sequence
+
+import torch.nn as nn
+from torch import Tensor
+
+from ..layers.recovery import SemanticRecovery
+from ..registry import MODELS
+from ..tokens.maps import to_map
+from ..tokens.packed import SparseFeatures, unpack_equal
+from .simple_feature_pyramid import SCALES, XAVIER, Norm, SimpleFeaturePyramid
+
+INIT = [dict(type='TruncNormal', layer='Linear', std=0.02), XAVIER]
+
+
+@MODELS.register_module()
+class SemanticRecoveryNeck(SimpleFeaturePyramid):
+    """The recovery of :class:`mmtoken.STViTDeiT` in the neck, for ``out_type='tokens'``.
+
+    The layers are those the backbone has with ``out_type='map'``, one for each tap that is used,
+    and give the same maps from the same weights.
+
+    Args:
+        in_channels: Channels of a token.
+        num_heads: Attention heads of the recovery.
+        dense_taps: How many of the taps in use, from the first, lie in the base layers of the
+            backbone and so need no recovery.
+        mlp_ratio: Hidden channels of the recovery's MLP over ``in_channels``.
+        qkv_bias: Biases for queries, keys and values.
+        recovery_scale: Initial LayerScale of the recovery; None for none.
+        out_channels, num_outs, multi_level, norm: The pyramid, see
+            :class:`mmtoken.SimpleFeaturePyramid`.
+        init_cfg: MMEngine's initialisation config.
+
+    Raises:
+        ValueError: Bad argument values; the message says what is allowed.
+    """
+
+    twin_type = 'mmtoken.SimpleFeaturePyramid'
+    restore_args = ('num_heads', 'dense_taps', 'mlp_ratio', 'qkv_bias', 'recovery_scale')
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_heads: int,
+        dense_taps: int = 0,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        recovery_scale: float | None = None,
+        out_channels: int = 256,
+        num_outs: int = 5,
+        multi_level: bool = False,
+        norm: Norm = 'LN',
+        init_cfg: dict | list[dict] | None = INIT,
+    ) -> None:
+        super().__init__(in_channels, out_channels, num_outs, multi_level, norm, init_cfg)
+        if in_channels % num_heads:
+            raise ValueError(f'in_channels={in_channels} is no multiple of num_heads={num_heads}')
+        used_taps = len(SCALES) if multi_level else 1
+        if not 0 <= dense_taps <= used_taps:
+            raise ValueError(
+                f'dense_taps must be from 0 to {used_taps}, the taps in use, got {dense_taps}'
+            )
+        self.dense_taps = dense_taps
+        self.recover = nn.ModuleList(
+            SemanticRecovery(
+                in_channels,
+                num_heads=num_heads,
+                feedforward_channels=int(in_channels * mlp_ratio),
+                qkv_bias=qkv_bias,
+                layer_scale=recovery_scale,
+            )
+            for _ in range(used_taps - dense_taps)
+        )
+
+    def forward(self, inputs: Sequence[SparseFeatures]) -> tuple[Tensor, ...]:
+        """Recover the maps and build the pyramid.
+
+        Args:
+            inputs: The taps: four with ``multi_level``, otherwise one or more, of which the last is
+                used.
+
+        Returns:
+            As :class:`mmtoken.SimpleFeaturePyramid`.
+
+        Raises:
+            TypeError: Maps instead of tokens.
+            ValueError: Another number of taps, or taps that are dense where they should be sparse
+                or the other way round.
+        """
+        taps = list(inputs) if self.multi_level else [inputs[-1]]
+        return super().forward([self.restore(i, tap) for i, tap in enumerate(taps)])
+
+    def restore(self, index: int, features: SparseFeatures) -> Tensor:
+        """The map of one tap: ``(B, in_channels, H, W)``."""
+        if not isinstance(features, SparseFeatures):
+            raise TypeError(
+                f'{type(self).__name__} takes the SparseFeatures of a backbone with out_type='
+                f"'tokens', got {type(features).__name__}; for maps use {self.twin_type}"
+            )
+        height, width = features.grid
+        image = unpack_equal(features)
+        num_semantic = image.shape[1] - height * width
+        dense = index < self.dense_taps
+        if dense != (num_semantic == 0):
+            raise ValueError(
+                f'tap {index} has {num_semantic} semantic tokens an image, which does not agree '
+                f'with dense_taps={self.dense_taps}'
+            )
+        if not dense:
+            image, semantic = image.split([height * width, num_semantic], dim=1)
+            image = self.recover[index - self.dense_taps](image, semantic)
+        return to_map(image.unflatten(1, features.grid))

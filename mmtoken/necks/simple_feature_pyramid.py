@@ -1,0 +1,131 @@
+"""A feature pyramid from the maps of a plain backbone.
+
+Source: ViTDet, arXiv 2203.16527, section 3 and appendix A.2.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch.nn as nn
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from timm.layers import LayerNorm2d
+from torch import Tensor
+
+from ..registry import MODELS
+
+Norm = Literal['LN', 'BN'] | None
+SCALES = (4.0, 2.0, 1.0, 0.5)
+XAVIER = dict(type='Xavier', layer='Conv2d', distribution='uniform')
+
+
+@MODELS.register_module()
+class SimpleFeaturePyramid(BaseModule):
+    """Strides 4, 8, 16 and 32 from maps of stride 16.
+
+    Each level scales a map by transposed convolutions or max-pooling, then projects it by a 1 x 1
+    and a 3 x 3 convolution. There are no lateral connections.
+
+    Args:
+        in_channels: Channels of the maps, a multiple of 4.
+        out_channels: Channels of every level.
+        num_outs: Levels. Those beyond the fourth, of stride 64 and so on, take every second
+            position of the one before.
+        multi_level: False makes all levels from the last map, as ViTDet does. True makes the i-th
+            level from the i-th of four maps, as UPerNet on plain ViT does.
+        norm: ``'LN'`` (over the channels), ``'BN'``, or None.
+        init_cfg: MMEngine's initialisation config.
+
+    Raises:
+        ValueError: Bad argument values; the message says what is allowed.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int = 256,
+        num_outs: int = 5,
+        multi_level: bool = False,
+        norm: Norm = 'LN',
+        init_cfg: dict | list[dict] | None = XAVIER,
+    ) -> None:
+        super().__init__(init_cfg)
+        if in_channels % 4:
+            raise ValueError(f'in_channels must be a multiple of 4, got {in_channels}')
+        if num_outs < 1 or (multi_level and num_outs < len(SCALES)):
+            least = f'at least {len(SCALES)} with multi_level' if multi_level else 'at least 1'
+            raise ValueError(f'num_outs must be {least}, got {num_outs}')
+        if norm not in ('LN', 'BN', None):
+            raise ValueError(f"norm must be 'LN', 'BN' or None, got {norm!r}")
+        self.num_outs = num_outs
+        self.multi_level = multi_level
+        self.levels = nn.ModuleList(
+            _level(scale, in_channels, out_channels, norm) for scale in SCALES[:num_outs]
+        )
+
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Build the pyramid.
+
+        Args:
+            inputs: Maps ``(B, in_channels, H, W)`` of stride 16: four with ``multi_level``,
+                otherwise one or more, of which the last is used.
+
+        Returns:
+            Maps ``(B, out_channels, H_i, W_i)``: four times, twice, once and half (rounded up) the
+            height and width, and then half of the one before.
+
+        Raises:
+            TypeError: Tokens instead of maps.
+            ValueError: Another number of maps.
+        """
+        maps = self.per_level(inputs)
+        for map_ in maps:
+            if not isinstance(map_, Tensor):
+                raise TypeError(
+                    f'{type(self).__name__} takes maps, got {type(map_).__name__}; for a backbone '
+                    "with out_type='tokens' use the neck that restores its tokens"
+                )
+        # RoIAlign of mmcv misreads maps in the channels-last format, which LayerNorm leaves behind.
+        outs = [level(x).contiguous() for level, x in zip(self.levels, maps, strict=True)]
+        while len(outs) < self.num_outs:
+            outs.append(F.max_pool2d(outs[-1], 1, stride=2))
+        return tuple(outs)
+
+    def per_level(self, inputs: Sequence) -> list:
+        """What each level is made from."""
+        if not self.multi_level:
+            return [inputs[-1]] * len(self.levels)
+        if len(inputs) != len(SCALES):
+            raise ValueError(f'multi_level takes {len(SCALES)} maps, got {len(inputs)}')
+        return list(inputs)
+
+
+def _level(scale: float, in_channels: int, out_channels: int, norm: Norm) -> nn.Sequential:
+    half, quarter = in_channels // 2, in_channels // 4
+    if scale == 4:
+        channels = quarter
+        layers = [
+            nn.ConvTranspose2d(in_channels, half, 2, stride=2),
+            *_norm(norm, half),
+            nn.GELU(),
+            nn.ConvTranspose2d(half, quarter, 2, stride=2),
+        ]
+    elif scale == 2:
+        channels, layers = half, [nn.ConvTranspose2d(in_channels, half, 2, stride=2)]
+    elif scale == 1:
+        channels, layers = in_channels, []
+    else:
+        channels, layers = in_channels, [nn.MaxPool2d(2, ceil_mode=True)]
+    return nn.Sequential(
+        *layers,
+        nn.Conv2d(channels, out_channels, 1, bias=norm is None),
+        *_norm(norm, out_channels),
+        nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=norm is None),
+        *_norm(norm, out_channels),
+    )
+
+
+def _norm(norm: Norm, channels: int) -> list[nn.Module]:
+    if norm is None:
+        return []
+    return [LayerNorm2d(channels) if norm == 'LN' else nn.BatchNorm2d(channels)]

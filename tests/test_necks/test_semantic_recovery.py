@@ -1,0 +1,99 @@
+import inspect
+
+import pytest
+import torch
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from torch import nn
+
+from mmtoken.backbones import STViTDeiT
+from mmtoken.necks import SemanticRecoveryNeck, SimpleFeaturePyramid
+
+VIT = dict(embed_dims=16, num_layers=6, num_heads=2, feedforward_channels=64)
+BACKBONE = dict(arch=VIT, base_layers=2, img_size=64)
+
+
+def randomised(module):
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return module.eval()
+
+
+@pytest.mark.parametrize('size', [(64, 64), (100, 50)])
+@pytest.mark.parametrize(
+    'out_indices, neck_args',
+    [
+        ((5,), {}),
+        ((1,), dict(dense_taps=1)),
+        ((1, 3, 4, 5), dict(multi_level=True, dense_taps=1)),
+        ((2, 3, 4, 5), dict(multi_level=True, recovery_scale=0.1)),
+    ],
+)
+def test_restoring_in_the_neck_equals_restoring_in_the_backbone(size, out_indices, neck_args):
+    neck = randomised(SemanticRecoveryNeck(16, num_heads=2, out_channels=8, **neck_args))
+    scale = neck_args.get('recovery_scale')
+    inner = STViTDeiT(**BACKBONE, out_indices=out_indices, recovery_scale=scale)
+    inner = randomised(inner)
+    outer = STViTDeiT(**BACKBONE, out_indices=out_indices, out_type='tokens').eval()
+    outer.load_state_dict(inner.state_dict(), strict=False)
+    for ours, theirs in zip(neck.recover, inner.recover.values(), strict=True):
+        ours.load_state_dict(theirs.state_dict())
+    pyramid = SimpleFeaturePyramid(
+        16, out_channels=8, multi_level=neck_args.get('multi_level', False)
+    ).eval()
+    pyramid.load_state_dict(neck.state_dict(), strict=False)
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        maps, taps = inner(images), outer(images)
+        for i, (map_, tap) in enumerate(zip(maps, taps, strict=True)):
+            torch.testing.assert_close(neck.restore(i, tap), map_)
+        for ours, theirs in zip(neck(taps), pyramid(maps), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_gradients_reach_every_parameter():
+    backbone = STViTDeiT(**BACKBONE, out_indices=(1, 3, 4, 5), out_type='tokens')
+    neck = SemanticRecoveryNeck(16, num_heads=2, dense_taps=1, multi_level=True)
+    neck.init_weights()
+    outs = neck(backbone(torch.randn(2, 3, 64, 64)))
+    sum((out * torch.randn_like(out)).sum() for out in outs).backward()
+    for name, parameter in [*backbone.named_parameters(), *neck.named_parameters()]:
+        assert parameter.grad is not None, name
+        if not name.endswith(('kv.bias', 'qkv.bias')):
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def test_twin_is_built_from_the_remaining_arguments():
+    cfg = dict(type='mmtoken.SemanticRecoveryNeck', in_channels=16, num_heads=2, num_outs=4)
+    cfg.update(dense_taps=0, mlp_ratio=4.0, qkv_bias=True, recovery_scale=None, norm='BN')
+    neck = MMENGINE_MODELS.build(cfg)
+    assert isinstance(neck, SemanticRecoveryNeck)
+    kept = {k: v for k, v in cfg.items() if k not in neck.restore_args}
+    twin = MMENGINE_MODELS.build({**kept, 'type': neck.twin_type})
+    assert type(twin) is SimpleFeaturePyramid
+    assert set(twin.state_dict()) <= set(neck.state_dict())
+    own, plain = (set(inspect.signature(cls).parameters) for cls in (type(neck), type(twin)))
+    assert own - plain == set(neck.restore_args)
+
+
+@pytest.mark.parametrize(
+    'bad, message',
+    [
+        (dict(num_heads=3), 'no multiple of num_heads=3'),
+        (dict(dense_taps=2), 'from 0 to 1, the taps in use, got 2'),
+        (dict(dense_taps=5, multi_level=True), 'from 0 to 4'),
+    ],
+)
+def test_bad_arguments(bad, message):
+    with pytest.raises(ValueError, match=message):
+        SemanticRecoveryNeck(**{'in_channels': 16, 'num_heads': 2, **bad})
+
+
+def test_bad_inputs():
+    with pytest.raises(TypeError, match=r'got Tensor; for maps use mmtoken\.SimpleFeaturePyramid'):
+        SemanticRecoveryNeck(16, num_heads=2)([torch.randn(1, 16, 4, 4)])
+    image = torch.randn(1, 3, 64, 64)
+    backbone = STViTDeiT(**BACKBONE, out_type='tokens', semantic_size=None)
+    with pytest.raises(ValueError, match='tap 0 has 0 semantic tokens an image'):
+        SemanticRecoveryNeck(16, num_heads=2)(backbone(image))
+    with pytest.raises(ValueError, match='takes 4 maps, got 1'):
+        SemanticRecoveryNeck(16, num_heads=2, dense_taps=4, multi_level=True)(backbone(image))
