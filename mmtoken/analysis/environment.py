@@ -1,0 +1,62 @@
+"""On what a measurement was made."""
+
+import platform
+import subprocess
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from ..stack import DISTRIBUTIONS, installed_version
+from ..version import __version__
+
+CHECKOUT = Path(__file__).resolve().parent.parent.parent
+
+
+def describe_environment(device: torch.device) -> dict[str, str]:
+    """Versions, and the processor or the GPU; neither names of hosts nor paths."""
+    gpu = device.type == 'cuda'
+    return dict(
+        mmtoken=__version__,
+        commit=_commit(),
+        torch=torch.__version__,
+        **_library_versions(),
+        python=platform.python_version(),
+        device=torch.cuda.get_device_name(device) if gpu else _processor(),
+        date=date.today().isoformat(),
+    )
+
+
+def _library_versions() -> dict[str, str]:
+    """``{'mmdet': 'onedl-mmdetection 3.5.1'}`` and so on, of what is installed."""
+    versions = {}
+    for name, distributions in DISTRIBUTIONS.items():
+        for distribution in distributions:
+            version = installed_version(distribution)
+            if version:
+                versions[name] = f'{distribution} {".".join(map(str, version))}'
+    return versions
+
+
+def _commit() -> str | None:
+    """Short hash of the commit that runs, with a mark if files were changed since."""
+    if not (CHECKOUT / '.git').exists():
+        return None  # installed, perhaps inside of another project's checkout
+    try:
+        result = subprocess.run(
+            ['git', 'describe', '--always', '--dirty', '--exclude=*'],
+            cwd=CHECKOUT, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()
+
+
+def _processor() -> str:
+    """The processor's model."""
+    info = Path('/proc/cpuinfo')
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith('model name'):
+                return line.partition(':')[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,178 @@
+"""What is measured: a backbone or a whole model of a config, its twin and its peer."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.utils import import_modules_from_strings
+from torch import Tensor, nn
+
+from .peers import peer_config
+from .twin import dense_twin, find_backbone, our_class
+
+Part = Literal['backbone', 'model']
+DEFAULT_SHAPES = dict(mmdet=(800, 1280), mmseg=(512, 512), mmpretrain=(224, 224))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network to measure; it can be sent to another process and built there.
+
+    Attributes:
+        name: For tables.
+        cfg: Config of the model.
+        scope: Library whose registries it is built from.
+        part: The backbone alone, or the model up to its raw outputs (mode ``'tensor'``).
+        imports: The config's ``custom_imports``.
+    """
+
+    name: str
+    cfg: dict
+    scope: str
+    part: Part
+    imports: dict = field(default_factory=dict)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether half precision needs ``torch.autocast``: all but backbones of ours do."""
+        return self.part == 'model' or our_class(self.cfg['backbone']) is None
+
+    def build(self) -> nn.Module:
+        """The network, with random weights, in eval mode: ``(B, 3, H, W)`` to its outputs."""
+        if self.imports:
+            import_modules_from_strings(**self.imports)
+        init_default_scope(self.scope)
+        torch.manual_seed(0)
+        cfg = ConfigDict(self.cfg)
+        if self.part == 'backbone':
+            network = MODELS.build(cfg.backbone)
+        else:
+            network = RawOutputs(revert_sync_batchnorm(MODELS.build(cfg)), self.scope)
+        network.eval()  # some backbones of mmdet return None
+        return network
+
+
+class RawOutputs(nn.Module):
+    """A model of OpenMMLab that is called with images alone and returns its heads' raw outputs."""
+
+    def __init__(self, model: nn.Module, scope: str) -> None:
+        super().__init__()
+        self.model = model
+        self.scope = scope
+
+    def forward(self, x: Tensor):
+        """``(B, 3, H, W)`` to whatever the model's heads return."""
+        return self.model(x, self._samples(x), mode='tensor')
+
+    def _samples(self, x: Tensor) -> list | None:
+        if self.scope != 'mmdet':
+            return None
+        from mmdet.structures import DetDataSample  # only detectors are asked for it
+
+        shape = tuple(x.shape[2:])
+        meta = dict(
+            img_shape=shape, batch_input_shape=shape, pad_shape=shape, ori_shape=shape,
+            scale_factor=(1.0, 1.0),
+        )  # fmt: skip
+        return [DetDataSample(metainfo=meta) for _ in x]
+
+
+def load_config(path: str | Path) -> Config:
+    """Read a config of mmdet, mmseg or mmpretrain.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not of one of these libraries, or has no model.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'no config file {path}')
+    cfg = Config.fromfile(path)
+    scope = cfg.get('default_scope')
+    if scope not in DEFAULT_SHAPES:
+        raise ValueError(
+            f'{path}: default_scope is {scope!r}; it must be one of {", ".join(DEFAULT_SHAPES)}'
+        )
+    if 'model' not in cfg:
+        raise ValueError(f'{path}: a config needs a `model`; this one has none')
+    return cfg
+
+
+def make_subject(cfg: Config, part: Part) -> Subject:
+    """The backbone of ours in a config, or the model around it.
+
+    Raises:
+        ValueError: There is no backbone of ours in it.
+    """
+    backbone = find_backbone(cfg.model)
+    # Alone it hands out maps: its twin's are compared with what would else be left to a neck.
+    if part == 'backbone' and backbone.get('out_type') == 'tokens':
+        backbone = dict(backbone, out_type='map')
+    name = str(backbone['type']).rpartition('.')[2]
+    return _subject(cfg, part, backbone, name)
+
+
+def any_subject(cfg: Config, part: Part, name: str) -> Subject:
+    """The backbone, whosesoever, or the model of a config.
+
+    Raises:
+        ValueError: The model has no ``backbone``.
+    """
+    if 'backbone' not in cfg.model:
+        raise ValueError(f'{name}: its model has no `backbone`, only {sorted(cfg.model)}')
+    return _subject(cfg, part, cfg.model.backbone, name)
+
+
+def _subject(cfg: Config, part: Part, backbone: dict, name: str) -> Subject:
+    model = dict(backbone=backbone) if part == 'backbone' else cfg.model
+    imports = dict(cfg.get('custom_imports') or {})
+    return Subject(name, ConfigDict(model).to_dict(), cfg.default_scope, part, imports)
+
+
+def twin_of(subject: Subject) -> Subject:
+    """The dense twin of a subject."""
+    return replace(subject, name='dense twin', cfg=dense_twin(subject.cfg))
+
+
+def peer_of(subject: Subject) -> Subject | None:
+    """The subject with the backbone that a library offers in place of ours, None if none does."""
+    cfg = dense_twin(subject.cfg)  # so that a neck takes maps
+    backbone = find_backbone(cfg)
+    peer = peer_config(backbone)
+    if peer is None:
+        return None
+    backbone.clear()
+    backbone.update(peer)
+    return replace(subject, name=peer['type'], cfg=cfg)
+
+
+def default_shape(cfg: Config) -> tuple[int, int]:
+    """Height and width that a config tests at, as near as it says.
+
+    A fixed size if there is one. Of a resize that keeps proportions the short side, with a long
+    side of at most 8/5 of it, both rounded up to a multiple of 32: 800 x 1280 for COCO's (1333,
+    800), as the libraries quote costs. Otherwise what is usual for the library.
+    """
+    size = (cfg.model.get('data_preprocessor') or {}).get('size')
+    if size:
+        return tuple(size)
+    for transform in reversed(_test_pipeline(cfg)):
+        crop, scale = transform.get('crop_size'), transform.get('scale')
+        if crop:
+            return (crop, crop) if isinstance(crop, int) else tuple(crop)
+        if isinstance(scale, (list, tuple)) and all(isinstance(side, int) for side in scale):
+            if not transform.get('keep_ratio'):
+                return tuple(reversed(scale))
+            short, long = min(scale), min(max(scale), min(scale) * 8 // 5)
+            return -(-short // 32) * 32, -(-long // 32) * 32
+    return DEFAULT_SHAPES[cfg.default_scope]
+
+
+def _test_pipeline(cfg: Config) -> list[dict]:
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
+    while 'pipeline' not in dataset and 'dataset' in dataset:
+        dataset = dataset['dataset']
+    return list(dataset.get('pipeline') or [])

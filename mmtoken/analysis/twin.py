@@ -1,0 +1,130 @@
+"""The dense twin of a config: the same backbone with its token reduction off.
+
+Backbones say in ``twin_args`` which constructor arguments turn them into their twin. A neck that
+restores tokens says in ``twin_type`` which neck takes maps in its place, and in ``restore_args``
+which of its arguments that neck does not have.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
+from mmengine.config import Config
+
+from ..registry import MODELS
+
+TOKEN_HOOKS = ('TokenLossHook', 'TokenMapHook')
+Cfg = TypeVar('Cfg', dict, Config)
+
+
+def dense_twin(cfg: Cfg) -> Cfg:
+    """Turn a config into that of its dense twin.
+
+    Args:
+        cfg: Config of a backbone, config of a model (which holds one under ``backbone``, at any
+            depth), or a whole ``Config``.
+
+    Returns:
+        A changed deep copy: backbones of ours compute densely and hand out maps, necks that restore
+        tokens give way to necks that take maps, and a ``Config`` loses the hooks for token losses
+        and token maps. A dense twin comes back as it is.
+
+    Raises:
+        TypeError: ``cfg`` is no mapping.
+        ValueError: There is no backbone of ours in it.
+    """
+    cfg = copy.deepcopy(cfg)
+    if isinstance(cfg, Config):
+        if 'model' not in cfg:
+            raise ValueError(f'the config has no model; its keys are {sorted(cfg.keys())}')
+        _make_dense(cfg.model)
+        if cfg.get('custom_hooks'):
+            cfg.custom_hooks = [h for h in cfg.custom_hooks if _base_name(h) not in TOKEN_HOOKS]
+    elif isinstance(cfg, dict):
+        _make_dense(cfg)
+    else:
+        raise TypeError(f'cfg must be a dict or a Config, got {type(cfg).__name__}')
+    return cfg
+
+
+def find_backbone(cfg: dict) -> dict:
+    """The first backbone of ours in the config of a backbone or a model, not a copy.
+
+    Raises:
+        ValueError: There is none.
+    """
+    return next(_backbones(cfg))[0]
+
+
+def _make_dense(cfg: dict) -> None:
+    for backbone, model in list(_backbones(cfg)):
+        backbone.update(our_class(backbone).twin_args)
+        if backbone.get('out_type') == 'tokens':
+            backbone['out_type'] = 'map'
+        necks = model.get('neck') or []
+        for neck in necks if isinstance(necks, (list, tuple)) else [necks]:
+            _replace_neck(neck)
+
+
+def _replace_neck(neck: dict) -> None:
+    cls = our_class(neck)
+    if not hasattr(cls, 'twin_type'):
+        return
+    for name in cls.restore_args:
+        neck.pop(name, None)
+    neck['type'] = cls.twin_type
+
+
+def _backbones(cfg: dict) -> Iterator[tuple[dict, dict]]:
+    """Backbones of ours, each with the config of the model that holds it (empty if none does).
+
+    Raises:
+        ValueError: There is none.
+    """
+    if hasattr(our_class(cfg), 'twin_args'):
+        yield cfg, {}
+        return
+    models = [model for model in _mappings(cfg) if isinstance(model.get('backbone'), Mapping)]
+    ours = [model for model in models if hasattr(our_class(model['backbone']), 'twin_args')]
+    if not ours:
+        given = [model['backbone'].get('type') for model in models] or [cfg.get('type')]
+        raise ValueError(
+            f'no backbone of mmtoken is in this config, only {", ".join(map(repr, given))}; '
+            f'known are {", ".join(known_backbones())}'
+        )
+    yield from ((model['backbone'], model) for model in ours)
+
+
+def known_backbones() -> list[str]:
+    """Names of the backbones that have a dense twin, as configs write them."""
+    MODELS.import_from_location()
+    return sorted(
+        f'{MODELS.scope}.{name}'
+        for name, cls in MODELS.module_dict.items()
+        if hasattr(cls, 'twin_args')
+    )
+
+
+def our_class(cfg: Mapping) -> type | None:
+    """The class that a config names under ``type``, if it is one of ours; else None."""
+    given = cfg.get('type')
+    MODELS.import_from_location()
+    if isinstance(given, type):
+        return given if given in MODELS.module_dict.values() else None
+    return MODELS.module_dict.get(str(given).removeprefix(f'{MODELS.scope}.'))
+
+
+def _mappings(node) -> Iterator[dict]:
+    """A config and all mappings inside, outermost first."""
+    if isinstance(node, Mapping):
+        yield node
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        for child in node:
+            yield from _mappings(child)
+
+
+def _base_name(cfg: Mapping) -> str:
+    """``'TokenLossHook'`` of ``dict(type='mmtoken.TokenLossHook')`` or of the class itself."""
+    given = cfg.get('type')
+    return given.__name__ if isinstance(given, type) else str(given).rpartition('.')[2]

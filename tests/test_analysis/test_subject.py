@@ -1,0 +1,90 @@
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+
+from mmtoken.analysis.cost import macs_by_stage
+from mmtoken.analysis.subject import (
+    any_subject,
+    default_shape,
+    load_config,
+    make_subject,
+    peer_of,
+    twin_of,
+)
+
+SHAPES = Path(__file__).resolve().parent.parent.parent / 'configs' / 'shapes'
+DETECTOR = SHAPES / 'mask-rcnn_stvit-r-swin-nano_fpn_1xb8-7e_shapes.py'
+SEGMENTER = SHAPES / 'upernet_stvit-r-swin-nano_1xb16-750i_shapes-128x128.py'
+IMAGES = torch.zeros(1, 3, 64, 96)
+
+
+def test_twin_and_peer_give_maps_of_the_same_shape():
+    sparse = make_subject(load_config(SEGMENTER), 'backbone')
+    networks = [subject.build() for subject in (sparse, twin_of(sparse), peer_of(sparse))]
+    assert [type(n).__module__.split('.')[0] for n in networks] == ['mmtoken', 'mmtoken', 'mmdet']
+    assert not any(network.training for network in networks)
+    shapes = [[map_.shape for map_ in network(IMAGES)] for network in networks]
+    assert shapes[0] == shapes[1] == shapes[2] and len(shapes[0]) == 4
+
+
+@pytest.mark.parametrize('path', [DETECTOR, SEGMENTER])
+def test_models_run_up_to_their_raw_outputs(path):
+    sparse = make_subject(load_config(path), 'model')
+    for subject in (sparse, twin_of(sparse), peer_of(sparse)):
+        network = subject.build()
+        stages = macs_by_stage(network, IMAGES, root=network.model)
+        assert list(stages)[0] == 'backbone' and list(stages)[-1] in ('roi_head', 'decode_head')
+
+
+def test_of_other_configs_any_backbone_will_do():
+    cfg = Config(dict(model=dict(backbone=dict(type='ResNet', depth=18)), default_scope='mmdet'))
+    subject = any_subject(cfg, 'backbone', 'resnet')
+    assert subject.mixed and type(subject.build()).__name__ == 'ResNet'
+    with pytest.raises(ValueError, match="yolo: its model has no `backbone`, only \\['type'\\]"):
+        any_subject(Config(dict(model=dict(type='YOLO'))), 'backbone', 'yolo')
+
+
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        ("default_scope = 'mmpose'", "'mmpose'; it must be one of mmdet"),
+        ("default_scope = 'mmseg'", 'needs a `model`'),
+    ],
+)
+def test_configs_of_other_kinds(text, message, tmp_path):
+    (tmp_path / 'config.py').write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(tmp_path / 'config.py')
+
+
+def test_tokens_for_a_neck_become_maps_where_there_is_no_neck():
+    backbone = dict(type='mmtoken.STViTRSwin', out_type='tokens')
+    cfg = Config(dict(model=dict(backbone=backbone, neck={}), default_scope='mmdet'))
+    assert make_subject(cfg, 'backbone').cfg['backbone']['out_type'] == 'map'
+    assert make_subject(cfg, 'model').cfg['backbone']['out_type'] == 'tokens'
+
+
+def pipeline(*transforms):
+    return dict(test_dataloader=dict(dataset=dict(dataset=dict(pipeline=list(transforms)))))
+
+
+@pytest.mark.parametrize(
+    'settings, shape',
+    [
+        (dict(default_scope='mmdet'), (800, 1280)),
+        (dict(default_scope='mmseg'), (512, 512)),
+        (dict(default_scope='mmpretrain'), (224, 224)),
+        (pipeline(dict(type='Resize', scale=(1333, 800), keep_ratio=True)), (800, 1280)),
+        (pipeline(dict(type='Resize', scale=(220, 160), keep_ratio=True)), (160, 224)),
+        (pipeline(dict(type='Resize', scale=(640, 480))), (480, 640)),
+        (
+            pipeline(dict(type='ResizeEdge', scale=256), dict(type='CenterCrop', crop_size=192)),
+            (192, 192),
+        ),
+        (dict(model=dict(data_preprocessor=dict(size=(96, 128)))), (96, 128)),
+    ],
+)
+def test_default_shape(settings, shape):
+    assert default_shape(Config(dict(dict(default_scope='mmdet', model={}), **settings))) == shape

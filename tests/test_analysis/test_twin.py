@@ -1,0 +1,93 @@
+import copy
+
+import pytest
+from mmengine.config import Config, ConfigDict
+
+import mmtoken
+from mmtoken.backbones import STViTRSwin
+from mmtoken.registry import MODELS
+
+BACKBONE = dict(type='mmtoken.STViTRSwin', arch='tiny', semantic_size=3)
+TWIN = dict(BACKBONE, semantic_size=None)
+
+
+@pytest.fixture
+def restoring_neck(monkeypatch):
+    class RestoringNeck:
+        twin_type = 'mmtoken.MapNeck'
+        restore_args = ('num_heads', 'layers')
+
+    monkeypatch.setitem(MODELS.module_dict, 'RestoringNeck', RestoringNeck)
+    return dict(type='mmtoken.RestoringNeck', in_channels=96, num_heads=3)
+
+
+@pytest.mark.parametrize('kind', ['mmtoken.STViTRSwin', 'STViTRSwin', STViTRSwin])
+def test_backbone(kind):
+    cfg = dict(BACKBONE, type=kind)
+    before = copy.deepcopy(cfg)
+    twin = mmtoken.dense_twin(cfg)
+    assert twin == dict(cfg, semantic_size=None) and cfg == before
+    assert mmtoken.dense_twin(twin) == twin
+
+
+def test_every_backbone_of_ours_has_a_twin():
+    MODELS.import_from_location()
+    backbones = {name: cls for name, cls in MODELS.module_dict.items() if hasattr(cls, 'twin_args')}
+    assert 'STViTRSwin' in backbones
+    for name in backbones:
+        twin = mmtoken.dense_twin(dict(type=f'mmtoken.{name}'))
+        MODELS.build(twin)
+
+
+def test_model_with_a_neck_that_restores(restoring_neck):
+    model = dict(type='mmdet.RetinaNet', backbone=dict(BACKBONE, out_type='tokens'))
+    for neck in (restoring_neck, [restoring_neck, dict(type='mmdet.FPN')]):
+        twin = mmtoken.dense_twin(dict(model, neck=neck))
+        assert twin['backbone'] == dict(TWIN, out_type='map')
+        first = twin['neck'][0] if isinstance(neck, list) else twin['neck']
+        assert first == dict(type='mmtoken.MapNeck', in_channels=96)
+    assert twin['neck'][1] == dict(type='mmdet.FPN')
+    assert restoring_neck['num_heads'] == 3
+
+
+def test_nested_models():
+    model = dict(
+        type='mmdet.SoftTeacher',
+        detector=dict(type='mmdet.RetinaNet', backbone=BACKBONE),
+        teachers=[dict(backbone=dict(type='mmdet.ResNet')), dict(backbone=BACKBONE)],
+    )
+    twin = mmtoken.dense_twin(ConfigDict(model))
+    assert twin.detector.backbone == TWIN
+    assert twin.teachers[0].backbone == dict(type='mmdet.ResNet')
+    assert twin.teachers[1].backbone == TWIN
+
+
+def test_config_loses_the_token_hooks():
+    hooks = [dict(type='mmtoken.TokenLossHook'), dict(type='EMAHook'), dict(type='TokenMapHook')]
+    cfg = Config(dict(model=dict(backbone=BACKBONE), custom_hooks=hooks, default_scope='mmdet'))
+    twin = mmtoken.dense_twin(cfg)
+    assert isinstance(twin, Config) and twin.model.backbone == TWIN
+    assert twin.custom_hooks == [dict(type='EMAHook')]
+    assert cfg.model.backbone == BACKBONE and len(cfg.custom_hooks) == 3
+    assert mmtoken.dense_twin(twin).to_dict() == twin.to_dict()
+
+
+@pytest.mark.parametrize(
+    'cfg, given',
+    [
+        (dict(type='mmdet.ResNet'), "'mmdet.ResNet'"),
+        (dict(backbone=dict(type='SwinTransformer')), "'SwinTransformer'"),
+        (dict(type='mmtoken.Swin'), "'mmtoken.Swin'"),
+        (Config(dict(model=dict(type='YOLO'))), "'YOLO'"),
+    ],
+)
+def test_not_ours(cfg, given):
+    with pytest.raises(ValueError, match=f'only {given}; known are .*mmtoken.STViTRSwin'):
+        mmtoken.dense_twin(cfg)
+
+
+def test_no_config_at_all():
+    with pytest.raises(TypeError, match='got str'):
+        mmtoken.dense_twin('STViTRSwin')
+    with pytest.raises(ValueError, match="no model; its keys are \\['optim'\\]"):
+        mmtoken.dense_twin(Config(dict(optim=1)))

@@ -1,0 +1,109 @@
+"""Multiply-accumulates and parameters of a config's network beside its dense twin."""
+
+import sys
+from pathlib import Path
+
+from cli import fail, figure, make_parser, quieten, write_json
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+DESCRIPTION = """\
+Count the multiply-accumulates (MACs) of a sparse network and of its dense twin, by part of the
+model and kind of work: linear layers, convolutions, and attention (scores and weighted sums). A
+MAC is two of the operations that torch's flop counter counts.
+
+Counted is the reference path, which computes what the method says and no more. `executed` is what
+the fast path does instead: more where it computes pairs of tokens that a mask hides, less where it
+leaves padding out.
+"""
+EXAMPLES = """\
+examples:
+  python tools/analysis/flops.py configs/stvit_r/mask-rcnn_stvit-r-swin-s_fpn_8xb2-1x_coco.py
+  python tools/analysis/flops.py CFG --shape 1024 1024 --json flops.json
+  python tools/analysis/flops.py CFG --part model
+
+With --part model, the work of heads on proposals depends on how many an untrained detector makes.
+"""
+
+
+def main() -> int:
+    """Count, print a table; return 0, or 1 if nothing could be counted."""
+    args = make_parser(DESCRIPTION, EXAMPLES).parse_args()
+    quieten()
+    import torch  # after the arguments are known to be good
+
+    from mmtoken.analysis import measure_cost
+    from mmtoken.analysis.subject import default_shape, load_config, make_subject, twin_of
+
+    try:
+        cfg = load_config(args.config)
+        sparse = make_subject(cfg, args.part)
+    except (OSError, ValueError) as error:
+        return fail(error)
+    shape = tuple(args.shape or default_shape(cfg))
+    images = torch.randn(1, 3, *shape)
+    costs = {}
+    with Console(stderr=True).status('counting'):
+        for name, subject in (('sparse', sparse), ('dense', twin_of(sparse))):
+            network = subject.build()
+            root = network.model if args.part == 'model' else network
+            costs[name] = measure_cost(network, images, root=root)
+    report(sparse.name, args.part, shape, **costs)
+    write_json(
+        args.json,
+        dict(
+            config=Path(args.config).name,
+            part=args.part,
+            shape=list(shape),
+            mac_ratio=costs['dense'].macs / costs['sparse'].macs,
+            **{name: cost.to_dict() for name, cost in costs.items()},
+        ),
+    )
+    return 0
+
+
+def report(name: str, part: str, shape: tuple[int, int], sparse, dense) -> None:
+    """Print the table."""
+    from mmtoken.analysis.cost import KINDS
+
+    console = Console()
+    unit, scale = ('G', 1e9) if dense.macs >= 1e10 else ('M', 1e6)
+    whole = name if part == 'backbone' else f'Model with {name}'
+    table = Table(
+        title=f'{whole} / dense twin: {unit} MACs, one image of {shape[0]} x {shape[1]}',
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column('part', no_wrap=True)
+    for column in (*KINDS, 'all', 'ratio'):
+        table.add_column(column, justify='right', no_wrap=True)
+    nothing = dict.fromkeys(KINDS, 0)
+    for stage in dict.fromkeys([*sparse.stages, *dense.stages]):
+        table.add_row(
+            stage,
+            *_cells(sparse.stages.get(stage, nothing), dense.stages.get(stage, nothing), scale),
+        )
+    table.add_section()
+    table.add_row('all', *_cells(sparse.by_kind(), dense.by_kind(), scale), style='bold')
+    console.print(table)
+    for title, cost in ((whole, sparse), ('dense twin', dense)):
+        extra = cost.to_dict()['executed_extra']
+        console.print(
+            f'{title}: {cost.macs / scale:.2f} {unit} MACs '
+            f'(executed {cost.executed / scale:.2f} {unit}, {extra / cost.macs:+.1%}), '
+            f'{cost.parameters / 1e6:.2f} M params'
+        )
+
+
+def _cells(sparse: dict[str, int], dense: dict[str, int], scale: float) -> list[str]:
+    """Sparse and dense MACs of each kind, of all, and their ratio."""
+    pairs = [(sparse[kind], dense[kind]) for kind in sparse]
+    pairs.append((sum(sparse.values()), sum(dense.values())))
+    ratio = f'{pairs[-1][1] / pairs[-1][0]:.2f}' if pairs[-1][0] else ''
+    cells = [f'{figure(a / scale)} / {figure(b / scale)}' if a or b else '' for a, b in pairs]
+    return [*cells, ratio]
+
+
+if __name__ == '__main__':
+    sys.exit(main())
