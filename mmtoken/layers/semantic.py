@@ -35,6 +35,7 @@ from ..tokens.windows import (
     pad_to_windows,
     partition_windows,
 )
+from .recompute import run_block
 
 UNIT_DEPTH = 6
 
@@ -140,7 +141,10 @@ class NeighbourhoodBlock(SemanticBlock):
         normed = norm(keys).flatten(1, 2)
         padding = norm.bias.to(normed.dtype).expand(len(normed), 1, -1)
         key_value = attn.kv(torch.cat([normed, padding], dim=1))
-        return attn.proj(attend_groups(query, key_value, hood, attn.num_heads))
+        # Copies of overlapping patches are made again in backward: that takes less than it would
+        # to keep them.
+        out = run_block(attend_groups, query, key_value, hood, attn.num_heads, recompute=True)
+        return attn.proj(out)
 
 
 class ReduceBlock(NeighbourhoodBlock):
