@@ -81,8 +81,8 @@ class STViTRSwin(TokenBackbone):
 
     twin_args = dict(semantic_size=None)
 
-    # Classification checkpoints have a head; they lack the norms of the output maps.
-    unused_keys = r'head\..*|norm\..*|.*\.attn_mask|.*\.relative_position_index'
+    # A classifier has the last of the output norms only.
+    unused_keys = r'norm\d\..*'
     fresh_keys = r'norm\d\..*|.*\.num_batches_tracked'
 
     def __init__(
