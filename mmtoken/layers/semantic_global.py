@@ -8,12 +8,11 @@ weights.
 Source: STViT-R, arXiv 2303.08685; released classifier, github.com/changsn/STViT-R (MIT).
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from ..tokens.attention import attention, join_heads, split_heads
+from ..tokens.plan import cached_plan
 from ..tokens.windows import merge_windows, partition_windows
 from .semantic import PoolBlock, SemanticBlock, Windowing
 
@@ -47,7 +46,7 @@ class OwnPoolBlock(PoolBlock):
         return self.add_mlp(self.layer_scale_1 * update)
 
 
-@lru_cache(maxsize=32)
+@cached_plan
 def inner_patches(grid: tuple[int, int], size: int, stride: int) -> Tensor:
     """The patch around each window, moved to lie inside the grid: ``(windows, K)``.
 
@@ -59,15 +58,14 @@ def inner_patches(grid: tuple[int, int], size: int, stride: int) -> Tensor:
     Returns:
         Indices into the H * W tokens. On 14 x 14 tokens, patches of 10 start at 0 and 4.
     """
-    with torch.inference_mode(False):
-        sides = []
-        for side in grid:
-            length = min(size, side)
-            start = torch.arange(0, side, stride) - (size - stride) // 2
-            sides.append(start.clamp(0, side - length)[:, None] + torch.arange(length))
-        rows, columns = sides
-        index = rows[:, None, :, None] * grid[1] + columns[None, :, None, :]
-        return index.flatten(2).flatten(0, 1)
+    sides = []
+    for side in grid:
+        length = min(size, side)
+        start = torch.arange(0, side, stride) - (size - stride) // 2
+        sides.append(start.clamp(0, side - length)[:, None] + torch.arange(length))
+    rows, columns = sides
+    index = rows[:, None, :, None] * grid[1] + columns[None, :, None, :]
+    return index.flatten(2).flatten(0, 1)
 
 
 class GlobalReduceBlock(SemanticBlock):

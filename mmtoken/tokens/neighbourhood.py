@@ -18,7 +18,6 @@ Source: STViT-R, arXiv 2303.08685; released detection backbone,
 github.com/changsn/STViT-R-Object-Detection (MIT), whose masks this reproduces.
 """
 
-from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import attention, join_heads, split_heads
+from .plan import cached_plan
 from .windows import merge_windows, pad_to_windows, partition_windows, window_index
 
 PadMask = Literal['released', 'exact'] | None
@@ -141,7 +141,7 @@ class Group(NamedTuple):
     log_count: Tensor | None
 
 
-@lru_cache(maxsize=64)
+@cached_plan
 def plan_groups(
     hood: Neighbourhood, device: torch.device, dtype: torch.dtype
 ) -> tuple[tuple[Group, ...], Tensor]:
@@ -151,19 +151,17 @@ def plan_groups(
         The groups, and ``(H * W,)``: where the queries of the grid, row by row, are found in those
         of all groups, one after the other. Cached, and not to be written to.
     """
-    # Cached plans outlive inference mode, and autograd cannot save tensors that were made in it.
-    with torch.inference_mode(False):
-        log_count = _count_keys(hood).log().to(dtype)
-        places = window_index(hood.query_grid, hood.query_size)
-        windows = torch.arange(len(places)).view(hood.num_windows)
-        side = GROUP_SIDE.get(device.type, GROUP_SIDE['cuda'])
-        groups = []
-        for rows in windows.split(side):
-            for members in rows.split(side, dim=1):
-                groups.append(_group(members.flatten(), places, log_count, hood))
-        order = torch.cat([g.queries for g in groups]).argsort()
-        groups = (Group(*(None if t is None else t.to(device) for t in g)) for g in groups)
-        return tuple(groups), order.to(device)
+    log_count = _count_keys(hood).log().to(dtype)
+    places = window_index(hood.query_grid, hood.query_size)
+    windows = torch.arange(len(places)).view(hood.num_windows)
+    side = GROUP_SIDE.get(device.type, GROUP_SIDE['cuda'])
+    groups = []
+    for rows in windows.split(side):
+        for members in rows.split(side, dim=1):
+            groups.append(_group(members.flatten(), places, log_count, hood))
+    order = torch.cat([g.queries for g in groups]).argsort()
+    groups = (Group(*(None if t is None else t.to(device) for t in g)) for g in groups)
+    return tuple(groups), order.to(device)
 
 
 def _group(members: Tensor, places: Tensor, log_count: Tensor, hood: Neighbourhood) -> Group:

@@ -6,21 +6,22 @@ same result. The reference is what tests compare with and what costs are counted
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
-_reference = ContextVar('reference', default=False)
+# A plain variable, which torch.compile can guard on; it cannot trace a ContextVar.
+_reference = False
 
 
 @contextmanager
 def reference_path() -> Iterator[None]:
-    """Inside this context all mechanisms take their reference form."""
-    token = _reference.set(True)
+    """Inside this context all mechanisms take their reference form, in every thread."""
+    global _reference
+    before, _reference = _reference, True
     try:
         yield
     finally:
-        _reference.reset(token)
+        _reference = before
 
 
 def on_reference_path() -> bool:
     """Whether :func:`reference_path` is in force."""
-    return _reference.get()
+    return _reference

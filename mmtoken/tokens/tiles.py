@@ -8,12 +8,12 @@ would rather have few large kernels, so both take whole maps.
 """
 
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .plan import cached_plan
 from .reference import on_reference_path
 from .windows import shifted_regions, window_index
 
@@ -70,7 +70,7 @@ class WindowTile(NamedTuple):
         return windows if self.places is None else windows.index_select(0, self.places)
 
 
-@lru_cache(maxsize=32)
+@cached_plan
 def plan_window_tiles(
     batch: int, grid: tuple[int, int], size: int, shift: int, length: int
 ) -> tuple[WindowTile, ...]:

@@ -3,11 +3,11 @@
 Source: Swin Transformer, arXiv 2103.14030, section 3.2.
 """
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .plan import cached_plan
 
 
 def pad_to_windows(x: Tensor, size: int) -> Tensor:
@@ -114,7 +114,7 @@ def shifted_regions(grid: tuple[int, int], size: int, shift: int) -> Tensor:
     return partition_windows(region, size).squeeze(-1)
 
 
-@lru_cache(maxsize=32)
+@cached_plan
 def shifted_window_mask(
     grid: tuple[int, int], size: int, shift: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
@@ -127,9 +127,7 @@ def shifted_window_mask(
     Returns:
         ``(windows, 1, L, L)`` with ``L = size * size``; 0 or minus infinity.
     """
-    # Cached masks outlive inference mode, and autograd cannot save tensors that were made in it.
-    with torch.inference_mode(False):
-        region = shifted_regions(grid, size, shift)
-        apart = region.unsqueeze(1) != region.unsqueeze(2)
-        mask = torch.zeros(apart.shape, dtype=dtype).masked_fill_(apart, float('-inf'))
-        return mask.unsqueeze(1).to(device)
+    region = shifted_regions(grid, size, shift)
+    apart = region.unsqueeze(1) != region.unsqueeze(2)
+    mask = torch.zeros(apart.shape, dtype=dtype).masked_fill_(apart, float('-inf'))
+    return mask.unsqueeze(1).to(device)

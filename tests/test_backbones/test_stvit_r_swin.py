@@ -239,3 +239,12 @@ def test_starts_from_a_classifier_of_our_own(tmp_path):
 def test_bad_arguments(bad, message):
     with pytest.raises(ValueError, match=message):
         STViTRSwin(**bad)
+
+
+def test_compiles():
+    """Plans stay outside the graphs; what is in them gives the same maps."""
+    model, image = STViTRSwin(SWIN).eval(), torch.randn(1, 3, 64, 96)
+    wake(model)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend='eager')(image)
+        torch.testing.assert_close(compiled, model(image))

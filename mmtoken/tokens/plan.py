@@ -1,0 +1,27 @@
+"""Index tables and masks that depend on shapes alone: made once per shape, on demand."""
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+
+import torch
+
+MAX_PLANS = 64
+
+
+def cached_plan(function: Callable) -> Callable:
+    """Keep the last :data:`MAX_PLANS` results of a function of hashable arguments.
+
+    Results are shared and must not be written to. They are made outside inference mode, for
+    autograd cannot save tensors that were made in it, and outside graphs of ``torch.compile``,
+    which could not trace how many tokens lie where.
+    """
+
+    @lru_cache(maxsize=MAX_PLANS)
+    @wraps(function)
+    def plan(*args, **kwargs):
+        with torch.inference_mode(False):
+            return function(*args, **kwargs)
+
+    eager = torch.compiler.disable(plan)
+    eager.cache_info, eager.cache_clear = plan.cache_info, plan.cache_clear
+    return eager
