@@ -244,13 +244,13 @@ def measure(run: Run) -> None:
     from mmengine.config import Config
     from mmengine.registry import MODELS, init_default_scope
 
-    from mmtoken.analysis import count_macs
+    from mmtoken.analysis import measure_cost
 
     cfg = Config.fromfile(run.config)
     init_default_scope(cfg.default_scope)
     model = MODELS.build(cfg.model).eval()
     run.parameters = sum(p.numel() for p in model.parameters())
-    run.macs = count_macs(model.backbone, torch.zeros(1, 3, 160, 224))
+    run.macs = measure_cost(model.backbone, torch.zeros(1, 3, 160, 224)).macs
 
 
 def report(runs: list[Run], out: Path) -> None:

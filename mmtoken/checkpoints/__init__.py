@@ -1,5 +1,16 @@
 """Reading checkpoints of other projects into our modules."""
 
-from .load import load_into
+from .convert import convert, detect_source
+from .load import fit_to, load_into
+from .reader import find_weights, read_checkpoint
+from .report import Report
 
-__all__ = ['load_into']
+__all__ = [
+    'Report',
+    'convert',
+    'detect_source',
+    'find_weights',
+    'fit_to',
+    'load_into',
+    'read_checkpoint',
+]

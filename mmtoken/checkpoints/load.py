@@ -1,99 +1,146 @@
 """Load a checkpoint file into a backbone, and refuse what does not fit.
 
 MMEngine's ``Pretrained`` initialisation goes on with a warning when no key of a file matches, so
-that a wrong file trains from scratch in silence. Here every key must find its place, but for those
-that a module declares to be expendable.
+that a wrong file trains from scratch in silence. Here every name must find its place, but for those
+that the model or the file's source declares to be expendable.
 """
 
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch.nn as nn
 from mmengine.logging import print_log
-from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor
 
-WRAPPERS = ('state_dict', 'model')
+from .convert import check_source, detect_source, rename, take_prefix
+from .fit import fit
+from .reader import find_weights, read_checkpoint
+from .report import Report
+from .sources import SOURCES
+from .sources.source import matches
 
 
-def load_into(module: nn.Module, file: str | os.PathLike, prefix: str | None = None) -> None:
+def load_into(
+    module: nn.Module,
+    file: str | os.PathLike,
+    prefix: str | None = None,
+    source: str | None = None,
+) -> Report:
     """Load ``file`` into ``module``.
 
-    A training checkpoint is unwrapped (``'state_dict'``, ``'model'``), and ``'module.'`` in front
-    of names is dropped. The module may declare two regular expressions: ``unused_keys``, names a
-    file may have in excess, and ``fresh_keys``, names it may lack.
+    Nothing in the file is run. A training checkpoint is unwrapped (``'state_dict'``, ``'model'``),
+    and ``'module.'`` in front of names is dropped. Foreign names are recognised and made ours, and
+    shapes brought to the module's, see :func:`~mmtoken.checkpoints.convert` and
+    :func:`~mmtoken.checkpoints.fit.fit`. The module may declare two regular expressions:
+    ``unused_keys``, names a file may have in excess, and ``fresh_keys``, names it may lack.
 
     Args:
         module: Where the weights go.
         file: Path or URL.
-        prefix: What precedes the module's names in the file; everything else in the file is left
+        prefix: What precedes the backbone's names in the file; everything else in the file is left
             out. By default ``'backbone.'`` if any name starts with it, otherwise nothing.
+        source: Family of the file, as for :func:`~mmtoken.checkpoints.convert`; recognised by the
+            names if not given.
+
+    Returns:
+        What became of the names.
 
     Raises:
-        ValueError: The file holds no weights, or weights of something else: names or shapes that
-            differ are listed.
+        FileNotFoundError: No such file.
+        ValueError: The file is damaged or holds no weights, or weights of something else: names or
+            shapes that differ are listed. The module is then as it was.
     """
-    file = os.fspath(file)
-    checkpoint = CheckpointLoader.load_checkpoint(file, 'cpu')
-    state = strip_prefix(find_weights(checkpoint, file), prefix)
-    own = module.state_dict()
-    unused = getattr(module, 'unused_keys', None)
-    fresh = getattr(module, 'fresh_keys', None)
-
-    state = {k: v for k, v in state.items() if k in own or not _matches(unused, k)}
-    unexpected = [k for k in state if k not in own]
-    missing = [k for k in own if k not in state and not _matches(fresh, k)]
-    reshaped = [
-        f'{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}'
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    if unexpected or missing or reshaped:
-        raise ValueError(
-            f'{file} does not fit {type(module).__name__}'
-            f'{_list("names it should not have", unexpected)}'
-            f'{_list("names it lacks", missing)}'
-            f'{_list("other shapes", reshaped)}'
-        )
+    if source is not None:
+        check_source(source)
+    weights = find_weights(read_checkpoint(file), file)
+    state, report = fit_to(module, weights, file, prefix, source)
     module.load_state_dict(state, strict=False)
-    untouched = sorted(k for k in own if k not in state)
-    print_log(
-        f'Loaded {len(state)} tensors from {file}; '
-        f'{len(untouched)} keep their initial values: {untouched}',
-        logger='current',
+    print_log(f'Loaded {file}, {report.summary()}', logger='current')
+    return report
+
+
+def fit_to(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    file: str | os.PathLike,
+    prefix: str | None = None,
+    source: str | None = None,
+) -> tuple[dict[str, Tensor], Report]:
+    """Names and tensors as ``module`` has them. Arguments and errors as for :func:`load_into`."""
+    try:
+        return _fit_to(module, weights, prefix, source)
+    except ValueError as error:
+        raise ValueError(f'{os.fspath(file)}: {error}') from error
+
+
+def _fit_to(
+    module: nn.Module, weights: Mapping[str, Tensor], prefix: str | None, source: str | None
+) -> tuple[dict[str, Tensor], Report]:
+    state, outside = take_prefix(weights, prefix)
+    own = module.state_dict()
+    unused, fresh = [getattr(module, 'unused_keys', None)], [getattr(module, 'fresh_keys', None)]
+    if source is None and not _are_own(state, own, unused, fresh):
+        source = detect_source(state, prefix='')
+    if source is None:
+        report = Report(mapped={name: name for name in state})
+    else:
+        state, report = rename(state, source)
+        unused.append(SOURCES[source].unused)
+        fresh.append(SOURCES[source].fresh)
+    state = fit(state, module, report)
+
+    for name in [n for n in state if n not in own and _match_any(unused, n)]:
+        del state[name]
+        report.dropped.append(report.mapped.pop(name))
+    report.fresh = [name for name in own if name not in state]
+    _check(module, own, state, fresh, report)
+    report.unknown = []  # they all were in the module, or expendable
+    report.dropped += outside
+    return state, report
+
+
+def _are_own(
+    state: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    unused: list[str | None],
+    fresh: list[str | None],
+) -> bool:
+    """Whether the names need no conversion."""
+    return all(name in own or _match_any(unused, name) for name in state) and all(
+        name in state or _match_any(fresh, name) for name in own
     )
 
 
-def find_weights(checkpoint: object, file: str) -> dict[str, Tensor]:
-    """The state dict inside a loaded checkpoint."""
-    for key in WRAPPERS:
-        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
-            checkpoint = checkpoint[key]
-    if isinstance(checkpoint, Mapping):
-        weights = {
-            k.removeprefix('module.'): v for k, v in checkpoint.items() if isinstance(v, Tensor)
-        }
-        if weights:
-            return weights
-    raise ValueError(f'{file} holds no weights: no mapping of names to tensors was found in it')
+def _check(
+    module: nn.Module,
+    own: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    fresh: list[str | None],
+    report: Report,
+) -> None:
+    unexpected = [report.mapped[name] for name in state if name not in own]
+    missing = [name for name in report.fresh if not _match_any(fresh, name)]
+    reshaped = [
+        f'{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}'
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if not (unexpected or missing or reshaped):
+        return
+    origin = f'it was read as {report.origin}'
+    if report.source is None:
+        origin = f'its names are of no known source ({", ".join(SOURCES)})'
+    shared = sum(name in state for name in own)
+    raise ValueError(
+        f'does not fit {type(module).__name__}; {origin} and has {shared} of its {len(own)} tensors'
+        f'{_list("names it should not have", unexpected)}'
+        f'{_list("names it lacks", missing)}'
+        f'{_list("other shapes", reshaped)}'
+    )
 
 
-def strip_prefix(state: dict[str, Tensor], prefix: str | None) -> dict[str, Tensor]:
-    """Keep what starts with ``prefix``, without it."""
-    if prefix is None:
-        prefix = 'backbone.' if any(k.startswith('backbone.') for k in state) else ''
-    elif prefix and not prefix.endswith('.'):
-        prefix += '.'
-    stripped = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    if not stripped:
-        starts = sorted({k.split('.')[0] for k in state})
-        raise ValueError(f'no name starts with prefix {prefix!r}; names start with {starts}')
-    return stripped
-
-
-def _matches(pattern: str | None, key: str) -> bool:
-    return pattern is not None and re.fullmatch(pattern, key) is not None
+def _match_any(patterns: Iterable[str | None], name: str) -> bool:
+    return any(matches(pattern, name) for pattern in patterns)
 
 
 def _list(what: str, items: list[str], limit: int = 8) -> str:

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..tokens.attention import attention, join_heads, split_heads
 from ..tokens.neighbourhood import Neighbourhood, PadMask, attend_groups, attend_patches
 from ..tokens.reference import on_reference_path
-from ..tokens.tiles import add_in_tiles, works_in_tiles
+from ..tokens.tiles import tokenwise
 from ..tokens.windows import (
     max_pool_windows,
     merge_windows,
@@ -67,9 +67,13 @@ class CrossAttention(nn.Module):
 
     def forward(self, query: Tensor, tokens: Tensor) -> Tensor:
         """Attend to all tokens: ``(B, Q, C), (B, K, C) -> (B, Q, C)``."""
+        return self.proj(self.attend(query, tokens))
+
+    def attend(self, query: Tensor, tokens: Tensor) -> Tensor:
+        """:meth:`forward` without the last projection."""
         key, value = self.kv(tokens).chunk(2, dim=-1)
         query, key, value = (split_heads(t, self.num_heads) for t in (self.q(query), key, value))
-        return self.proj(join_heads(attention(query, key, value)))
+        return join_heads(attention(query, key, value))
 
 
 class SemanticBlock(nn.Module):
@@ -90,16 +94,19 @@ class SemanticBlock(nn.Module):
         self.norm2 = nn.LayerNorm(embed_dims)
         self.mlp = Mlp(embed_dims, int(embed_dims * mlp_ratio))
 
-    def add_attention(self, x: Tensor, update: Tensor) -> Tensor:
-        return x + self.drop_path(self.layer_scale_1 * update)
+    def add_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Project what attention gave and add it to ``x``, both ``(..., C)``."""
+
+        def add(x: Tensor, attended: Tensor) -> Tensor:
+            return x + self.drop_path(self.layer_scale_1 * self.attn.proj(attended))
+
+        return tokenwise(add, x, attended, training=self.training)
 
     def add_mlp(self, x: Tensor) -> Tensor:
-        if works_in_tiles(x) and not self.training:
-            return add_in_tiles(x, self.mlp_update)
-        return x + self.drop_path(self.mlp_update(x))
+        def add(x: Tensor) -> Tensor:
+            return x + self.drop_path(self.layer_scale_2 * self.mlp(self.norm2(x)))
 
-    def mlp_update(self, x: Tensor) -> Tensor:
-        return self.layer_scale_2 * self.mlp(self.norm2(x))
+        return tokenwise(add, x, training=self.training)
 
 
 class NeighbourhoodBlock(SemanticBlock):
@@ -123,7 +130,7 @@ class NeighbourhoodBlock(SemanticBlock):
     def attend(self, query: Tensor, keys: Tensor, hood: Neighbourhood) -> Tensor:
         """Attend from each window of ``query`` to the patch of ``keys`` around it.
 
-        Padding is added before the norm, so it is what a zero becomes there: the norm's bias.
+        Padding is added before the norm.
 
         Args:
             query: ``(B, H, W, C)``.
@@ -131,20 +138,18 @@ class NeighbourhoodBlock(SemanticBlock):
             hood: Who attends to whom.
 
         Returns:
-            ``(B, H, W, C)``.
+            ``(B, H, W, C)``, not yet projected.
         """
         attn, norm = self.attn, self.norm1
-        query = attn.q(norm(query))
+        query = tokenwise(lambda x: attn.q(norm(x)), query, training=self.training)
         if on_reference_path():
             key_value = attn.kv(norm(F.pad(keys, (0, 0, *hood.padding))))
-            return attn.proj(attend_patches(query, key_value, hood, attn.num_heads))
-        normed = norm(keys).flatten(1, 2)
-        padding = norm.bias.to(normed.dtype).expand(len(normed), 1, -1)
-        key_value = attn.kv(torch.cat([normed, padding], dim=1))
+            return attend_patches(query, key_value, hood, attn.num_heads)
+        keys = F.pad(keys.flatten(1, 2), (0, 0, 0, 1))
+        key_value = tokenwise(lambda x: attn.kv(norm(x)), keys, training=self.training)
         # Copies of overlapping patches are made again in backward: that takes less than it would
         # to keep them.
-        out = run_block(attend_groups, query, key_value, hood, attn.num_heads, recompute=True)
-        return attn.proj(out)
+        return run_block(attend_groups, query, key_value, hood, attn.num_heads, recompute=True)
 
 
 class ReduceBlock(NeighbourhoodBlock):
@@ -218,7 +223,7 @@ class LocalBlock(SemanticBlock):
         """``(B, H, W, C) -> (B, H, W, C)``, the grid of semantic tokens."""
         size, grid = windows.pooled_size, semantic.shape[1:3]
         normed = partition_windows(self.norm1(semantic), size)
-        update = merge_windows(self.attn(normed, normed), size, grid)
+        update = merge_windows(self.attn.attend(normed, normed), size, grid)
         return self.add_mlp(self.add_attention(semantic, update))
 
 
@@ -228,7 +233,7 @@ class GlobalBlock(SemanticBlock):
     def forward(self, semantic: Tensor) -> Tensor:
         """``(B, H, W, C) -> (B, H, W, C)``, the grid of semantic tokens."""
         normed = self.norm1(semantic).flatten(1, 2)
-        update = self.attn(normed, normed).view_as(semantic)
+        update = self.attn.attend(normed, normed).view_as(semantic)
         return self.add_mlp(self.add_attention(semantic, update))
 
 

@@ -40,10 +40,10 @@ class OwnPoolBlock(PoolBlock):
         around = around.view(-1, patches.shape[1], around.shape[-1])
         keys = torch.cat([attn.kv(own), around], dim=1).chunk(2, dim=-1)
         update = attention(*(split_heads(t, attn.num_heads) for t in (attn.q(own), *keys)))
-        update = merge_windows(attn.proj(join_heads(update)), size, grid)
+        update = merge_windows(join_heads(update), size, grid)
         if self.shortcut:
             return self.add_mlp(self.add_attention(semantic, update))
-        return self.add_mlp(self.layer_scale_1 * update)
+        return self.add_mlp(self.layer_scale_1 * attn.proj(update))
 
 
 @cached_plan
@@ -86,7 +86,7 @@ class GlobalReduceBlock(SemanticBlock):
         keys = self.norm1(torch.cat(tokens, dim=1))
         if centers is not None:
             semantic = semantic + centers
-        update = self.attn(self.norm1(semantic).flatten(1, 2), keys).view_as(semantic)
+        update = self.attn.attend(self.norm1(semantic).flatten(1, 2), keys).view_as(semantic)
         return self.add_mlp(self.add_attention(semantic, update))
 
 
@@ -96,5 +96,5 @@ class GlobalRecoverBlock(SemanticBlock):
     def forward(self, x: Tensor, semantic: Tensor, windows: Windowing) -> Tensor:
         """Update image tokens ``(B, H, W, C)`` from ``semantic``, ``(B, h, w, C)``."""
         keys = self.norm1(semantic).flatten(1, 2)
-        update = self.attn(self.norm1(x).flatten(1, 2), keys).view_as(x)
+        update = self.attn.attend(self.norm1(x).flatten(1, 2), keys).view_as(x)
         return self.add_mlp(self.add_attention(x, update))

@@ -112,16 +112,16 @@ def attend_groups(query: Tensor, key_value: Tensor, hood: Neighbourhood, num_hea
         ``(B, H, W, C)``.
     """
     groups, order = plan_groups(hood, query.device, query.dtype)
-    queries = query.flatten(1, 2).index_select(1, torch.cat([g.queries for g in groups]))
-    outputs = []
-    for group, part in zip(
-        groups, queries.split([len(g.queries) for g in groups], dim=1), strict=True
-    ):
+    tokens = query.flatten(1, 2)
+
+    def attend(group: Group) -> Tensor:
+        queries = tokens.index_select(1, group.queries)
         keys = key_value.index_select(1, group.keys).chunk(2, dim=-1)
         bias = None if group.log_count is None else group.log_count[group.window]
-        out = attention(*(split_heads(t, num_heads) for t in (part, *keys)), bias)
-        outputs.append(join_heads(out))
-    return torch.cat(outputs, dim=1).index_select(1, order).view_as(query)
+        return join_heads(attention(*(split_heads(t, num_heads) for t in (queries, *keys)), bias))
+
+    attended = torch.cat([attend(group) for group in groups], dim=1)
+    return attended.index_select(1, order).view_as(query)
 
 
 class Group(NamedTuple):

@@ -31,15 +31,29 @@ def works_in_tiles(x: Tensor) -> bool:
     return x.device.type == 'cpu' and not torch.is_grad_enabled() and not on_reference_path()
 
 
-def add_in_tiles(x: Tensor, update: Callable[[Tensor], Tensor]) -> Tensor:
-    """``x + update(x)`` for an update that treats every token of ``(..., C)`` by itself."""
-    out = torch.empty(x.shape, dtype=x.dtype)
-    channels = x.shape[-1]
-    length = tile_length(channels)
-    tiles = x.reshape(-1, channels).split(length)
-    for tile, place in zip(tiles, out.view(-1, channels).split(length), strict=True):
-        torch.add(tile, update(tile), out=place)
-    return out
+def tokenwise(function: Callable[..., Tensor], *tensors: Tensor, training: bool) -> Tensor:
+    """Apply a function that treats every token by itself, in inference tile by tile.
+
+    Args:
+        function: ``(n, C), ... -> (n, C')``.
+        tensors: ``(..., C)``, alike but for their channels.
+        training: Whether the function has random parts, or parts that depend on the batch.
+
+    Returns:
+        ``(..., C')``.
+    """
+    if training or not works_in_tiles(tensors[0]):
+        return function(*tensors)
+    length = tile_length(max(t.shape[-1] for t in tensors))
+    tiles = zip(*(t.reshape(-1, t.shape[-1]).split(length) for t in tensors), strict=True)
+    out, start = None, 0
+    for tile in tiles:
+        result = function(*tile)
+        if out is None:
+            out = result.new_empty(tensors[0].shape[:-1].numel(), result.shape[-1])
+        out[start : start + len(result)] = result
+        start += len(result)
+    return out.view(*tensors[0].shape[:-1], -1)
 
 
 class WindowTile(NamedTuple):

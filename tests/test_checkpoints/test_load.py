@@ -1,8 +1,10 @@
 import pytest
 import torch
+import torchvision
 from torch import nn
 
-from mmtoken.checkpoints import load_into
+from mmtoken.backbones import STViTRSwin
+from mmtoken.checkpoints import Report, convert, detect_source, load_into
 
 
 class Net(nn.Linear):
@@ -10,20 +12,17 @@ class Net(nn.Linear):
     fresh_keys = r'bias'
 
 
-def save(tmp_path, content):
-    torch.save(content, tmp_path / 'file.pth')
-    return str(tmp_path / 'file.pth')
-
-
 @pytest.mark.parametrize('wrapper', [None, 'state_dict', 'model'])
 @pytest.mark.parametrize('start', ['', 'module.', 'backbone.', 'module.backbone.'])
-def test_layouts(wrapper, start, tmp_path):
+def test_layouts(wrapper, start, save):
     weight = torch.randn(2, 3)
     content = {f'{start}weight': weight, f'{start}head.bias': torch.zeros(1)}
     net = Net(3, 2)
     bias = net.bias.clone()
-    load_into(net, save(tmp_path, {wrapper: content} if wrapper else content))
+    report = load_into(net, save({wrapper: content} if wrapper else content))
     assert torch.equal(net.weight, weight) and torch.equal(net.bias, bias)
+    assert report == Report(mapped=dict(weight='weight'), dropped=report.dropped, fresh=['bias'])
+    assert [name.removeprefix('backbone.') for name in report.dropped] == ['head.bias']
 
 
 @pytest.mark.parametrize(
@@ -36,15 +35,92 @@ def test_layouts(wrapper, start, tmp_path):
         (dict(weight=torch.zeros(3, 3)), r'weight \(3, 3\) instead of \(2, 3\)'),
     ],
 )
-def test_what_does_not_fit_is_refused(content, message, tmp_path):
+def test_what_does_not_fit_is_refused(content, message, save):
     net = Net(3, 2)
     before = net.weight.clone()
-    with pytest.raises(ValueError, match=message):
-        load_into(net, save(tmp_path, content))
+    with pytest.raises(ValueError, match=f'file.pth.*{message}'):
+        load_into(net, save(content))
     assert torch.equal(net.weight, before)
 
 
-def test_wrong_prefix_is_named(tmp_path):
-    file = save(tmp_path, {'encoder.weight': torch.zeros(2, 3)})
-    with pytest.raises(ValueError, match=r"prefix 'backbone\.'.*\['encoder'\]"):
+def test_wrong_prefix_is_named(save):
+    file = save({'encoder.weight': torch.zeros(2, 3)})
+    with pytest.raises(ValueError, match=r"file.pth: .*prefix 'backbone\.'.*\['encoder'\]"):
         load_into(Net(3, 2), file, prefix='backbone')
+    assert load_into(Net(3, 2), file, prefix='encoder').mapped == dict(weight='weight')
+
+
+def test_all_that_differs_is_listed_at_once(save):
+    file = save(dict(gate=torch.zeros(1), bias=torch.zeros(3)))
+    with pytest.raises(ValueError) as caught:
+        load_into(Net(3, 2), file)
+    for part in ('not have: gate', 'lacks: weight', 'bias (3,) instead of (2,)', '1 of its 2'):
+        assert part in str(caught.value)
+
+
+def test_unknown_family(save):
+    resnet = torchvision.models.resnet18(weights=None).state_dict()
+    assert detect_source(resnet) is None
+    message = (
+        r'does not fit STViTRSwin; its names are of no known source \(stvit-r, swin, deit, vit\)'
+    )
+    with pytest.raises(ValueError, match=f'file.pth: {message} and has 0 of its'):
+        load_into(STViTRSwin('tiny'), save(resnet))
+
+
+def test_source_is_checked_before_the_file_is_read():
+    with pytest.raises(ValueError, match=r"source is 'swim'; known are \['deit', 'stvit-r'"):
+        load_into(Net(3, 2), 'https://example.org/never-asked.pth', source='swim')
+
+
+@pytest.mark.parametrize(
+    'state, message',
+    [
+        (
+            {'a.weight': 0, 'b.weight': 1},
+            r"of no known source; names .*\['a', 'b'\]",
+        ),
+        (
+            {'blocks.0.attn.qkv.weight': 0, 'patch_embed.proj.weight': 0},
+            r"'swin' checkpoint \(OpenMMLab, Microsoft, timm\), they look like 'vit'",
+        ),
+    ],
+)
+def test_source_that_it_is_not(state, message, save):
+    state = {name: torch.zeros(1) for name in state}
+    with pytest.raises(ValueError, match=message):
+        convert(state, 'swin')
+    with pytest.raises(ValueError, match=f'file.pth: .*{message}'):
+        load_into(Net(3, 2), save(state), source='swin')
+
+
+def test_two_names_for_one_tensor():
+    names = ('layers.0.ln1.weight', 'layers.0.attn.qkv.weight', 'blocks.0.attn.qkv.weight')
+    with pytest.raises(ValueError, match='both become blocks.0.attn.qkv.weight'):
+        convert({name: torch.zeros(1) for name in names}, 'vit')
+
+
+def test_half_precision_files(save):
+    net, weight = Net(3, 2), torch.randn(2, 3).half()
+    load_into(net, save(dict(weight=weight)))
+    assert net.weight.dtype == torch.float32 and torch.equal(net.weight, weight.float())
+
+
+def test_own_names_are_taken_as_they_are(save):
+    """A semantic backbone's own file has no need of a source, and nothing in it may be missing."""
+    arch = dict(embed_dims=16, depths=(1, 1, 6, 1), num_heads=(1, 2, 2, 4))
+    theirs = STViTRSwin(arch, use_global=True, conv_pos=True).state_dict()
+    ours = STViTRSwin(arch, use_global=True, conv_pos=True)
+    report = load_into(ours, save(dict(state_dict={f'backbone.{k}': v for k, v in theirs.items()})))
+    assert report.source is None and report.fresh == report.dropped == []
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.state_dict().items())
+
+
+def test_log(save, monkeypatch):
+    lines = []
+    monkeypatch.setattr(
+        'mmtoken.checkpoints.load.print_log', lambda message, logger: lines.append(message)
+    )
+    load_into(Net(3, 2), save({'weight': torch.zeros(2, 3), 'head.bias': torch.zeros(1)}))
+    (line,) = lines
+    assert line.endswith("the module's own names: 1 tensors; 1 dropped (head.bias); 1 fresh (bias)")

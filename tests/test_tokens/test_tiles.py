@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from mmtoken.tokens.reference import reference_path
 from mmtoken.tokens.tiles import (
     TILE_ELEMENTS,
-    add_in_tiles,
     plan_window_tiles,
     tile_length,
+    tokenwise,
     works_in_tiles,
 )
 from mmtoken.tokens.windows import (
@@ -77,9 +77,23 @@ def test_inner_tiles_know_neither_padding_nor_mask():
 
 
 @pytest.mark.parametrize('tokens', [1, 7, 5000])
-def test_adding_in_tiles(tokens):
-    x = torch.randn(2, tokens, 96)
-    torch.testing.assert_close(add_in_tiles(x, torch.sin), x + x.sin(), atol=0, rtol=0)
+def test_tokenwise_functions(tokens):
+    x, y = torch.randn(2, tokens, 96), torch.randn(2, tokens, 8)
+
+    def function(x, y):
+        calls.append(len(x))
+        return x.sin() + y.sum(-1, keepdim=True)
+
+    for context, training, tiles in (
+        (torch.no_grad(), False, -(-2 * tokens // 2000)),
+        (torch.no_grad(), True, 1),
+        (torch.enable_grad(), False, 1),
+    ):
+        calls = []
+        with context:
+            out = tokenwise(function, x, y, training=training)
+        torch.testing.assert_close(out, x.sin() + y.sum(-1, keepdim=True), atol=0, rtol=0)
+        assert len(calls) == tiles
 
 
 def test_only_inference_works_in_tiles():

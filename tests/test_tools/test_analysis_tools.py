@@ -101,3 +101,32 @@ def test_no_gpu():
     assert result.stderr == (
         'benchmark: --device cuda: torch sees no CUDA device here; use --device cpu\n'
     )
+
+
+def test_summary_is_of_medians_over_runs(tmp_path):
+    setting = dict(
+        config='mask-rcnn_nano_fpn.py', part='backbone', shape=[64, 96], batch_size=2,
+        device='cpu', dtype='float32', threads=1, train=False, compile=False,
+    )  # fmt: skip
+    figures = dict(
+        dense_ms=300.0, speedup=1.5, mac_ratio=1.4, executed_ratio=1.6, speedup_vs_peer=None,
+        peak_mb_sparse=10.0, peak_mb_dense=20.0,
+    )  # fmt: skip
+    for i, sparse_ms in enumerate((100.0, 900.0, 200.0)):
+        (tmp_path / f'{i}.json').write_text(
+            json.dumps(setting | figures | dict(sparse_ms=sparse_ms))
+        )
+    (tmp_path / '3.json').write_text(
+        json.dumps(setting | figures | dict(sparse_ms=7.0, train=True))
+    )
+    result = run('summary', *sorted(tmp_path.glob('*.json')))
+    assert result.returncode == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines() if line.startswith(' nano')]
+    assert [row[-1] for row in rows] == ['3', '1']
+    assert '200' in rows[0] and '1.50' in rows[0]
+
+
+def test_summary_refuses_other_files(tmp_path):
+    (tmp_path / 'a.json').write_text('{"config": 1}')
+    result = run('summary', tmp_path / 'a.json')
+    assert result.returncode == 1 and 'no result of benchmark.py' in result.stderr

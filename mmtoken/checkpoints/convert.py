@@ -1,0 +1,120 @@
+"""Rename the tensors of a foreign checkpoint to ours."""
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from .report import Report, group_names
+from .sources import SOURCES
+from .sources.source import matches
+
+
+def convert(
+    state_dict: Mapping[str, Tensor], source: str, prefix: str | None = None
+) -> tuple[dict[str, Tensor], Report]:
+    """Give the tensors of a foreign checkpoint our names, in our order of channels.
+
+    Shapes are left alone; :func:`~mmtoken.checkpoints.load_into` brings them to those of a model.
+
+    Args:
+        state_dict: Names and tensors.
+        source: ``'stvit-r'``, ``'swin'``, ``'deit'`` or ``'vit'``; the layout is recognised.
+        prefix: What precedes the backbone's names, see :func:`take_prefix`.
+
+    Returns:
+        Our names and tensors, and what became of the names.
+
+    Raises:
+        ValueError: An unknown source, names that are not of that source, or names beyond those
+            that it knows.
+    """
+    weights, outside = take_prefix(state_dict, prefix)
+    state, report = rename(weights, source)
+    if report.unknown:
+        raise ValueError(
+            f'this is a variant of {report.origin} that is not supported, with '
+            f'{", ".join(group_names(report.unknown))}'
+        )
+    report.dropped += outside
+    return state, report
+
+
+def rename(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], Report]:
+    """As :func:`convert`, without a prefix; names beyond those known are kept and reported."""
+    check_source(source)
+    layout = SOURCES[source].layout_of(state)
+    if layout is None:
+        found = detect_source(state, prefix='')
+        looks = f'they look like {found!r}' if found else 'they are of no known source'
+        known = ', '.join(known.name for known in SOURCES[source].layouts)
+        raise ValueError(
+            f'these are not the names of a {source!r} checkpoint ({known}), {looks}; '
+            f'names begin with {_beginnings(state)}'
+        )
+    renamed = layout.rename(state)
+    report = Report(source, layout.name, mapped={new: old for new, (old, _) in renamed.items()})
+    used = set(report.mapped.values())
+    report.dropped = [name for name in state if name not in used]
+    report.unknown = [
+        old for new, (old, _) in renamed.items() if not matches(SOURCES[source].names, new)
+    ]
+    for new, (old, tensor) in renamed.items():
+        if tensor.shape != state[old].shape:
+            report.resized[new] = (tuple(state[old].shape), tuple(tensor.shape))
+    return {new: tensor for new, (_, tensor) in renamed.items()}, report
+
+
+def detect_source(names: Iterable[str], prefix: str | None = None) -> str | None:
+    """Recognise the family of a checkpoint by its names.
+
+    Args:
+        names: A state dict, or its names.
+        prefix: What precedes the backbone's names, see :func:`take_prefix`.
+
+    Returns:
+        A source for :func:`convert`; None for other files, and for those without such a prefix.
+    """
+    try:
+        stripped, _ = take_prefix(dict.fromkeys(names), prefix)
+    except ValueError:
+        return None
+    return next((name for name, source in SOURCES.items() if source.claims(stripped)), None)
+
+
+def check_source(source: str) -> None:
+    """Refuse a name that no source has, with a ValueError."""
+    if source not in SOURCES:
+        raise ValueError(f'source is {source!r}; known are {sorted(SOURCES)}')
+
+
+def take_prefix(
+    state: Mapping[str, Tensor], prefix: str | None = None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Keep what starts with ``prefix``, without it; ``'module.'`` in front of names is dropped.
+
+    Args:
+        state: Names and tensors.
+        prefix: With or without the dot at its end. None takes ``'backbone.'`` if any name starts
+            with it, and otherwise everything.
+
+    Returns:
+        Names and tensors that were kept, and the other names.
+
+    Raises:
+        ValueError: No name starts with ``prefix``.
+    """
+    state = {name.removeprefix('module.'): tensor for name, tensor in state.items()}
+    if prefix is None:
+        prefix = 'backbone.' if any(name.startswith('backbone.') for name in state) else ''
+    elif prefix and not prefix.endswith('.'):
+        prefix += '.'
+    taken = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+    if not taken:
+        raise ValueError(
+            f'no name starts with prefix {prefix!r}; names start with {_beginnings(state)}'
+        )
+    return taken, [name for name in state if not name.startswith(prefix)]
+
+
+def _beginnings(state: Mapping[str, Tensor], limit: int = 8) -> list[str]:
+    return sorted({name.split('.')[0] for name in state})[:limit]

@@ -1,0 +1,128 @@
+"""Bring renamed tensors to the names and shapes of a model, as far as that can be done."""
+
+import math
+import re
+import warnings
+
+import torch.nn as nn
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table, to_2tuple
+from torch import Tensor
+
+from .report import Report
+
+BIAS_TABLE = 'relative_position_bias_table'
+# Learned tokens that are laid out on a grid, (1, H * W, C), and the attribute beside them that has
+# (H, W); without it, the grid is square.
+GRIDS = dict(pos_embed='pos_grid', centers='center_grid', semantic_token2='center_grid')
+# Tokens of a ViT before those of the patches, in the position embedding too
+PREFIX_TOKENS = ('cls_token', 'dist_token', 'reg_token')
+
+State = dict[str, Tensor]
+
+
+def fit(state: State, module: nn.Module, report: Report) -> State:
+    """Rename, split, drop and resize what the model has in another form.
+
+    * A classifier's ``norm`` becomes the one output norm of a model that has one. For several maps
+      it is not used, as in the released detectors.
+    * ``attn.qkv`` is split where the model has ``attn.q`` and ``attn.kv``. Such a block attends
+      across token sets, where a bias table of windows means nothing: that is dropped.
+    * Position embeddings and bias tables are interpolated as timm does. Where the model has no
+      class token, its position is dropped.
+
+    What cannot be fitted stays as it is.
+
+    Args:
+        state: Our names and tensors; not changed.
+        module: The model.
+        report: Is brought up to date.
+    """
+    state, own = dict(state), module.state_dict()
+    _name_output_norm(state, own, report)
+    _split_attention(state, own, report)
+    for name in [name for name in own if name in state]:
+        old = tuple(state[name].shape)
+        if name.endswith(BIAS_TABLE):
+            state[name] = _resize_table(name, state, own, module)
+        # 64 positions of our own may be 4 x 16; those of other files are taken for 8 x 8.
+        elif name.rpartition('.')[2] in GRIDS and not (
+            report.source is None and old == tuple(own[name].shape)
+        ):
+            state[name] = _resize_grid(name, state, own, module)
+        if old != tuple(state[name].shape):
+            in_file = report.resized.get(name, (old,))[0]
+            report.resized[name] = (in_file, tuple(state[name].shape))
+    return state
+
+
+def _name_output_norm(state: State, own: State, report: Report) -> None:
+    outputs = [name for name in own if re.fullmatch(r'norm\d\.weight', name)]
+    if len(outputs) != 1 or outputs[0] in state or 'norm.weight' not in state:
+        return
+    if own[outputs[0]].shape == state['norm.weight'].shape:
+        for kind in ('weight', 'bias'):
+            new = outputs[0].replace('weight', kind)
+            state[new] = state.pop(f'norm.{kind}')
+            report.mapped[new] = report.mapped.pop(f'norm.{kind}')
+
+
+def _split_attention(state: State, own: State, report: Report) -> None:
+    for name in list(state):
+        attn, _, kind = name.rpartition('qkv.')
+        query, key_value = f'{attn}q.{kind}', f'{attn}kv.{kind}'
+        if name in own or query not in own or key_value not in own:
+            continue
+        joint, old = state.pop(name), report.mapped.pop(name)
+        channels = len(joint) // 3
+        state[query], state[key_value] = joint[:channels], joint[channels:]
+        report.mapped[query] = report.mapped[key_value] = old
+        report.split.append(old)
+        if state.pop(attn + BIAS_TABLE, None) is not None:
+            report.dropped.append(report.mapped.pop(attn + BIAS_TABLE))
+
+
+def _resize_table(name: str, state: State, own: State, module: nn.Module) -> Tensor:
+    table, shape = state[name], own[name].shape
+    if table.shape == shape or table.shape[1:] != shape[1:] or not _is_square(len(table)):
+        return table
+    window = module.get_submodule(name.rpartition('.')[0]).window_size
+    with warnings.catch_warnings():  # of timm's own indexing, hundreds of times
+        warnings.simplefilter('ignore', UserWarning)
+        return resize_rel_pos_bias_table(table, to_2tuple(window), tuple(shape))
+
+
+def _resize_grid(name: str, state: State, own: State, module: nn.Module) -> Tensor:
+    tokens, shape = state[name], own[name].shape
+    parent, _, last = name.rpartition('.')
+    if tokens.ndim != 3 or tokens.shape[-1] != shape[-1]:
+        return tokens
+    given = wanted = 0
+    if last == 'pos_embed':
+        given, wanted = _prefix_length(state), _prefix_length(own)
+        if tokens.shape[1] == shape[1] - wanted:
+            given = 0  # as in timm's no_embed_class, where class tokens have no position
+    new = _grid_of(module.get_submodule(parent), GRIDS[last], shape[1] - wanted)
+    side = math.isqrt(tokens.shape[1] - given)
+    if wanted not in (0, given) or new is None or side**2 != tokens.shape[1] - given:
+        return tokens
+    return resample_abs_pos_embed(
+        tokens[:, given - wanted :], new, (side, side), num_prefix_tokens=wanted
+    )
+
+
+def _prefix_length(state: State) -> int:
+    return sum(state[name].shape[1] for name in PREFIX_TOKENS if name in state)
+
+
+def _grid_of(owner: nn.Module, attribute: str, length: int) -> tuple[int, int] | None:
+    """Rows and columns of ``length`` learned tokens: the model's word, or else a square."""
+    grid = getattr(owner, attribute, None)
+    if grid is None:  # as in timm
+        grid = getattr(getattr(owner, 'patch_embed', None), 'grid_size', None)
+    if grid is None and _is_square(length):
+        grid = (math.isqrt(length),) * 2
+    return None if grid is None else tuple(grid)
+
+
+def _is_square(number: int) -> bool:
+    return number > 0 and math.isqrt(number) ** 2 == number

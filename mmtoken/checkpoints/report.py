@@ -1,0 +1,108 @@
+"""What became of the tensors of a checkpoint."""
+
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.table import Table
+
+Shape = tuple[int, ...]
+SHOWN = 8  # groups of names in a list
+WIDTH = 100  # of a table as text
+
+
+@dataclass
+class Report:
+    """What became of the tensors of a checkpoint.
+
+    Attributes:
+        source: Family the file was taken for, such as ``'swin'``; None if its names are those of
+            the module already.
+        layout: Whose names the file had.
+        mapped: Names of ours to names in the file.
+        resized: Names of ours to the shape in the file and the new one.
+        split: Names in the file of joint projections that were split into query and key-value.
+        dropped: Names in the file that were left out.
+        unknown: Names in the file that the layout does not know; they are kept as they are.
+        fresh: Names of ours that the file does not have, and that keep their initial values.
+    """
+
+    source: str | None = None
+    layout: str = ''
+    mapped: dict[str, str] = field(default_factory=dict)
+    resized: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
+    split: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
+
+    @property
+    def origin(self) -> str:
+        """Family and layout in words."""
+        return f'{self.source} ({self.layout} names)' if self.source else "the module's own names"
+
+    def summary(self) -> str:
+        """One line for a log."""
+        parts = [f'{self.origin}: {len(self.mapped)} tensors']
+        for what, names in (
+            ('split', self.split),
+            ('resized', self.resized),
+            ('dropped', self.dropped),
+            ('fresh', self.fresh),
+        ):
+            if names:
+                parts.append(f'{len(names)} {what} ({", ".join(group_names(names))})')
+        return '; '.join(parts)
+
+    def __rich__(self) -> Table:
+        table = Table(title=f'Read as {self.origin}', title_justify='left')
+        table.add_column('what')
+        table.add_column('tensors', justify='right')
+        table.add_column('which', overflow='fold')
+        resized = Counter(
+            f'{generalise(name)} {old} -> {new}' for name, (old, new) in self.resized.items()
+        )
+        for what, count, which in (
+            ('mapped', len(self.mapped), group_names(self.mapped)),
+            ('split', len(self.split), group_names(self.split)),
+            ('resized', len(self.resized), _count_each(resized)),
+            ('dropped', len(self.dropped), group_names(self.dropped)),
+            ('unknown', len(self.unknown), group_names(self.unknown)),
+            ('fresh', len(self.fresh), group_names(self.fresh)),
+        ):
+            if count:
+                table.add_row(what, str(count), '\n'.join(which))
+        return table
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=WIDTH).print(self)
+        return '\n'.join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def group_names(names: Iterable[str]) -> list[str]:
+    """Shorten a list: indices become ``*``, and if that leaves too many, all but the first part."""
+    patterns: dict[str, list[str]] = {}
+    for name in names:
+        patterns.setdefault(generalise(name), []).append(name)
+    if len(patterns) <= SHOWN:
+        return _count_each({p if len(ns) > 1 else ns[0]: len(ns) for p, ns in patterns.items()})
+    groups: Counter[str] = Counter()
+    for pattern, group in patterns.items():
+        root, dot, _ = pattern.partition('.')
+        groups[f'{root}.*' if dot else root] += len(group)
+    return _count_each(groups)
+
+
+def generalise(name: str) -> str:
+    """``layers.2.blocks.11.norm1.weight`` to ``layers.*.blocks.*.norm*.weight``."""
+    return re.sub(r'\d+(?=\.|$)', '*', name)
+
+
+def _count_each(groups: Mapping[str, int]) -> list[str]:
+    """The first groups, each with its number where that is not 1."""
+    items = [f'{name} x {count}' if count > 1 else name for name, count in groups.items()]
+    return items[:SHOWN] + ([f'and {len(items) - SHOWN} more'] if len(items) > SHOWN else [])

@@ -1,0 +1,194 @@
+"""Plain ViT and DeiT of other libraries."""
+
+import pytest
+import torch
+from mmpretrain.models.backbones import DistilledVisionTransformer
+from mmpretrain.models.backbones import VisionTransformer as MMPretrainViT
+from mmseg.models.backbones import VisionTransformer as MMSegViT
+from timm.layers import resample_abs_pos_embed
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer as TimmViT
+
+from mmtoken.backbones import STViTDeiT, STViTRSwin
+from mmtoken.checkpoints import convert, detect_source, load_into
+
+ARCH = dict(embed_dims=32, num_layers=6, num_heads=2, feedforward_channels=64)
+TIMM = dict(img_size=64, embed_dim=32, depth=6, num_heads=2, mlp_ratio=2)
+
+
+def timm_vit(**kwargs):
+    return TimmViT(**{**TIMM, **kwargs}, num_classes=0)
+
+
+def test_mmpretrain(wake, save):
+    theirs = wake(MMPretrainViT(ARCH, img_size=64, out_type='raw'))
+    assert detect_source(theirs.state_dict()) == 'vit'
+    state = {f'backbone.{name}': tensor for name, tensor in theirs.state_dict().items()}
+    ours = timm_vit().eval()
+    report = load_into(ours, save(dict(state_dict={**state, 'head.fc.weight': torch.zeros(1)})))
+    assert report.origin == 'vit (mmpretrain names)'
+    assert report.fresh == [] and report.dropped == ['head.fc.weight']
+    image = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours.forward_features(image), theirs(image)[0], atol=1e-4, rtol=1e-4
+        )
+
+
+def test_mmseg(wake, save):
+    theirs = wake(
+        MMSegViT(
+            img_size=64, embed_dims=32, num_layers=6, num_heads=2, mlp_ratio=2, out_indices=5,
+            qkv_bias=True, patch_bias=True, final_norm=True, norm_cfg=dict(type='LN', eps=1e-6),
+        )
+    )  # fmt: skip
+    ours = timm_vit().eval()
+    report = load_into(ours, save(theirs.state_dict()))
+    assert report.origin == 'vit (mmseg names)' and report.fresh == []
+    image = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        tokens = ours.forward_features(image)[:, 1:]
+        map_ = tokens.transpose(1, 2).unflatten(2, (4, 4))
+        torch.testing.assert_close(map_, theirs(image)[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('library', ['timm', 'mmpretrain'])
+def test_distillation_token_leaves_the_sequence(library):
+    if library == 'timm':
+        state = VisionTransformerDistilled(**TIMM, num_classes=3).state_dict()
+    else:
+        state = DistilledVisionTransformer(ARCH, img_size=64).state_dict()
+    assert detect_source(state) == 'deit'
+    converted, report = convert(state, 'deit')
+    position, full = converted['pos_embed'], state['pos_embed']
+    assert torch.equal(position, torch.cat([full[:, :1], full[:, 2:]], dim=1))
+    assert report.resized == dict(pos_embed=((1, 18, 32), (1, 17, 32)))
+    assert set(converted) == set(timm_vit().state_dict())
+    assert 'dist_token' in report.dropped and report.layout == library
+
+
+def test_without_distillation_a_deit_is_a_vit():
+    state = timm_vit().state_dict()
+    assert detect_source(state) == 'vit'
+    assert convert(state, 'deit')[0].keys() == convert(state, 'vit')[0].keys() == state.keys()
+
+
+@pytest.mark.parametrize('kind', ['timm', 'distilled', 'mmpretrain'])
+@pytest.mark.parametrize('semantic', [True, False])
+@pytest.mark.parametrize('img_size', [64, (96, 160)])
+def test_our_deit(kind, semantic, img_size, save, wake):
+    """The position embedding loses its class tokens and is resampled to the image."""
+    theirs = dict(
+        timm=lambda: TimmViT(**TIMM, num_classes=3),
+        distilled=lambda: VisionTransformerDistilled(**TIMM, num_classes=3),
+        mmpretrain=lambda: MMPretrainViT(ARCH, img_size=64),
+    )[kind]()
+    state = wake(theirs).state_dict()
+    ours = STViTDeiT(
+        ARCH, img_size=img_size, base_layers=2, out_indices=(5,),
+        **({} if semantic else dict(semantic_size=None)),
+    )  # fmt: skip
+    report = load_into(ours, save(dict(model=state)))
+
+    position = state['pos_embed'][:, -16:]
+    if img_size != 64:
+        position = resample_abs_pos_embed(position, (6, 10), (4, 4), num_prefix_tokens=0)
+    assert torch.equal(ours.pos_embed, position)
+    old, new = state['pos_embed'].shape, ours.pos_embed.shape
+    assert report.resized == ({} if old == new else dict(pos_embed=(tuple(old), tuple(new))))
+    assert 'cls_token' in report.dropped
+    assert len(report.split) == (4 if semantic else 0)
+    assert all(
+        n.startswith(('blocks.2.pool.', 'blocks.3.centers', 'recover.')) for n in report.fresh
+    )
+    assert bool(report.fresh) == semantic
+    joint, at = convert(state, 'vit')[0], ours.blocks[3].attn
+    for side in ('weight', 'bias'):
+        expected = joint[f'blocks.3.attn.qkv.{side}']
+        parts = [getattr(at.q, side), getattr(at.kv, side)] if semantic else [getattr(at.qkv, side)]
+        assert torch.equal(torch.cat(parts), expected)
+
+
+def test_dense_twin_computes_the_same(save, wake):
+    theirs = wake(
+        timm_vit(class_token=False, global_pool='avg', no_embed_class=True, fc_norm=False)
+    )
+    ours = STViTDeiT(ARCH, img_size=64, semantic_size=None).eval()
+    assert load_into(ours, save(theirs.state_dict())).fresh == []
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        tokens = ours(image)[0].flatten(2).transpose(1, 2)
+        torch.testing.assert_close(tokens, theirs.forward_features(image), atol=1e-4, rtol=1e-4)
+
+
+def test_larger_position_embedding_keeps_the_class_token(save):
+    state, ours = timm_vit().state_dict(), timm_vit(img_size=(96, 128))
+    load_into(ours, save(state))
+    expected = resample_abs_pos_embed(state['pos_embed'], (6, 8), num_prefix_tokens=1)
+    assert torch.equal(ours.pos_embed, expected)
+
+
+def test_grid_that_is_not_square_is_refused(save):
+    state = timm_vit(img_size=(64, 96)).state_dict()
+    with pytest.raises(ValueError, match=r'pos_embed \(1, 25, 32\) instead of \(1, 16, 32\)'):
+        load_into(STViTDeiT(ARCH, img_size=64, base_layers=2), save(state))
+
+
+def test_own_grid_with_as_many_positions_as_a_square(save):
+    ours = dict(arch=ARCH, img_size=(64, 256), base_layers=2, semantic_size=2)
+    saved, loaded = STViTDeiT(**ours), STViTDeiT(**ours)
+    assert load_into(loaded, save(saved.state_dict())).resized == {}
+    for name in ('pos_embed', 'blocks.3.centers'):
+        assert torch.equal(loaded.state_dict()[name], saved.state_dict()[name])
+    square = timm_vit(img_size=128).state_dict()
+    load_into(loaded, save(square))
+    expected = resample_abs_pos_embed(
+        square['pos_embed'][:, 1:], (4, 16), (8, 8), num_prefix_tokens=0
+    )
+    assert torch.equal(loaded.pos_embed, expected)
+
+
+def test_class_token_without_a_position(save):
+    """Only where nothing is resampled: 25 positions can also be a class token and 4 x 6."""
+    state = timm_vit(no_embed_class=True).state_dict()
+    ours = STViTDeiT(ARCH, img_size=64, base_layers=2)
+    assert load_into(ours, save(state)).resized == {}
+    assert torch.equal(ours.pos_embed, state['pos_embed'])
+    with pytest.raises(ValueError, match=r'other shapes: pos_embed \(1, 16, 32\)'):
+        load_into(STViTDeiT(ARCH, img_size=96, base_layers=2), save(state))
+
+
+def test_learned_centers_are_resampled(save):
+    small = STViTDeiT(ARCH, img_size=128, base_layers=2, semantic_size=2)
+    large = STViTDeiT(ARCH, img_size=(192, 256), base_layers=2, semantic_size=2)
+    report = load_into(large, save(small.state_dict()))
+    centers = small.blocks[3].centers
+    expected = resample_abs_pos_embed(centers, (6, 8), (4, 4), num_prefix_tokens=0)
+    assert torch.equal(large.blocks[3].centers, expected)
+    assert report.source is None and set(report.resized) == {'pos_embed', 'blocks.3.centers'}
+
+
+def test_layer_scale_is_not_ours(save):
+    with pytest.raises(ValueError, match=r'should not have: blocks\.0\.ls1\.gamma'):
+        load_into(
+            STViTDeiT(ARCH, img_size=64, base_layers=2),
+            save(timm_vit(init_values=1e-4).state_dict()),
+        )
+
+
+@pytest.mark.parametrize('direction', ['vit to swin', 'swin to vit'])
+def test_families_are_not_confused(direction, save):
+    swin = STViTRSwin(
+        dict(embed_dims=16, depths=(1, 1, 6, 1), num_heads=(1, 2, 2, 4)),
+        semantic_size=None,
+        stem='patch',
+    )
+    vit = STViTDeiT(ARCH, img_size=64, base_layers=2)
+    if direction == 'vit to swin':
+        target, state, read_as = swin, timm_vit().state_dict(), 'vit'
+    else:
+        target, state, read_as = vit, swin.state_dict(), 'swin'
+    with pytest.raises(
+        ValueError, match=f'does not fit {type(target).__name__}; it was read as {read_as}'
+    ):
+        load_into(target, save(state))

@@ -1,0 +1,145 @@
+"""Turn a checkpoint of another project into one of ours."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+import mmtoken
+from mmtoken.checkpoints import (
+    Report,
+    convert,
+    detect_source,
+    find_weights,
+    fit_to,
+    read_checkpoint,
+)
+from mmtoken.checkpoints.sources import SOURCES
+
+
+def main() -> int:
+    """Convert the file; return 0, or 1 if it was not converted."""
+    args = _make_parser().parse_args()
+    try:
+        if args.dst.exists() and not args.force:
+            raise FileExistsError(f'{args.dst} exists; --force overwrites it')
+        state, report = _convert(args)
+        _write(state, report, args)
+    except (OSError, ValueError) as error:
+        print(f'convert_checkpoint: {error}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f'convert_checkpoint: interrupted; {args.dst} is as it was', file=sys.stderr)
+        return 1
+    console = Console()
+    console.print(report)
+    console.print(f'Wrote {args.dst}', soft_wrap=True)
+    return 0
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=(
+            'Turn a checkpoint of another project into one of ours: names and layout become those\n'
+            'of our backbones, and heads, necks and the optimizer are left out. With --config the\n'
+            'weights are also fitted to a backbone (resized position embeddings and bias tables,\n'
+            'split projections), and what does not fit is an error.\n\n'
+            'Backbones do the same by themselves when they load a file (init_cfg, Pretrained);\n'
+            'this is for looking into a file, and for keeping the result. Nothing that a file\n'
+            'contains is run.'
+        ),
+        epilog=(
+            'sources:\n'
+            '  stvit-r  released STViT-R on Swin: classifiers and detectors\n'
+            '  swin     Swin Transformer: Microsoft, mmdet/mmseg/mmpretrain, timm\n'
+            '  deit     DeiT, distilled or not: Facebook, timm, mmpretrain\n'
+            '  vit      ViT: timm, mmpretrain, mmseg\n\n'
+            'example:\n'
+            '  python tools/convert_checkpoint.py swin_small_patch4_window7_224.pth \\\n'
+            '      checkpoints/swin-s.pth --source swin\n'
+            '  python tools/convert_checkpoint.py deit_small_patch16_224.pth deit-s.pth \\\n'
+            '      --config configs/stvit_deit/mask-rcnn_stvit-deit-s_sfp_8xb2-1x_coco.py\n\n'
+            "then, in a config: init_cfg=dict(type='Pretrained', "
+            "checkpoint='checkpoints/swin-s.pth')"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('src', metavar='SRC', help='path or URL of the checkpoint')
+    parser.add_argument('dst', metavar='DST', type=Path, help='file to write')
+    parser.add_argument(
+        '--source', choices=list(SOURCES), help='what SRC is from (default: recognised by names)'
+    )
+    parser.add_argument('--config', metavar='CFG', help="fit the weights to this config's backbone")
+    parser.add_argument(
+        '--prefix',
+        metavar='P',
+        help="what precedes the backbone's names in SRC (default: 'backbone.' if that occurs)",
+    )
+    parser.add_argument('--force', action='store_true', help='overwrite DST')
+    return parser
+
+
+def _convert(args: argparse.Namespace) -> tuple[dict[str, Tensor], Report]:
+    weights = find_weights(read_checkpoint(args.src), args.src)
+    if args.config:
+        return fit_to(_build_backbone(args.config), weights, args.src, args.prefix, args.source)
+    source = args.source or detect_source(weights, args.prefix)
+    if source is None:
+        raise ValueError(
+            f'{args.src}: its names are not those of {", ".join(SOURCES)}; if it is one of these, '
+            "say with --prefix what precedes the backbone's names"
+        )
+    try:
+        return convert(weights, source, args.prefix)
+    except ValueError as error:
+        raise ValueError(f'{args.src}: {error}') from error
+
+
+def _build_backbone(path: str) -> nn.Module:
+    """The backbone of a config, without values: names and shapes are all that is asked of it."""
+    from mmengine.config import Config
+
+    from mmtoken.registry import MODELS
+
+    try:
+        model = Config.fromfile(path).get('model')
+        backbone = dict(model.get('backbone', model) if model else {})
+        if str(backbone.get('type')).startswith('mmtoken.'):
+            backbone.pop('init_cfg', None)
+            with torch.device('meta'):
+                return MODELS.build(backbone)
+    except OSError:
+        raise
+    except Exception as error:  # configs are programs
+        raise ValueError(f'{path} gives no backbone: {error}') from error
+    raise ValueError(
+        f'{path} has no backbone of ours, whose type begins with mmtoken.; it has '
+        f'{backbone.get("type")}'
+    )
+
+
+def _write(state: dict[str, Tensor], report: Report, args: argparse.Namespace) -> None:
+    """Write DST in one step, so that it is never half a file."""
+    meta = dict(
+        source=report.source,
+        layout=report.layout,
+        file=args.src.rpartition('/')[2],
+        mmtoken_version=mmtoken.__version__,
+    )
+    # Tensors of a file may be views of larger ones, which torch.save would store with them.
+    content = dict(state_dict={name: tensor.clone() for name, tensor in state.items()}, meta=meta)
+    args.dst.parent.mkdir(parents=True, exist_ok=True)
+    temporary = args.dst.with_name(f'.{args.dst.name}.{os.getpid()}')
+    try:
+        torch.save(content, temporary)
+        temporary.replace(args.dst)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
