@@ -4,4 +4,5 @@ checkpoint = 'https://huggingface.co/csncsn/STViT-R/resolve/main/STViT-R-Swin-B.
 model = dict(
     backbone=dict(arch='base', init_cfg=dict(checkpoint=checkpoint)),
     decode_head=dict(in_channels=[128, 256, 512, 1024]),
+    auxiliary_head=dict(in_channels=512),
 )

@@ -39,7 +39,7 @@ class STViTRSwin(TokenBackbone):
 
     Args:
         arch: ``'tiny'``, ``'small'``, ``'base'``, or a dict with the keys ``embed_dims``,
-            ``depths`` and ``num_heads`` (four stages; the third depth a multiple of 6).
+            ``depths`` and ``num_heads`` (one number a stage; the third depth a multiple of 6).
         form: ``'dense'`` or ``'classification'``; see above. As in Swin, a classifier does not
             shift the windows of a grid that is no larger than a window, while a detector does.
         stem: ``'conv'``, two strided convolutions as in STViT-R, or ``'patch'``, the patch
@@ -177,9 +177,10 @@ def _check_arguments(
     key_sizes: Sequence[int],
     pad_mask: PadMask,
 ) -> None:
-    if len(depths) != 4 or len(num_heads) != 4:
+    if not depths or len(depths) != len(num_heads):
         raise ValueError(
-            f'depths and num_heads are for four stages, got depths={depths}, num_heads={num_heads}'
+            f'depths and num_heads have one number a stage, got depths={depths}, '
+            f'num_heads={num_heads}'
         )
     for i, heads in enumerate(num_heads):
         if embed_dims * 2**i % heads:
@@ -193,9 +194,9 @@ def _check_arguments(
             f'semantic_size must be from 1 to window_size={window_size}, or None for the dense '
             f'twin, got {semantic_size}'
         )
-    if depths[SEMANTIC_STAGE] % UNIT_DEPTH:
+    if len(depths) <= SEMANTIC_STAGE or depths[SEMANTIC_STAGE] % UNIT_DEPTH:
         raise ValueError(
-            f'the third depth must be a multiple of {UNIT_DEPTH}, the blocks of a unit, '
+            f'there must be a third depth, a multiple of {UNIT_DEPTH}, the blocks of a unit; '
             f'got depths={depths}'
         )
     strides = (window_size, window_size, semantic_size)

@@ -11,7 +11,9 @@ from mmtoken.analysis import count_macs
 from mmtoken.backbones import STViTRSwin
 from mmtoken.backbones.stvit_r_swin import Form
 from mmtoken.layers import semantic
+from mmtoken.layers.semantic_global import inner_patches
 from mmtoken.tokens.reference import reference_path
+from mmtoken.tokens.windows import window_index
 
 DATA = Path(__file__).parent.parent / 'data'
 SWIN = dict(embed_dims=16, depths=(1, 1, 6, 1), num_heads=(1, 2, 2, 4))
@@ -225,7 +227,8 @@ def test_starts_from_a_classifier_of_our_own(tmp_path):
     'bad, message',
     [
         (dict(arch={**SWIN, 'depths': (1, 1, 7, 1)}), 'multiple of 6'),
-        (dict(arch={**SWIN, 'depths': (1, 6, 1)}), 'four stages'),
+        (dict(arch={**SWIN, 'depths': (1, 1, 6)}), 'one number a stage'),
+        (dict(arch=dict(embed_dims=8, depths=(1, 6), num_heads=(1, 1))), 'must be a third depth'),
         (dict(arch={**SWIN, 'num_heads': (1, 2, 3, 4)}), 'no multiple of its 3 heads'),
         (dict(arch=SWIN, semantic_size=8), 'from 1 to window_size=7'),
         (dict(arch=SWIN, key_sizes=(14, 21)), 'three sides'),
@@ -239,6 +242,26 @@ def test_starts_from_a_classifier_of_our_own(tmp_path):
 def test_bad_arguments(bad, message):
     with pytest.raises(ValueError, match=message):
         STViTRSwin(**bad)
+
+
+@pytest.mark.parametrize('form', get_args(Form))
+def test_three_stages(form):
+    arch = dict(embed_dims=8, depths=(1, 1, 6), num_heads=(1, 1, 2))
+    model = STViTRSwin(arch, form, out_indices=(1, 2)).eval()
+    with torch.no_grad():
+        maps = model(torch.randn(1, 3, 100, 130))
+    assert [m.shape for m in maps] == [(1, 16, 13, 17), (1, 32, 7, 9)]
+
+
+@pytest.mark.parametrize('grid', [(14, 14), (16, 16), (7, 25), (5, 9), (40, 3)])
+@pytest.mark.parametrize('window', [7, 8])
+def test_patches_of_a_classifier_lie_around_their_windows(grid, window):
+    """The released constants, 10 and 4, hold for 14 x 14 tokens only."""
+    patches = inner_patches(grid, window + window // 2, window)
+    assert patches.min() >= 0 and patches.max() < grid[0] * grid[1]
+    for patch, tokens in zip(patches, window_index(grid, window), strict=True):
+        real = tokens[tokens < grid[0] * grid[1]]
+        assert torch.isin(real, patch).all()
 
 
 def test_compiles():
