@@ -12,14 +12,15 @@ def cached_plan(function: Callable) -> Callable:
     """Keep the last :data:`MAX_PLANS` results of a function of hashable arguments.
 
     Results are shared and must not be written to. They are made outside inference mode, for
-    autograd cannot save tensors that were made in it, and outside graphs of ``torch.compile``,
-    which could not trace how many tokens lie where.
+    autograd cannot save tensors that were made in it; on a CPU, whatever the default device of the
+    moment; and outside graphs of ``torch.compile``, which could not trace how many tokens lie
+    where.
     """
 
     @lru_cache(maxsize=MAX_PLANS)
     @wraps(function)
     def plan(*args, **kwargs):
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.device('cpu'):
             return function(*args, **kwargs)
 
     eager = torch.compiler.disable(plan)
