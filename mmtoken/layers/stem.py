@@ -35,7 +35,7 @@ class ConvStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, 3, H, W) -> (B, ceil(H / 4), ceil(W / 4), embed_dims)``."""
         x = pad_to_stride(x, self.stride)
-        if works_in_tiles(x) and not self.training:
+        if works_in_tiles(x, self.training):
             return self.forward_in_strips(x)
         return self.proj(x).permute(0, 2, 3, 1).contiguous()
 

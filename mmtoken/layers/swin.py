@@ -117,7 +117,7 @@ class SwinBlock(nn.Module):
 
         As in Swin, padding is added after the norm and attended to like any token.
         """
-        if works_in_tiles(x) and not self.training:
+        if works_in_tiles(x, self.training):
             return self.forward_in_tiles(x)
         x = x + self.drop_path(self.attend(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
@@ -172,7 +172,7 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2 * C)``."""
         x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        if works_in_tiles(x):
+        if works_in_tiles(x, self.training):
             batch, _, width, channels = x.shape
             rows = 2 * max(1, tile_length(channels) // (2 * batch * width))
             return torch.cat([self.merge(strip) for strip in x.split(rows, dim=1)], dim=1)

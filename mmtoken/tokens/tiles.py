@@ -26,9 +26,15 @@ def tile_length(channels: int) -> int:
     return max(1, TILE_ELEMENTS // channels)
 
 
-def works_in_tiles(x: Tensor) -> bool:
-    """Whether ``x`` is to be computed on tile by tile."""
-    return x.device.type == 'cpu' and not torch.is_grad_enabled() and not on_reference_path()
+def works_in_tiles(x: Tensor, training: bool) -> bool:
+    """Whether ``x`` is to be computed on tile by tile.
+
+    Args:
+        x: Any tensor of the map.
+        training: Whether the computation has random parts, or parts that depend on the batch.
+    """
+    inference = not training and not torch.is_grad_enabled()
+    return inference and x.device.type == 'cpu' and not on_reference_path()
 
 
 def tokenwise(function: Callable[..., Tensor], *tensors: Tensor, training: bool) -> Tensor:
@@ -37,12 +43,12 @@ def tokenwise(function: Callable[..., Tensor], *tensors: Tensor, training: bool)
     Args:
         function: ``(n, C), ... -> (n, C')``.
         tensors: ``(..., C)``, alike but for their channels.
-        training: Whether the function has random parts, or parts that depend on the batch.
+        training: As for :func:`works_in_tiles`.
 
     Returns:
         ``(..., C')``.
     """
-    if training or not works_in_tiles(tensors[0]):
+    if not works_in_tiles(tensors[0], training):
         return function(*tensors)
     length = tile_length(max(t.shape[-1] for t in tensors))
     tiles = zip(*(t.reshape(-1, t.shape[-1]).split(length) for t in tensors), strict=True)

@@ -98,12 +98,13 @@ def test_tokenwise_functions(tokens):
 
 def test_only_inference_works_in_tiles():
     x = torch.zeros(1)
-    assert not works_in_tiles(x)
+    assert not works_in_tiles(x, training=False)
     with torch.no_grad():
-        assert works_in_tiles(x)
+        assert works_in_tiles(x, training=False)
+        assert not works_in_tiles(x, training=True)
+        assert not works_in_tiles(x.to('meta'), training=False)
         with reference_path():
-            assert not works_in_tiles(x)
-        assert not works_in_tiles(x.to('meta'))
+            assert not works_in_tiles(x, training=False)
 
 
 def test_tiles_are_as_large_for_any_width():
