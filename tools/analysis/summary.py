@@ -19,6 +19,9 @@ EXAMPLES = """\
 examples:
   python tools/analysis/summary.py benchmarks/*.json
 """
+FIELDS = (
+    'sparse_ms', 'dense_ms', 'speedup', 'speedup_vs_peer', 'peak_mb_sparse', 'peak_mb_dense',
+)  # fmt: skip
 # What makes runs repetitions of each other
 SETTING = (
     'config',
@@ -54,48 +57,37 @@ def main() -> int:
 def make_table(groups: list[list[dict]]) -> Table:
     """One row for each group of repetitions."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column('network, step', overflow='fold')
-    for column in (
-        'ms',
-        'twin ms',
-        'speed-up',
-        'MAC ratio',
-        'vs. library',
-        'MB',
-        'twin MB',
-        'runs',
-    ):
+    table.add_column('network, images')
+    for column in ('ms (twin)', 'speed-up', 'MAC ratio', 'vs. library', 'MB (twin)', 'runs'):
         table.add_column(column, justify='right')
     for group in groups:
-
-        def middle(field: str, group: list[dict] = group) -> float | None:
-            values = [run[field] for run in group if run[field] is not None]
-            return median(values) if values else None
-
-        first = group[0]
+        values = {field: middle(group, field) for field in FIELDS}
+        ms, twin_ms, speedup, over_peer, mb, twin_mb = values.values()
         table.add_row(
-            describe(first),
-            *(figure(middle(field)) for field in ('sparse_ms', 'dense_ms')),
-            f'{middle("speedup"):.2f}',
-            f'{first["mac_ratio"]:.2f} ({first["executed_ratio"]:.2f})',
-            *(
-                '' if middle(field) is None else f'{middle(field):{form}}'
-                for field, form in (
-                    ('speedup_vs_peer', '.2f'),
-                    ('peak_mb_sparse', '.0f'),
-                    ('peak_mb_dense', '.0f'),
-                )
-            ),
+            describe(group[0]),
+            f'{figure(ms)} ({figure(twin_ms)})',
+            f'{speedup:.2f}',
+            f'{group[0]["mac_ratio"]:.2f} ({group[0]["executed_ratio"]:.2f})',
+            '' if over_peer is None else f'{over_peer:.2f}',
+            '' if mb is None else f'{mb:.0f} ({twin_mb:.0f})',
             str(len(group)),
         )
     return table
 
 
+def middle(group: list[dict], field: str) -> float | None:
+    """Median of a figure over repetitions; None where it was not measured."""
+    values = [run[field] for run in group if run[field] is not None]
+    return median(values) if values else None
+
+
 def describe(run: dict) -> str:
     """What was run, in short."""
     height, width = run['shape']
-    words = [run['config'].split('_')[1], f'{run["batch_size"]} x {height} x {width}']
-    words += ['training'] * run['train'] + ['whole model'] * (run['part'] == 'model')
+    head, backbone = run['config'].split('_')[:2]
+    whole = run['part'] == 'model'
+    words = [f'{head}_{backbone}' if whole else backbone]
+    words += [f'{run["batch_size"]}x{height}x{width}'] + ['training'] * run['train']
     words += ['compiled'] * run['compile']
     if run['device'] != 'cpu' or run['dtype'] != 'float32':
         words += [run['device'], run['dtype']]
