@@ -12,8 +12,11 @@ import mmdet
 import mmseg
 import numpy as np
 import pytest
+import torch
 from mmdet.datasets import CocoDataset
 from shapes import CLASS_IDS
+
+from mmtoken.backbones import STViTRSwin
 
 pytestmark = pytest.mark.e2e
 
@@ -23,6 +26,7 @@ STOCK = {library: Path(library.__file__).parent / '.mim' / 'tools' for library i
 SHAPES_DETECTOR = CONFIGS / 'shapes' / 'mask-rcnn_stvit-r-swin-nano_fpn_1xb8-7e_shapes.py'
 SHAPES_SEGMENTER = CONFIGS / 'shapes' / 'upernet_stvit-r-swin-nano_1xb16-750i_shapes-128x128.py'
 COCO = CONFIGS / 'stvit_r' / 'mask-rcnn_stvit-r-swin-t_fpn_8xb2-1x_coco.py'
+IMAGENET = CONFIGS / 'stvit_r' / 'stvit-r-swin-tiny_16xb64_in1k.py'
 ADE20K = CONFIGS / 'stvit_r' / 'upernet_stvit-r-swin-t_8xb2-160k_ade20k-512x512.py'
 
 # What the miniature COCO calls the classes of the embedded data set.
@@ -108,6 +112,36 @@ def test_detector_is_trained_and_tested(workspace, detector):
     )  # fmt: skip
     assert scores(output, 'coco/bbox_mAP') and scores(output, 'coco/segm_mAP')
     assert list(workspace.glob('work_dirs/**/drawn/*.jpg'))
+
+
+@pytest.fixture(scope='module')
+def classifier(workspace):
+    """A classifier of the ImageNet config, on a few images in ImageNet's layout."""
+    root = workspace / 'data' / 'imagenet'
+    (root / 'meta').mkdir(parents=True)
+    for split in ('train', 'val'):
+        folder = root / split / 'n01440764'
+        shutil.copytree(workspace / 'data' / 'coco' / f'{split}2017', folder)
+        labelled = [f'{folder.name}/{f.name} {i}' for i, f in enumerate(sorted(folder.iterdir()))]
+        (root / 'meta' / f'{split}.txt').write_text('\n'.join(labelled))
+    short = [
+        'train_cfg.max_epochs=1', 'train_dataloader.batch_size=4', 'param_scheduler.1.begin=0',
+    ]  # fmt: skip
+    return train(workspace, ROOT / 'tools' / 'train.py', IMAGENET, [*ONE_PROCESS, *short])
+
+
+def test_classifier_is_trained_and_becomes_a_detector(workspace, classifier):
+    checkpoint, output = classifier
+    assert scores(output, 'accuracy/top5')
+    tested = run(workspace, ROOT / 'tools' / 'test.py', IMAGENET, checkpoint, options=ONE_PROCESS)
+    assert scores(tested, 'accuracy/top5') == scores(output, 'accuracy/top5')
+    init_cfg = dict(type='Pretrained', checkpoint=checkpoint)
+    backbone = STViTRSwin('tiny', init_cfg=init_cfg)
+    backbone.init_weights()
+    trained = torch.load(checkpoint, weights_only=False)['state_dict']
+    for name, value in backbone.state_dict().items():
+        if not name.startswith(('norm0', 'norm1', 'norm2')):
+            assert torch.equal(value, trained[f'backbone.{name}']), name
 
 
 def test_segmenter_is_trained_and_tested(workspace, segmenter):
