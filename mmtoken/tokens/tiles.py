@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .plan import cached_plan
 from .reference import on_reference_path
-from .windows import shifted_regions, window_index
+from .windows import tokens_apart, window_index
 
 # The hidden layer of an MLP is then 3 MB in fp32.
 TILE_ELEMENTS = 192_000
@@ -111,8 +111,7 @@ def plan_window_tiles(
     whole = (index < num_tokens).all(dim=1)
     apart = torch.zeros(len(index), 1, 1, 1, dtype=torch.bool)
     if shift:
-        region = shifted_regions(grid, size, shift)
-        apart = (region.unsqueeze(1) != region.unsqueeze(2)).unsqueeze(1)
+        apart = tokens_apart(grid, size, shift)
     inner = whole & ~apart.flatten(1).any(dim=1)
     tiles = []
     for windows in (inner.nonzero().flatten(), (~inner).nonzero().flatten()):

@@ -99,11 +99,13 @@ def window_index(grid: tuple[int, int], size: int, shift: int = 0) -> Tensor:
     return partition_windows(token[None, :, :, None], size).squeeze(-1)
 
 
-def shifted_regions(grid: tuple[int, int], size: int, shift: int) -> Tensor:
-    """Number the parts that a cyclic shift brings together: ``(windows, size * size)``.
+def tokens_apart(grid: tuple[int, int], size: int, shift: int) -> Tensor:
+    """Which tokens of a window only a cyclic shift brought together, and must not attend.
 
-    Tokens of one window attend to each other if their numbers are equal. Arguments as in
-    :func:`window_index`.
+    Arguments as in :func:`window_index`.
+
+    Returns:
+        ``(windows, 1, L, L)`` with ``L = size * size``, True between such tokens.
     """
     height, width = (side + -side % size for side in grid)
     region = torch.zeros(1, height, width, 1)
@@ -111,7 +113,8 @@ def shifted_regions(grid: tuple[int, int], size: int, shift: int) -> Tensor:
     for i, rows in enumerate(spans):
         for j, columns in enumerate(spans):
             region[:, rows, columns] = 3 * i + j
-    return partition_windows(region, size).squeeze(-1)
+    region = partition_windows(region, size).squeeze(-1)
+    return (region.unsqueeze(1) != region.unsqueeze(2)).unsqueeze(1)
 
 
 @cached_plan
@@ -127,7 +130,5 @@ def shifted_window_mask(
     Returns:
         ``(windows, 1, L, L)`` with ``L = size * size``; 0 or minus infinity.
     """
-    region = shifted_regions(grid, size, shift)
-    apart = region.unsqueeze(1) != region.unsqueeze(2)
-    mask = torch.zeros(apart.shape, dtype=dtype).masked_fill_(apart, float('-inf'))
-    return mask.unsqueeze(1).to(device)
+    apart = tokens_apart(grid, size, shift)
+    return torch.zeros(apart.shape, dtype=dtype).masked_fill_(apart, float('-inf')).to(device)
