@@ -1,0 +1,99 @@
+"""Deformable attention of packed queries to a dense map.
+
+Source: Deformable DETR, arXiv 2010.04159, section 4.1, at a single scale, as in the DPVT of the
+released code of DGE (github.com/StevenGrove/vtpack, Apache-2.0).
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..tokens.regions import CellSet
+from ..tokens.tiles import tokenwise
+
+# How much of the gradient goes through the places that are sampled, in the released code.
+OFFSET_GRADIENT = 0.1
+
+
+class DeformableAttention(nn.Module):
+    """Each query samples the map at a few places per head and sums up what it finds there.
+
+    Args:
+        embed_dims: Channels.
+        num_heads: Attention heads.
+        num_points: Places per head.
+    """
+
+    def __init__(self, embed_dims: int, num_heads: int, num_points: int = 4) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_points = num_points
+        self.value = nn.Linear(embed_dims, embed_dims)
+        self.offsets = nn.Linear(embed_dims, num_heads * num_points * 2)
+        self.weights = nn.Linear(embed_dims, num_heads * num_points)
+        self.proj = nn.Linear(embed_dims, embed_dims)
+
+    def keys(self, x: Tensor, norm: nn.Module, grid: tuple[int, int]) -> Tensor:
+        """The map to sample from.
+
+        Args:
+            x: Tokens of the grid, not normalised, ``(B, H * W, C)``.
+            norm: The norm that comes first.
+            grid: ``(H, W)``.
+
+        Returns:
+            ``(B, heads, d, H, W)``.
+        """
+        value = tokenwise(lambda t: self.value(norm(t)), x, training=self.training)
+        value = value.unflatten(-1, (self.num_heads, -1)).unflatten(1, grid)
+        return value.permute(0, 3, 4, 1, 2).contiguous()
+
+    def forward(self, queries: Tensor, keys: Tensor, cells: CellSet) -> Tensor:
+        """Attend.
+
+        Args:
+            queries: Packed and normalised, ``(M, C)``.
+            keys: From :meth:`keys`.
+            cells: The queries' own.
+
+        Returns:
+            ``(M, C)``.
+        """
+        offsets = self.offsets(queries).unflatten(-1, (self.num_heads, self.num_points, 2))
+        offsets = OFFSET_GRADIENT * offsets + (1 - OFFSET_GRADIENT) * offsets.detach()
+        places = cells.center[:, None, None].to(offsets) + offsets
+        weights = self.weights(queries).unflatten(-1, (self.num_heads, self.num_points))
+        weights = weights.softmax(dim=-1)
+        images = zip(places.split(cells.lengths), weights.split(cells.lengths), keys, strict=True)
+        return self.proj(torch.cat([_sample(p, w, value) for p, w, value in images]))
+
+    def complexity(self, tokens: Tensor, queries: Tensor) -> Tensor:
+        """Operations of a number of tokens and queries, as the budget counts them.
+
+        The release has no deformable attention with dynamic granularity; this counts the Linear
+        layers, and of each sampled value the four tokens it is interpolated from and its weight.
+        """
+        dims, places = self.proj.in_features, self.num_heads * self.num_points
+        sampling = queries * dims * self.num_points * 5
+        return tokens * dims**2 + queries * (dims**2 + 3 * dims * places) + sampling
+
+
+def _sample(places: Tensor, weights: Tensor, value: Tensor) -> Tensor:
+    """Weighted sums of a map at places between its tokens; zero outside.
+
+    Args:
+        places: Column and row, ``(Q, heads, points, 2)``, in tokens.
+        weights: ``(Q, heads, points)``.
+        value: ``(heads, d, H, W)``.
+
+    Returns:
+        ``(Q, heads * d)``.
+    """
+    height, width = value.shape[-2:]
+    sides = torch.tensor([width, height], dtype=places.dtype, device=places.device)
+    # Token 0 has its centre half a token from the edge, which is at -1.
+    places = (2 * places.transpose(0, 1) + 1) / sides - 1
+    sampled = F.grid_sample(value, places.to(value), align_corners=False)
+    weights = weights.transpose(0, 1)[:, None].to(sampled)
+    return (sampled * weights).sum(dim=-1).permute(2, 0, 1).flatten(1)

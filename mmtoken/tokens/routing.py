@@ -1,0 +1,156 @@
+"""Choices of the network about its own tokens: how they are made, trained, and overridden."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def straight_through(scores: Tensor) -> Tensor:
+    """One-hot choices of the highest score that have the gradient of a softmax.
+
+    Args:
+        scores: ``(..., K)``; to sample, add :func:`gumbel_noise`.
+
+    Returns:
+        ``(..., K)``, exactly 0 and 1.
+    """
+    soft = scores.softmax(dim=-1)
+    return with_gradient_of(one_hot(scores.argmax(dim=-1), scores), soft)
+
+
+def with_gradient_of(value: Tensor, other: Tensor) -> Tensor:
+    """``value``, with the gradient of ``other``."""
+    # In this order the result is exactly ``value``.
+    return value + (other - other.detach())
+
+
+def one_hot(choice: Tensor, like: Tensor) -> Tensor:
+    """``(...)`` to ``(..., K)``, in shape, kind and place as ``like``."""
+    return F.one_hot(choice, like.shape[-1]).to(like)
+
+
+def gumbel_noise(scores: Tensor) -> Tensor:
+    """Standard Gumbel noise in the shape of ``scores``."""
+    return -torch.empty_like(scores).exponential_().log()
+
+
+class RoutingOverride:
+    """Random layouts with a given number of tokens; see :func:`routing_override`."""
+
+    def __init__(self, kind: str, ratio: float, seed: int) -> None:
+        self.kind = kind
+        self.ratio = ratio
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def draw(self, counts: Tensor, batch: int) -> Tensor:
+        """Draw one choice for each region of each image.
+
+        Args:
+            counts: Tokens that each region has under each choice, most first, ``(R, K)``.
+            batch: Images, B.
+
+        Returns:
+            Indices of choices, ``(B, R)``, on the CPU. The tokens of an image are as near as single
+            changes bring them to ``ratio`` of the most it can have.
+        """
+        return torch.stack([self._draw_one(counts.cpu()) for _ in range(batch)])
+
+    def _draw_one(self, counts: Tensor) -> Tensor:
+        num_regions = len(counts)
+        target = self.ratio * counts[:, 0].sum().item()
+        shares = _shares(tuple(counts.amax(dim=0).tolist()), self.ratio)
+        order = torch.randperm(num_regions, generator=self.generator)
+        choice = torch.empty(num_regions, dtype=torch.long)
+        bounds = torch.tensor(shares).cumsum(0)[:-1]
+        places = (torch.arange(num_regions) + 0.5) / num_regions
+        choice[order] = torch.bucketize(places, bounds)
+        counts, choice = counts[order], choice[order]
+        while True:
+            now = counts.gather(1, choice[:, None])
+            missing = target - now.sum().item()
+            errors = (counts - now - missing).abs().flatten()
+            best = errors.argmin()
+            if errors[best] >= abs(missing):
+                break
+            choice[best // counts.shape[1]] = best % counts.shape[1]
+        return torch.empty_like(choice).scatter_(0, order, choice)
+
+
+@lru_cache
+def _shares(counts: tuple[int, ...], ratio: float) -> list[float]:
+    """How often each choice is made so that counts have the given mean, otherwise most evenly."""
+    sizes = [count / counts[0] for count in counts]
+
+    def shares(tilt: float) -> list[float]:
+        weights = [math.exp(tilt * size) for size in sizes]
+        return [weight / sum(weights) for weight in weights]
+
+    low, high = -500.0, 500.0
+    for _ in range(60):
+        tilt = (low + high) / 2
+        mean = sum(s * size for s, size in zip(shares(tilt), sizes, strict=True))
+        low, high = (tilt, high) if mean < ratio else (low, tilt)
+    return shares((low + high) / 2)
+
+
+_override: RoutingOverride | None = None
+
+
+@contextmanager
+def routing_override(
+    *, query_ratio: float | None = None, coarse_ratio: float | None = None, seed: int = 0
+) -> Iterator[None]:
+    """Inside this context regions do not choose for themselves: layouts are random.
+
+    For benchmarks: an untrained network chooses nothing sensible, and the cost of a layout depends
+    on how many tokens it has. All else runs as it would, in training too.
+
+    Args:
+        query_ratio: Queries over tokens, in (0, 1], for the grained backbones and neck (DGE); the
+            nearest that can be had in each image and block.
+        coarse_ratio: Coarse regions over regions, in [0, 1], for MSViT.
+        seed: Of the random layouts.
+
+    Raises:
+        ValueError: Not exactly one ratio, or one out of range; inside the context, a network that
+            has the other kind of ratio.
+    """
+    given = {
+        name: ratio
+        for name, ratio in (('query_ratio', query_ratio), ('coarse_ratio', coarse_ratio))
+        if ratio is not None
+    }
+    if len(given) != 1:
+        raise ValueError(
+            'give either query_ratio (DGE) or coarse_ratio (MSViT), '
+            f'got {" and ".join(given) or "neither"}'
+        )
+    ((kind, ratio),) = given.items()
+    if not 0 <= ratio <= 1 or (kind == 'query_ratio' and ratio == 0):
+        raise ValueError(
+            f'{kind} must be in {"(" if kind == "query_ratio" else "["}0, 1], got {ratio}'
+        )
+    global _override
+    before, _override = _override, RoutingOverride(kind, ratio, seed)
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def current_override(kind: str) -> RoutingOverride | None:
+    """The override in force, if any.
+
+    Raises:
+        ValueError: It is of another kind than ``'query_ratio'`` or ``'coarse_ratio'``, as asked.
+    """
+    if _override is not None and _override.kind != kind:
+        raise ValueError(
+            f'routing_override({_override.kind}=...) is in force, but this network has a {kind}'
+        )
+    return _override
