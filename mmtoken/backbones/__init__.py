@@ -1,6 +1,8 @@
 """Backbones, one family a file; imported when MMEngine first looks a type up."""
 
+from .dge_deit import DGEDeiT
+from .dge_pvt import DGEDPVT, DGEPVT
 from .stvit_deit import STViTDeiT
 from .stvit_r_swin import STViTRSwin
 
-__all__ = ['STViTDeiT', 'STViTRSwin']
+__all__ = ['DGEDPVT', 'DGEDeiT', 'DGEPVT', 'STViTDeiT', 'STViTRSwin']

@@ -3,6 +3,7 @@
 import math
 from abc import ABCMeta, abstractmethod
 from collections.abc import Iterable, Mapping
+from operator import attrgetter
 from typing import ClassVar
 
 import torch
@@ -29,7 +30,7 @@ class TokenBackbone(BaseModule, metaclass=ABCMeta):
             ``dict(type='Pretrained', checkpoint=..., prefix='backbone.')``.
     """
 
-    stem_names: ClassVar[tuple[str, ...]] = ('patch_embed',)  # attributes before the first stage
+    stem_names: ClassVar[tuple[str, ...]] = ('patch_embed',)  # what precedes the first block
     stages_name: ClassVar[str] = 'layers'  # the attribute that lists the stages
     twin_args: ClassVar[dict]  # constructor arguments that turn the class into its dense twin
     unused_keys: str | None = None  # names a checkpoint may have in excess (regular expression)
@@ -54,6 +55,8 @@ class TokenBackbone(BaseModule, metaclass=ABCMeta):
     def init_weights(self) -> None:
         """Truncated-normal Linear layers, then whatever ``init_cfg`` says.
 
+        Layers with an ``init_weights`` of their own have the last word, before a checkpoint.
+
         Raises:
             ValueError: A ``Pretrained`` checkpoint that does not fit; see
                 :func:`~mmtoken.checkpoints.load_into`.
@@ -63,10 +66,12 @@ class TokenBackbone(BaseModule, metaclass=ABCMeta):
         self.apply(_init_linear)
         init_cfg = self.init_cfg
         if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
+            init_own(self)
             load_into(self, init_cfg['checkpoint'], init_cfg.get('prefix'))
             self.is_init = True
         else:
             super().init_weights()
+            init_own(self)
 
     def train(self, mode: bool = True) -> 'TokenBackbone':
         """As in torch, but frozen stages and, with ``norm_eval``, batch norms stay in eval mode."""
@@ -85,7 +90,7 @@ class TokenBackbone(BaseModule, metaclass=ABCMeta):
         """The stem, stages and output layers that ``frozen_stages`` keeps fixed."""
         if self.frozen_stages < 0:
             return []
-        frozen = [getattr(self, name) for name in self.stem_names]
+        frozen = [attrgetter(name)(self) for name in self.stem_names]
         for i, stage in enumerate(self.stages[: self.frozen_stages]):
             frozen.append(stage)
             if i in self.out_indices:
@@ -109,25 +114,30 @@ class TokenBackbone(BaseModule, metaclass=ABCMeta):
 
         Returns:
             ``(depth, number of layers)``: 0 for the stem, then one per block; a downsampling layer
-            counts with the block before it, output layers and all else come last.
+            at the end of a stage counts with the block before it, what precedes the blocks of a
+            stage with the first of them; output layers and all else come last.
         """
         depths = [len(getattr(stage, 'blocks', (stage,))) for stage in self.stages]
         num_layers = sum(depths) + 2
         last = num_layers - 1
         if not param_name.startswith(prefix):
             return last, num_layers
-        parts = param_name[len(prefix) :].split('.')
-        if parts[0] in self.stem_names:
+        name = param_name[len(prefix) :]
+        if any(f'{name}.'.startswith(f'{stem}.') for stem in self.stem_names):
             return 0, num_layers
+        parts = name.split('.')
         if parts[0] != self.stages_name:
             return last, num_layers
         stage = int(parts[1])
-        block = int(parts[3]) + 1 if parts[2] == 'blocks' else depths[stage]
+        if parts[2] == 'blocks':
+            block = int(parts[3]) + 1
+        else:
+            block = depths[stage] if parts[2] == 'downsample' else 1
         return sum(depths[:stage]) + block, num_layers
 
 
 class PlainBackbone(TokenBackbone):
-    """A plain ViT without a class token: every block is a stage. Names are timm's.
+    """A plain ViT: every block is a stage. Names are timm's.
 
     This class makes the stem, ``patch_embed`` and ``pos_embed``; a subclass adds ``blocks``.
 
@@ -143,6 +153,7 @@ class PlainBackbone(TokenBackbone):
             so on; -1 freezes nothing.
         norm_eval: Keep batch norms in eval mode while training.
         init_cfg: MMEngine's initialisation config.
+        cls_token: Whether a class token goes first.
 
     Raises:
         ValueError: ``out_indices`` or ``frozen_stages`` out of range.
@@ -168,6 +179,7 @@ class PlainBackbone(TokenBackbone):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         init_cfg: dict | list[dict] | None = None,
+        cls_token: bool = False,
     ) -> None:
         super().__init__(
             check_out_indices(out_indices, num_layers), frozen_stages, norm_eval, init_cfg
@@ -178,9 +190,8 @@ class PlainBackbone(TokenBackbone):
             None, patch_size, in_channels, embed_dims, output_fmt='NHWC', dynamic_img_pad=True
         )
         self.pos_grid = tuple(-(-side // patch_size) for side in to_2tuple(img_size))
-        self.pos_embed = nn.Parameter(
-            trunc_normal_(torch.empty(1, math.prod(self.pos_grid), embed_dims), std=0.02)
-        )
+        self.cls_token = nn.Parameter(_small(1, 1, embed_dims)) if cls_token else None
+        self.pos_embed = nn.Parameter(_small(1, math.prod(self.pos_grid) + cls_token, embed_dims))
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Embed the patches and add their positions.
@@ -190,13 +201,30 @@ class PlainBackbone(TokenBackbone):
                 whole patches.
 
         Returns:
-            Tokens ``(B, H' * W', C)``, row by row, and their grid ``(H', W')``.
+            Tokens ``(B, H' * W', C)``, row by row, behind the class token if there is one, and
+            their grid ``(H', W')``.
         """
         x = self.patch_embed(x)
         grid = (x.shape[1], x.shape[2])
-        position = resample_abs_pos_embed(self.pos_embed, grid, self.pos_grid, num_prefix_tokens=0)
         # Without the copy all that is added to it would keep the strides of the convolution.
-        return x.flatten(1, 2).contiguous() + position, grid
+        x = x.flatten(1, 2).contiguous()
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x), x], dim=1)
+        position = resample_abs_pos_embed(
+            self.pos_embed, grid, self.pos_grid, num_prefix_tokens=int(self.cls_token is not None)
+        )
+        return x + position, grid
+
+
+def init_own(root: nn.Module) -> None:
+    """Let the layers inside ``root`` that have an ``init_weights`` of their own use it."""
+    for module in root.modules():
+        if module is not root and hasattr(module, 'init_weights'):
+            module.init_weights()
+
+
+def _small(*shape: int) -> Tensor:
+    return trunc_normal_(torch.empty(shape), std=0.02)
 
 
 def _init_linear(module: nn.Module) -> None:
@@ -243,3 +271,21 @@ def check_out_indices(out_indices: Iterable[int], num_stages: int) -> tuple[int,
             f'out_indices must be rising indices from 0 to {num_stages - 1}, got {given}'
         )
     return indices
+
+
+def check_out_type(
+    out_type: str, allowed: Iterable[str], out_indices: tuple[int, ...], last: int
+) -> None:
+    """Refuse unknown output types, and vectors of anything but the last stage.
+
+    Raises:
+        ValueError: ``out_type`` is not allowed, or is neither ``'map'`` nor ``'tokens'`` while
+            ``out_indices`` is not ``(last,)``.
+    """
+    allowed = tuple(allowed)
+    if out_type not in allowed:
+        raise ValueError(f'out_type must be one of {allowed}, got {out_type!r}')
+    if out_type not in ('map', 'tokens') and out_indices != (last,):
+        raise ValueError(
+            f'out_type={out_type!r} is of the last stage, out_indices=({last},); got {out_indices}'
+        )

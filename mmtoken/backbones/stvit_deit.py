@@ -21,7 +21,7 @@ from ..layers.spatial_pooling import Pooling
 from ..registry import MODELS
 from ..tokens.maps import to_map
 from ..tokens.packed import SparseFeatures, pack_equal
-from .base import PlainBackbone, resolve_arch
+from .base import PlainBackbone, check_out_type, resolve_arch
 
 OutType = Literal['map', 'tokens', 'avg_featmap']
 NUM_GENERATION_LAYERS = 2
@@ -118,13 +118,7 @@ class STViTDeiT(PlainBackbone):
             out_indices, frozen_stages, norm_eval, init_cfg,
         )  # fmt: skip
         last = depth - 1
-        if out_type not in get_args(OutType):
-            raise ValueError(f'out_type must be one of {get_args(OutType)}, got {out_type!r}')
-        if out_type == 'avg_featmap' and self.out_indices != (last,):
-            raise ValueError(
-                f"out_type='avg_featmap' is of the last block, out_indices=({last},); "
-                f'got {self.out_indices}'
-            )
+        check_out_type(out_type, get_args(OutType), self.out_indices, last)
         self.out_type = out_type
         self.with_cp = with_cp
         self.out_channels = (dims,) * len(self.out_indices)

@@ -7,7 +7,7 @@ depth drops whole images, not queries; any grid is taken, not whole regions only
 
 import math
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -37,25 +37,10 @@ from ..tokens.routing import (
 )
 from ..tokens.tiles import tile_length, works_in_tiles
 from .recompute import run_block
+from .usage import Usage
 
 TrainMode = Literal['exact', 'dense', 'sparse']
 FINEST_PROBABILITY = 0.95  # of a router before it has learned anything
-
-
-class Usage(NamedTuple):
-    """What the blocks of a batch cost, in counts of the budget, for each image: ``(B,)``, float64.
-
-    Attributes:
-        static: Complexity if all tokens were queries.
-        dynamic: Complexity of the queries there are; in training it has gradients.
-        tokens: Tokens, without those of padding.
-        queries: Queries, likewise.
-    """
-
-    static: Tensor
-    dynamic: Tensor
-    tokens: Tensor
-    queries: Tensor
 
 
 class GrainRouter(nn.Module):

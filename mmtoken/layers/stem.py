@@ -65,24 +65,25 @@ class ConvStem(nn.Module):
 
 
 class PatchStem(nn.Module):
-    """The patch embedding of Swin: one 4 x 4 convolution of stride 4 and a LayerNorm.
+    """One convolution that takes whole patches, and a LayerNorm, as in Swin and PVT.
 
     Args:
         embed_dims: Channels of a token.
-        in_channels: Channels of the image.
+        in_channels: Channels of the image, or of the tokens that are merged.
+        stride: Side of a patch, in pixels or in such tokens.
 
-    Source: Swin Transformer, arXiv 2103.14030; parameter names are the official ones.
+    Source: Swin Transformer, arXiv 2103.14030, and PVT, arXiv 2102.12122; parameter names are the
+    official ones.
     """
 
-    stride = 4
-
-    def __init__(self, embed_dims: int, in_channels: int = 3) -> None:
+    def __init__(self, embed_dims: int, in_channels: int = 3, stride: int = 4) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, embed_dims, self.stride, self.stride)
+        self.stride = stride
+        self.proj = nn.Conv2d(in_channels, embed_dims, stride, stride)
         self.norm = nn.LayerNorm(embed_dims)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, 3, H, W) -> (B, ceil(H / 4), ceil(W / 4), embed_dims)``."""
+        """``(B, in_channels, H, W) -> (B, ceil(H / stride), ceil(W / stride), embed_dims)``."""
         x = self.proj(pad_to_stride(x, self.stride))
         return self.norm(x.permute(0, 2, 3, 1).contiguous())
 

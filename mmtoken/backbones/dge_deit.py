@@ -1,0 +1,176 @@
+"""DGE on plain ViT.
+
+Source: DGE, arXiv 2301.03831; released code github.com/StevenGrove/vtpack (Apache-2.0). Parameter
+names are timm's, but for ``attn.q`` and ``attn.kv``, which are ``attn.qkv`` there.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import get_args
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ..layers.cross_block import NORM_EPS
+from ..layers.grained import GrainedBlock, TrainMode
+from ..layers.spatial_reduction import SpatialReductionAttention
+from ..layers.usage import publish_usage
+from ..registry import MODELS
+from ..tokens.maps import to_map
+from ..tokens.padding import padding_regions, valid_size
+from ..tokens.regions import lay_regions
+from .base import PlainBackbone, check_out_type, resolve_arch
+from .dge_pvt import BUDGET, OutType
+
+
+@MODELS.register_module()
+class DGEDeiT(PlainBackbone):
+    """DeiT whose blocks choose, region by region, how finely they look.
+
+    Args:
+        arch: ``'tiny'``, ``'small'``, ``'base'``, or a dict with the keys ``embed_dims``,
+            ``num_layers``, ``num_heads`` and ``feedforward_channels``.
+        granularities: Sides of the cell that becomes one query, finest first, in tokens, beginning
+            with 1. ``(1,)`` gives the dense twin: DeiT.
+        region_size: Side of the region that chooses, in tokens.
+        train_mode: How routers get their gradients, see
+            :class:`~mmtoken.layers.grained.GrainedBlock`: ``'exact'``, ``'dense'`` or ``'sparse'``.
+        budget: Config of the loss that keeps the number of queries down; with it, training needs
+            :class:`mmtoken.TokenLossHook`. None leaves routers to the task's loss.
+        cls_token: Whether there is a class token, as in the release. Dense prediction needs none.
+        img_size: Image that the position embedding is laid out for, in pixels: a side, or
+            ``(H, W)``. Images of any size are accepted. Released DGE weights are of 256.
+        patch_size: Side of a patch, in pixels.
+        in_channels: Channels of the image.
+        qkv_bias: Biases for queries, keys and values.
+        drop_path_rate: Stochastic depth of the last block, rising linearly from 0.
+        out_indices: Blocks that are tapped, in rising order; negative ones count from the end. The
+            last block is normalised, as in mmpretrain.
+        out_type: ``'map'``; for classification ``'cls_token'``, the normalised class token of the
+            last block, or ``'avg_featmap'``, the mean over its normalised tokens.
+        frozen_stages: Blocks kept fixed: 0 freezes the patch and position embedding, 1 the first
+            block too, and so on; -1 freezes nothing.
+        norm_eval: Of no effect here, since there is no batch norm.
+        with_cp: Recompute the activations of each block in backward.
+        init_cfg: MMEngine's initialisation config.
+
+    Raises:
+        ValueError: Bad argument values; the message says what is allowed.
+        TypeError: ``arch`` is neither a name nor a dict.
+    """
+
+    twin_args = dict(granularities=(1,), budget=None)
+    unused_keys = r'(head|head_dist|norm|fc_norm)\..*|cls_token|dist_token'
+    fresh_keys = r'budget\..*'
+
+    def __init__(
+        self,
+        arch: str | Mapping = 'small',
+        granularities: Sequence[int] = (1, 2, 4),
+        region_size: int = 4,
+        train_mode: TrainMode = 'exact',
+        budget: dict | None = BUDGET,
+        cls_token: bool = False,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_channels: int = 3,
+        qkv_bias: bool = True,
+        drop_path_rate: float = 0.0,
+        out_indices: Sequence[int] = (-1,),
+        out_type: OutType = 'map',
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        arch = resolve_arch(arch, self.arch_zoo, self.arch_keys)
+        dims, depth, heads = arch['embed_dims'], arch['num_layers'], arch['num_heads']
+        if dims % heads:
+            raise ValueError(f'embed_dims={dims} is no multiple of num_heads={heads}')
+        super().__init__(
+            dims, depth, img_size, patch_size, in_channels,
+            out_indices, frozen_stages, norm_eval, init_cfg, cls_token,
+        )  # fmt: skip
+        check_out_type(out_type, get_args(OutType), self.out_indices, depth - 1)
+        if out_type == 'cls_token' and not cls_token:
+            raise ValueError("out_type='cls_token' needs cls_token=True")
+        self.out_type = out_type
+        self.out_channels = (dims,) * len(self.out_indices)
+        self.stride = patch_size
+        self.in_channels = in_channels
+        self.granularities = tuple(granularities)
+        self.region_size = region_size
+        self.budget = None
+        if budget is not None and len(self.granularities) > 1:
+            self.budget = MODELS.build(budget)
+        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        self.blocks = nn.ModuleList(
+            GrainedBlock(
+                dims, SpatialReductionAttention(dims, heads, 1, qkv_bias, counted_products=2),
+                arch['feedforward_channels'], granularities, region_size, train_mode, rate,
+                NORM_EPS, with_cp,
+            )
+            for rate in rates
+        )  # fmt: skip
+        # Only where something uses it, since DDP refuses parameters without a gradient.
+        normed = depth - 1 in self.out_indices
+        self.norm = nn.LayerNorm(dims, NORM_EPS) if normed else nn.Identity()
+        self.train()
+
+    def output_layers(self, index: int) -> list[nn.Module]:
+        return [self.norm] if index == len(self.blocks) - 1 else []
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute the taps.
+
+        Args:
+            x: Images, ``(B, in_channels, H, W)``, any H and W, padded with zeros if at all.
+
+        Returns:
+            One for each of ``out_indices``, according to ``out_type``: a map
+            ``(B, C, ceil(H / patch_size), ceil(W / patch_size))``, or one vector ``(B, C)``.
+        """
+        routed = len(self.granularities) > 1
+        valid = valid_size(x) if routed else None
+        x, grid = self.embed(x)
+        num_extra = x.shape[1] - grid[0] * grid[1]
+        padding = None
+        if routed:
+            regions = lay_regions(grid, self.granularities, self.region_size, num_extra, x.device)
+            padding = padding_regions(valid, self.stride, regions)
+        taps, usages = [], []
+        for i, block in enumerate(self.blocks[: self.out_indices[-1] + 1]):
+            x, usage = block(x, grid, padding)
+            usages.append(usage)
+            if i in self.out_indices:
+                taps.append(self._tap(i, x, grid))
+        if routed:
+            publish_usage([usages], self.constant_complexity(valid), self.budget, self.training)
+        return tuple(taps)
+
+    def _tap(self, index: int, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        if index == len(self.blocks) - 1:
+            x = self.norm(x)
+        if self.out_type == 'cls_token':
+            return x[:, 0]
+        tokens = x[:, x.shape[1] - grid[0] * grid[1] :]
+        if self.out_type == 'avg_featmap':
+            return tokens.mean(dim=1)
+        return to_map(tokens.unflatten(1, grid))
+
+    def constant_complexity(self, valid: Tensor) -> Tensor | float:
+        """What the budget counts beside the blocks: the patch embedding, and a classifier if any.
+
+        Args:
+            valid: Sizes of the images, ``(B, 2)``, in pixels.
+
+        Returns:
+            ``(B,)``.
+        """
+        if self.budget is None:
+            return 0.0
+        pixels = valid.double().prod(dim=1)
+        if self.budget.legacy:  # the release takes channels times height for the area
+            pixels = self.in_channels * valid[:, 0].double()
+        dims = self.pos_embed.shape[-1]
+        return self.in_channels * pixels * dims + dims * self.budget.num_classes

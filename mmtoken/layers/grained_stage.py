@@ -1,0 +1,94 @@
+"""A stage of a pyramid of grained blocks.
+
+Source: PVT, arXiv 2102.12122, section 3.2. Parameter names are the official ones without the
+numbers of the stages.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor
+
+from ..tokens.padding import padding_regions
+from ..tokens.regions import lay_regions
+from .grained import GrainedBlock
+from .stem import PatchStem
+from .usage import Usage
+
+
+class GrainedStage(nn.Module):
+    """Patch embedding, position embedding, blocks.
+
+    Args:
+        in_channels: Channels of the map that comes in.
+        patch_size: Side of the patch that becomes a token, in places of that map.
+        stride: Of the tokens, in pixels.
+        pos_grid: ``(H, W)`` that the position embedding is laid out for, in tokens.
+        blocks: The blocks.
+        cls_token: Whether a class token goes first.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        patch_size: int,
+        stride: int,
+        pos_grid: tuple[int, int],
+        blocks: Iterable[GrainedBlock],
+        cls_token: bool = False,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.stride = stride
+        self.pos_grid = pos_grid
+        dims = self.blocks[0].norm1.normalized_shape[0]
+        self.patch_embed = PatchStem(dims, in_channels, patch_size)
+        self.cls_token = nn.Parameter(_small(1, 1, dims)) if cls_token else None
+        self.pos_embed = nn.Parameter(_small(1, pos_grid[0] * pos_grid[1] + cls_token, dims))
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor, list[Usage]]:
+        """Run the stage.
+
+        Args:
+            x: ``(B, in_channels, H, W)``, any H and W.
+            valid: Size of each image without padding, from
+                :func:`~mmtoken.tokens.padding.valid_size`; None counts padding like anything else.
+
+        Returns:
+            Tokens on their grid, ``(B, ceil(H / patch_size), ceil(W / patch_size), C)``, the class
+            token ``(B, 0 or 1, C)``, and what each block with a router used.
+        """
+        x = self.patch_embed(x)
+        grid = (x.shape[1], x.shape[2])
+        num_extra = int(self.cls_token is not None)
+        extra, position = self.pos_embed.split([num_extra, self.pos_embed.shape[1] - num_extra], 1)
+        x = (x + resize_position(position, self.pos_grid, grid)).flatten(1, 2)
+        if num_extra:
+            x = torch.cat([(self.cls_token + extra).expand(len(x), -1, -1).to(x), x], dim=1)
+        padding, usages = None, []
+        for block in self.blocks:
+            if valid is not None and padding is None and block.router is not None:
+                regions = lay_regions(
+                    grid, block.granularities, block.region_size, num_extra, x.device
+                )
+                padding = padding_regions(valid, self.stride, regions)
+            x, usage = block(x, grid, padding)
+            if usage is not None:
+                usages.append(usage)
+        return x[:, num_extra:].unflatten(1, grid), x[:, :num_extra], usages
+
+
+def resize_position(position: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Bilinear, as in PVT: ``(1, old rows * columns, C) -> (1, *new, C)``."""
+    position = position.unflatten(1, old)
+    if old == new:
+        return position
+    position = F.interpolate(position.permute(0, 3, 1, 2), size=new, mode='bilinear')
+    return position.permute(0, 2, 3, 1)
+
+
+def _small(*shape: int) -> Tensor:
+    return trunc_normal_(torch.empty(shape), std=0.02)

@@ -1,0 +1,56 @@
+"""What grained blocks use, and the losses made of it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch.nn as nn
+from torch import Tensor
+
+from ..tokens.sink import publish, wanted
+
+
+class Usage(NamedTuple):
+    """What a block needs for each image, in counts of the budget: ``(B,)``, float64.
+
+    Attributes:
+        static: Complexity if all tokens were queries.
+        dynamic: Complexity of the queries there are; in training it has gradients.
+        tokens: Tokens, without those of padding.
+        queries: Queries, likewise.
+    """
+
+    static: Tensor
+    dynamic: Tensor
+    tokens: Tensor
+    queries: Tensor
+
+
+def publish_usage(
+    stages: Sequence[Sequence[Usage]],
+    constant: Tensor | float,
+    budget: nn.Module | None,
+    training: bool,
+    prefix: str = '',
+) -> None:
+    """Publish the budget loss of a network and how many of its tokens were queries.
+
+    Args:
+        stages: Usage of each block of each stage.
+        constant: Complexity that does not depend on choices, for each image, ``(B,)``.
+        budget: A :class:`mmtoken.BudgetLoss`; None publishes nothing.
+        training: Whether the network is in training mode.
+        prefix: In front of the names.
+    """
+    if budget is None or not wanted(training):
+        return
+    blocks = [usage for stage in stages for usage in stage]
+    static = constant + sum(usage.static for usage in blocks)
+    dynamic = constant + sum(usage.dynamic for usage in blocks)
+    loss, ratio = budget(static, dynamic)
+    values = {f'{prefix}loss_budget': loss, f'{prefix}budget_ratio': ratio}
+    for i, stage in enumerate(stages):
+        queries, tokens = (
+            sum(getattr(u, name).sum() for u in stage) for name in ('queries', 'tokens')
+        )
+        values[f'{prefix}query_ratio_s{i}'] = (queries / tokens.clamp(min=1)).detach()
+    publish(values)
