@@ -12,6 +12,9 @@ from ..tokens.attention import ragged_attention
 from ..tokens.regions import CellSet
 from ..tokens.tiles import tile_length, tokenwise, works_in_tiles
 
+# Each call of the convolution prepares its weights anew, which costs as much as a small tile.
+STRIP_TILES = 8
+
 
 class SpatialReductionAttention(nn.Module):
     """Multi-head attention whose keys and values are made by a strided convolution.
@@ -68,8 +71,9 @@ class SpatialReductionAttention(nn.Module):
         if not works_in_tiles(x, self.training):
             return self._convolve(norm(x))
         batch, _, width, channels = x.shape
-        rows = self.sr_ratio * max(1, tile_length(channels) // (self.sr_ratio * batch * width))
-        return torch.cat([self._convolve(norm(strip)) for strip in x.split(rows, dim=1)], dim=1)
+        strip = STRIP_TILES * tile_length(channels)
+        rows = self.sr_ratio * max(1, strip // (self.sr_ratio * batch * width))
+        return torch.cat([self._convolve(norm(part)) for part in x.split(rows, dim=1)], dim=1)
 
     def _convolve(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]

@@ -11,6 +11,7 @@ Source: DGE, arXiv 2301.03831, section 3.2. The released code takes whole region
 """
 
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,11 @@ class Regions(NamedTuple):
     def num_all(self) -> int:
         """L, the cells of all granularities."""
         return self.num_extra + len(self.level)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Extra tokens, then cells of each granularity: the parts of L."""
+        return [self.num_extra, *(rows * columns for rows, columns in self.level_grids)]
 
     @property
     def level_grids(self) -> list[tuple[int, int]]:
@@ -112,12 +118,18 @@ class CellSet(NamedTuple):
     Attributes:
         regions: The regions and all their cells.
         cells: ``(M,)``, as indices into the ``B * L`` of the batch, image after image, rising.
-        lengths: Cells of each image, adding up to M.
+        counts: Cells of each image, adding up to M; of whole images, extra ones and those of each
+            granularity apart.
     """
 
     regions: Regions
     cells: Tensor
-    lengths: list[int]
+    counts: list[list[int]]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Cells of each image."""
+        return [sum(counts) for counts in self.counts]
 
     @property
     def image(self) -> Tensor:
@@ -133,13 +145,14 @@ class CellSet(NamedTuple):
     @property
     def others(self) -> 'CellSet':
         """All other cells of the batch."""
-        total = len(self.lengths) * self.regions.num_all
-        free = torch.ones(total, dtype=torch.bool, device=self.cells.device)
-        free[self.cells] = False
-        lengths = [self.regions.num_all - length for length in self.lengths]
-        return self._replace(
-            cells=_indices(free, free.cumsum(0) - 1, sum(lengths)), lengths=lengths
+        free = torch.ones(
+            len(self.counts) * self.regions.num_all, dtype=torch.bool, device=self.cells.device
         )
+        free[self.cells] = False
+        sizes = self.regions.sizes
+        counts = [[s - c for s, c in zip(sizes, chosen, strict=True)] for chosen in self.counts]
+        cells = _indices(free, free.cumsum(0) - 1, len(free) - len(self.cells))
+        return self._replace(cells=cells, counts=counts)
 
     def tiles(self, length: int) -> Iterator[tuple[int, slice, 'CellSet']]:
         """Parts of at most ``length`` cells of one image: the image, the part, and its cells."""
@@ -148,15 +161,18 @@ class CellSet(NamedTuple):
             end = start + num_cells
             for first in range(start, end, length):
                 part = slice(first, min(first + length, end))
-                cells = self.cells[part]
-                yield image, part, self._replace(cells=cells, lengths=[len(cells)])
+                yield (
+                    image,
+                    part,
+                    self._replace(cells=self.cells[part], counts=[[part.stop - first]]),
+                )
             start = end
 
 
 def all_cells(regions: Regions, batch: int) -> CellSet:
     """Every cell of ``batch`` images."""
     cells = torch.arange(batch * regions.num_all, device=regions.level.device)
-    return CellSet(regions, cells, [regions.num_all] * batch)
+    return CellSet(regions, cells, [regions.sizes] * batch)
 
 
 class RegionPlan(NamedTuple):
@@ -183,9 +199,10 @@ def plan_regions(choice: Tensor, regions: Regions) -> RegionPlan:
     batch, choice = len(choice), choice.flatten(1)
     extra = torch.ones(batch, regions.num_extra, dtype=torch.bool, device=choice.device)
     chosen = torch.cat([extra, choice[:, regions.region] == regions.level], dim=1)
-    lengths = chosen.sum(dim=1).tolist()
+    counts = torch.stack([part.sum(dim=1) for part in chosen.split(regions.sizes, dim=1)], dim=1)
+    counts = counts.tolist()
     rank = chosen.flatten().cumsum(0) - 1
-    queries = CellSet(regions, _indices(chosen.flatten(), rank, sum(lengths)), lengths)
+    queries = CellSet(regions, _indices(chosen.flatten(), rank, sum(map(sum, counts))), counts)
     extra, cell = regions.cell.split([regions.num_extra, len(regions.token_region)], dim=1)
     token = torch.arange(cell.shape[1], device=choice.device)
     cell = cell.flatten()[choice[:, regions.token_region] * len(token) + token]
@@ -215,12 +232,24 @@ def pool_regions(x: Tensor, plan: RegionPlan) -> Tensor:
 
     Inverse: :func:`unpool_regions`.
     """
-    return pool_all(x, plan.queries.regions).flatten(0, 1).index_select(0, plan.queries.cells)
+    regions, cells = plan.queries.regions, plan.queries.cells
+    if not works_in_tiles(x, training=False):
+        return pool_all(x, regions).flatten(0, 1).index_select(0, cells)
+    # Granularity by granularity: to put all cells in a row first would copy the map.
+    queries = x.new_empty(len(cells), x.shape[-1])
+    parts, begins = pool_parts(x, regions), [0, *accumulate(regions.sizes)]
+    start = 0
+    for image, counts in enumerate(plan.queries.counts):
+        for part, begin, count in zip(parts, begins, counts, strict=False):
+            place = cells[start : start + count] - (image * regions.num_all + begin)
+            torch.index_select(part[image], 0, place, out=queries[start : start + count])
+            start += count
+    return queries
 
 
 def unpool_regions(updates: Tensor, plan: RegionPlan) -> Tensor:
     """Give every token what became of its query: ``(M, C) -> (B, N, C)``."""
-    return updates.index_select(0, plan.owner).unflatten(0, (len(plan.queries.lengths), -1))
+    return updates.index_select(0, plan.owner).unflatten(0, (len(plan.queries.counts), -1))
 
 
 def add_unpooled(x: Tensor, updates: Tensor, plan: RegionPlan) -> Tensor:
@@ -235,22 +264,25 @@ def add_unpooled(x: Tensor, updates: Tensor, plan: RegionPlan) -> Tensor:
     return out
 
 
+def pool_parts(x: Tensor, regions: Regions) -> list[Tensor]:
+    """Extra tokens, and the cells of each granularity: ``(B, N, C)`` to some ``(B, n, C)``."""
+    extra, tokens = x.split([regions.num_extra, len(regions.token_region)], dim=1)
+    tokens = tokens.unflatten(1, regions.grid)
+    return [extra, *(pool_cells(tokens, side).flatten(1, 2) for side in regions.granularities)]
+
+
 def pool_all(x: Tensor, regions: Regions) -> Tensor:
     """Mean-pool all cells of all granularities: ``(B, N, C) -> (B, L, C)``.
 
     Inverse: :func:`unpool_all`.
     """
-    extra, tokens = x.split([regions.num_extra, x.shape[1] - regions.num_extra], dim=1)
-    tokens = tokens.unflatten(1, regions.grid)
-    levels = [pool_cells(tokens, side).flatten(1, 2) for side in regions.granularities]
-    return torch.cat([extra, *levels], dim=1)
+    return torch.cat(pool_parts(x, regions), dim=1)
 
 
 def unpool_all(updates: Tensor, regions: Regions) -> Tensor:
     """Sum up what a token's cells of all granularities hold: ``(B, L, C) -> (B, N, C)``."""
-    grids = regions.level_grids
-    extra, *levels = updates.split([regions.num_extra, *(h * w for h, w in grids)], dim=1)
-    sides = zip(levels, grids, regions.granularities, strict=True)
+    extra, *levels = updates.split(regions.sizes, dim=1)
+    sides = zip(levels, regions.level_grids, regions.granularities, strict=True)
     tokens = sum(repeat_cells(u.unflatten(1, g), side, regions.grid) for u, g, side in sides)
     return torch.cat([extra, tokens.flatten(1, 2)], dim=1)
 
