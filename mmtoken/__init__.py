@@ -15,7 +15,11 @@ from .version import __version__
 check_stack()
 enable_config_paths()
 
-_FUNCTIONS = {'dense_twin': 'mmtoken.analysis.twin'}
+_FUNCTIONS = dict(
+    dense_twin='mmtoken.analysis.twin',
+    routing_override='mmtoken.tokens.routing',
+    token_losses='mmtoken.tokens.sink',
+)
 
 __all__ = ['__version__', *_FUNCTIONS]
 

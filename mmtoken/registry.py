@@ -5,7 +5,13 @@ mmpretrain). ``locations`` are imported at the first look-up, so nothing heavy i
 model is built.
 """
 
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import Registry
 
-MODELS = Registry('model', parent=MMENGINE_MODELS, locations=['mmtoken.backbones', 'mmtoken.necks'])
+MODELS = Registry(
+    'model',
+    parent=MMENGINE_MODELS,
+    locations=['mmtoken.backbones', 'mmtoken.necks', 'mmtoken.losses'],
+)
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, locations=['mmtoken.engine'])

@@ -56,6 +56,8 @@ def _make_parser() -> argparse.ArgumentParser:
             'sources:\n'
             '  stvit-r  released STViT-R on Swin: classifiers and detectors\n'
             '  swin     Swin Transformer: Microsoft, mmdet/mmseg/mmpretrain, timm\n'
+            '  vtpack   DGE on DeiT and PVT, and deformable PVT, by the released code\n'
+            '  pvt      PVT: released classifiers and detectors, mmdet\n'
             '  deit     DeiT, distilled or not: Facebook, timm, mmpretrain\n'
             '  vit      ViT: timm, mmpretrain, mmseg\n\n'
             'example:\n'

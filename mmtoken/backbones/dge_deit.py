@@ -103,7 +103,7 @@ class DGEDeiT(PlainBackbone):
         self.budget = None
         if budget is not None and len(self.granularities) > 1:
             self.budget = MODELS.build(budget)
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        rates = torch.linspace(0, drop_path_rate, depth, device='cpu').tolist()
         self.blocks = nn.ModuleList(
             GrainedBlock(
                 dims, SpatialReductionAttention(dims, heads, 1, qkv_bias, counted_products=2),

@@ -119,7 +119,7 @@ class DGEPVT(TokenBackbone):
         if budget is not None and len(self.granularities) > 1:
             self.budget = MODELS.build(budget)
 
-        rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        rates = torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist()
         self.layers = nn.ModuleList()
         side, stride = to_2tuple(pretrain_img_size), 1
         for i, patch_size in enumerate(PATCH_SIZES[: len(dims)]):

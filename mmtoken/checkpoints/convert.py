@@ -14,11 +14,12 @@ def convert(
 ) -> tuple[dict[str, Tensor], Report]:
     """Give the tensors of a foreign checkpoint our names, in our order of channels.
 
-    Shapes are left alone; :func:`~mmtoken.checkpoints.load_into` brings them to those of a model.
+    Nothing is resized; :func:`~mmtoken.checkpoints.load_into` brings shapes to those of a model.
 
     Args:
         state_dict: Names and tensors.
-        source: ``'stvit-r'``, ``'swin'``, ``'deit'`` or ``'vit'``; the layout is recognised.
+        source: ``'stvit-r'``, ``'swin'``, ``'vtpack'``, ``'pvt'``, ``'deit'`` or ``'vit'``; the
+            layout is recognised.
         prefix: What precedes the backbone's names, see :func:`take_prefix`.
 
     Returns:
@@ -59,7 +60,7 @@ def rename(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor],
         old for new, (old, _) in renamed.items() if not matches(SOURCES[source].names, new)
     ]
     for new, (old, tensor) in renamed.items():
-        if tensor.shape != state[old].shape:
+        if tensor.numel() != state[old].numel():  # not if it is the weight of a 1 x 1 convolution
             report.resized[new] = (tuple(state[old].shape), tuple(tensor.shape))
     return {new: tensor for new, (_, tensor) in renamed.items()}, report
 

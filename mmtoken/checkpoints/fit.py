@@ -4,17 +4,21 @@ import math
 import re
 import warnings
 
+import torch
 import torch.nn as nn
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table, to_2tuple
 from torch import Tensor
 
 from .report import Report
+from .sources.source import is_square
 
 BIAS_TABLE = 'relative_position_bias_table'
 # Learned tokens that are laid out on a grid, (1, H * W, C), and the attribute beside them that has
 # (H, W); without it, the grid is square.
 GRIDS = dict(pos_embed='pos_grid', centers='center_grid', semantic_token2='center_grid')
-# Tokens of a ViT before those of the patches, in the position embedding too
+# The position embedding of a stage is PVT's, and resized as PVT does; at the root it is a ViT's.
+PVT_RESAMPLING = dict(interpolation='bilinear', antialias=False)
+# Tokens before those of the patches, in the position embedding beside them too
 PREFIX_TOKENS = ('cls_token', 'dist_token', 'reg_token')
 
 State = dict[str, Tensor]
@@ -27,8 +31,9 @@ def fit(state: State, module: nn.Module, report: Report) -> State:
       it is not used, as in the released detectors.
     * ``attn.qkv`` is split where the model has ``attn.q`` and ``attn.kv``. Such a block attends
       across token sets, where a bias table of windows means nothing: that is dropped.
-    * Position embeddings and bias tables are interpolated as timm does. Where the model has no
-      class token, its position is dropped.
+    * Position embeddings and bias tables are interpolated as timm does, and position embeddings of
+      stages as PVT does. Where the model has no class token, its position is dropped; where the
+      file has none, its position is zero.
 
     What cannot be fitted stays as it is.
 
@@ -44,11 +49,8 @@ def fit(state: State, module: nn.Module, report: Report) -> State:
         old = tuple(state[name].shape)
         if name.endswith(BIAS_TABLE):
             state[name] = _resize_table(name, state, own, module)
-        # 64 positions of our own may be 4 x 16; those of other files are taken for 8 x 8.
-        elif name.rpartition('.')[2] in GRIDS and not (
-            report.source is None and old == tuple(own[name].shape)
-        ):
-            state[name] = _resize_grid(name, state, own, module)
+        elif name.rpartition('.')[2] in GRIDS:
+            state[name] = _resize_grid(name, state, own, module, report)
         if old != tuple(state[name].shape):
             in_file = report.resized.get(name, (old,))[0]
             report.resized[name] = (in_file, tuple(state[name].shape))
@@ -83,7 +85,7 @@ def _split_attention(state: State, own: State, report: Report) -> None:
 
 def _resize_table(name: str, state: State, own: State, module: nn.Module) -> Tensor:
     table, shape = state[name], own[name].shape
-    if table.shape == shape or table.shape[1:] != shape[1:] or not _is_square(len(table)):
+    if table.shape == shape or table.shape[1:] != shape[1:] or not is_square(len(table)):
         return table
     window = module.get_submodule(name.rpartition('.')[0]).window_size
     with warnings.catch_warnings():  # of timm's own indexing, hundreds of times
@@ -91,27 +93,36 @@ def _resize_table(name: str, state: State, own: State, module: nn.Module) -> Ten
         return resize_rel_pos_bias_table(table, to_2tuple(window), tuple(shape))
 
 
-def _resize_grid(name: str, state: State, own: State, module: nn.Module) -> Tensor:
+def _resize_grid(name: str, state: State, own: State, module: nn.Module, report: Report) -> Tensor:
     tokens, shape = state[name], own[name].shape
     parent, _, last = name.rpartition('.')
     if tokens.ndim != 3 or tokens.shape[-1] != shape[-1]:
         return tokens
     given = wanted = 0
     if last == 'pos_embed':
-        given, wanted = _prefix_length(state), _prefix_length(own)
-        if tokens.shape[1] == shape[1] - wanted:
-            given = 0  # as in timm's no_embed_class, where class tokens have no position
-    new = _grid_of(module.get_submodule(parent), GRIDS[last], shape[1] - wanted)
-    side = math.isqrt(tokens.shape[1] - given)
-    if wanted not in (0, given) or new is None or side**2 != tokens.shape[1] - given:
+        given, wanted = _prefix_length(state, parent), _prefix_length(own, parent)
+    length = shape[1] - wanted
+    if not report.is_ours and tokens.shape[1] == length and is_square(length):
+        given = 0  # as in timm's no_embed_class, where class tokens have no position
+    prefix, places = tokens[:, :given], tokens[:, given:]
+    if not given:  # zero leaves a class token, which then is fresh or has no position, as it is
+        prefix = tokens.new_zeros(1, wanted, tokens.shape[-1])
+    if wanted not in (0, prefix.shape[1]):
         return tokens
-    return resample_abs_pos_embed(
-        tokens[:, given - wanted :], new, (side, side), num_prefix_tokens=wanted
-    )
+    # 64 positions of our own may be 4 x 16; those of other files are taken for 8 x 8.
+    if not (report.is_ours and places.shape[1] == length):
+        new = _grid_of(module.get_submodule(parent), GRIDS[last], length)
+        if new is None or not is_square(places.shape[1]):
+            return tokens
+        old = (math.isqrt(places.shape[1]),) * 2
+        method = PVT_RESAMPLING if last == 'pos_embed' and parent else {}
+        places = resample_abs_pos_embed(places, new, old, num_prefix_tokens=0, **method)
+    return torch.cat([prefix[:, :wanted], places], dim=1)
 
 
-def _prefix_length(state: State) -> int:
-    return sum(state[name].shape[1] for name in PREFIX_TOKENS if name in state)
+def _prefix_length(state: State, parent: str) -> int:
+    names = [f'{parent}.{token}' if parent else token for token in PREFIX_TOKENS]
+    return sum(state[name].shape[1] for name in names if name in state)
 
 
 def _grid_of(owner: nn.Module, attribute: str, length: int) -> tuple[int, int] | None:
@@ -119,10 +130,6 @@ def _grid_of(owner: nn.Module, attribute: str, length: int) -> tuple[int, int] |
     grid = getattr(owner, attribute, None)
     if grid is None:  # as in timm
         grid = getattr(getattr(owner, 'patch_embed', None), 'grid_size', None)
-    if grid is None and _is_square(length):
+    if grid is None and is_square(length):
         grid = (math.isqrt(length),) * 2
     return None if grid is None else tuple(grid)
-
-
-def _is_square(number: int) -> bool:
-    return number > 0 and math.isqrt(number) ** 2 == number

@@ -84,9 +84,13 @@ def _fit_to(
     if source is None:
         report = Report(mapped={name: name for name in state})
     else:
+        as_in_file = state
         state, report = rename(state, source)
+        if SOURCES[source].check:
+            SOURCES[source].check(as_in_file, module)
         unused.append(SOURCES[source].unused)
-        fresh.append(SOURCES[source].fresh)
+        groups = SOURCES[source].fresh
+        fresh += [g for g in groups if not any(matches(g, name) for name in state)]
     state = fit(state, module, report)
 
     for name in [n for n in state if n not in own and _match_any(unused, n)]:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 Shape = tuple[int, ...]
+OURS = 'mmtoken'  # layout of files that have our names without being of the same module
 SHOWN = 8  # groups of names in a list
 WIDTH = 100  # of a table as text
 
@@ -43,6 +44,11 @@ class Report:
     def origin(self) -> str:
         """Family and layout in words."""
         return f'{self.source} ({self.layout} names)' if self.source else "the module's own names"
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the names in the file are ours."""
+        return self.source is None or self.layout == OURS
 
     def summary(self) -> str:
         """One line for a log."""

@@ -106,7 +106,7 @@ def publish(values: Mapping[str, Tensor]) -> None:
 
 def recomputing() -> bool:
     """Whether backward is running and makes activations again, of a checkpointed module."""
-    return torch._C._current_graph_task_id() == 7777  # the backward that this thread works on
+    return torch._C._current_graph_task_id() != -1  # the backward that this thread works on
 
 
 def _require_sink() -> None:

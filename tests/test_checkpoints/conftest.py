@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import re
 import sys
 import types
 import zipfile
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-TABLE = Path(__file__).parents[1] / 'data' / 'stvit_r_keys.tsv'
+DATA = Path(__file__).parents[1] / 'data'
+TABLE = DATA / 'stvit_r_keys.tsv'
 
 
 @pytest.fixture
@@ -109,6 +111,21 @@ def official_weights(size, task):
             integer = row['name'].endswith(('num_batches_tracked', 'relative_position_index'))
             value = torch.tensor(i, dtype=torch.int64 if integer else torch.float32)
             weights[row['name']] = value.expand(shape)
+    return weights
+
+
+def dge_weights(model):
+    """As :func:`official_weights`, of a model in the table of DGE."""
+    weights = {}
+    for row in csv.DictReader((DATA / 'dge_keys.txt').open(), delimiter='\t'):
+        if row['model'] == model:
+            start, *rest = re.split(r'\[0-(\d+)\]', row['name'])
+            names = [f'{start}{i}{rest[1]}' for i in range(int(rest[0]) + 1)] if rest else [start]
+            for name in names:
+                value = torch.tensor(float(len(weights)))
+                weights[name] = value.expand([int(n) for n in row['shape'].split('x')])
+                if name.endswith('.splits'):
+                    weights[name] = torch.tensor([4, 2, 1])
     return weights
 
 

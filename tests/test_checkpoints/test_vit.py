@@ -9,7 +9,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 
-from mmtoken.backbones import STViTDeiT, STViTRSwin
+from mmtoken.backbones import DGEDeiT, STViTDeiT, STViTRSwin
 from mmtoken.checkpoints import convert, detect_source, load_into
 
 ARCH = dict(embed_dims=32, num_layers=6, num_heads=2, feedforward_channels=64)
@@ -119,6 +119,75 @@ def test_dense_twin_computes_the_same(save, wake):
     with torch.no_grad():
         tokens = ours(image)[0].flatten(2).transpose(1, 2)
         torch.testing.assert_close(tokens, theirs.forward_features(image), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('kind', ['timm', 'distilled', 'mmpretrain'])
+@pytest.mark.parametrize('cls_token', [True, False])
+@pytest.mark.parametrize('img_size', [64, (96, 160)])
+def test_our_deit_of_dynamic_granularity(kind, cls_token, img_size, save):
+    """Its routers are fresh; the class token stays where there is one, with its position."""
+    theirs = dict(
+        timm=lambda: TimmViT(**TIMM, num_classes=3),
+        distilled=lambda: VisionTransformerDistilled(**TIMM, num_classes=3),
+        mmpretrain=lambda: MMPretrainViT(ARCH, img_size=64),
+    )[kind]()
+    state = theirs.state_dict()
+    ours = DGEDeiT(ARCH, img_size=img_size, cls_token=cls_token, budget=None)
+    report = load_into(ours, save(dict(model=state)))
+    position = state['pos_embed'][:, -16:]
+    if img_size != 64:
+        position = resample_abs_pos_embed(position, (6, 10), (4, 4), num_prefix_tokens=0)
+    if cls_token:
+        position = torch.cat([state['pos_embed'][:, :1], position], dim=1)
+        assert torch.equal(ours.cls_token, state['cls_token'])
+    assert torch.equal(ours.pos_embed, position)
+    assert ('cls_token' in report.dropped) != cls_token
+    assert len(report.fresh) == 12 and all('.router.gate.' in name for name in report.fresh)
+    assert len(report.split) == 12
+
+
+def test_dense_deit_computes_the_same(save, wake):
+    theirs = wake(timm_vit())
+    ours = DGEDeiT(ARCH, (1,), img_size=64, cls_token=True, out_type='cls_token').eval()
+    assert load_into(ours, save(theirs.state_dict())).fresh == []
+    image = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = theirs.forward_features(image)[:, 0]
+        torch.testing.assert_close(ours(image)[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_our_class_token_is_not_made_up(save):
+    state = timm_vit(class_token=False, global_pool='avg').state_dict()
+    with pytest.raises(ValueError, match='names it lacks: cls_token'):
+        load_into(DGEDeiT(ARCH, img_size=64, cls_token=True), save(state))
+
+
+def test_class_token_without_a_position_keeps_none(save):
+    state = timm_vit(no_embed_class=True).state_dict()
+    ours = DGEDeiT(ARCH, img_size=64, cls_token=True)
+    load_into(ours, save(state))
+    zero = torch.zeros(1, 1, 32)
+    assert torch.equal(ours.pos_embed, torch.cat([zero, state['pos_embed']], dim=1))
+
+
+def test_split_projections_are_known_again(save):
+    """A dense twin's file, or a converted one, has neither routers nor joint projections."""
+    image = dict(img_size=(32, 128))  # 2 x 8 tokens, as many as 4 x 4
+    twin, ours = DGEDeiT(ARCH, (1,), **image), DGEDeiT(ARCH, **image)
+    report = load_into(ours, save(twin.state_dict()))
+    assert report.origin == 'vit (mmtoken names)' and not report.resized
+    assert all(torch.equal(ours.state_dict()[name], t) for name, t in twin.state_dict().items())
+
+
+def test_as_many_positions_as_with_a_class_token(save):
+    """5 x 10 tokens are as many as 7 x 7 and one."""
+    state = timm_vit(img_size=112).state_dict()
+    ours = DGEDeiT(ARCH, img_size=(80, 160))
+    load_into(ours, save(state))
+    expected = resample_abs_pos_embed(
+        state['pos_embed'][:, 1:], (5, 10), (7, 7), num_prefix_tokens=0
+    )
+    assert torch.equal(ours.pos_embed, expected)
 
 
 def test_larger_position_embedding_keeps_the_class_token(save):

@@ -1,13 +1,15 @@
 """What the package knows about a family of foreign checkpoints."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Renamed = dict[str, tuple[str, Tensor]]  # new name: (old name, tensor)
 Rename = Callable[[Mapping[str, Tensor]], Renamed]
+Rule = tuple[str, str | Callable[[re.Match], str] | None]
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,21 @@ class Source:
         layouts: Whose names its files may have, the most telling first.
         names: What such files hold. Anything else is from a variant that we do not have.
         unused: What a model of ours may have no place for.
-        fresh: What a model of ours has beyond what such files hold.
+        fresh: What a model of ours has beyond what such files hold, in groups: a file may lack all
+            of a group, not some of it.
         sign: What a file has that is taken for this family unasked; by default nothing beyond the
             marks of a layout.
+        check: Raises a ValueError if names and tensors of a file, as they are there, are not for a
+            model, in a way that names and shapes do not tell.
     """
 
     name: str
     layouts: tuple[Layout, ...]
     names: str
     unused: str | None = None
-    fresh: str | None = None
+    fresh: tuple[str, ...] = ()
     sign: str | None = None
+    check: Callable[[Mapping[str, Tensor], nn.Module], None] | None = None
 
     def layout_of(self, names: Iterable[str]) -> Layout | None:
         """The layout that these names have, if any of this source."""
@@ -62,10 +68,11 @@ class Source:
         return signed and self.layout_of(names) is not None
 
 
-def rename_with(*rules: tuple[str, str | None]) -> Rename:
+def rename_with(*rules: Rule) -> Rename:
     """Make a ``rename`` from (regular expression, replacement); None drops the name.
 
     The first rule that matches the beginning of a name is applied; a name that none matches stays.
+    A replacement is one of :func:`re.sub`.
     """
 
     def rename(state: Mapping[str, Tensor]) -> Renamed:
@@ -86,7 +93,12 @@ def matches(pattern: str | None, name: str) -> bool:
     return pattern is not None and re.fullmatch(pattern, name) is not None
 
 
-def _apply(rules: Iterable[tuple[str, str | None]], name: str) -> str | None:
+def is_square(number: int) -> bool:
+    """Whether so many tokens make a grid with as many rows as columns."""
+    return number > 0 and math.isqrt(number) ** 2 == number
+
+
+def _apply(rules: Iterable[Rule], name: str) -> str | None:
     for pattern, replacement in rules:
         if re.match(pattern, name):
             return None if replacement is None else re.sub(f'^{pattern}', replacement, name)

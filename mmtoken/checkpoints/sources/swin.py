@@ -76,5 +76,5 @@ SWIN = Source(
     ),
     names=NAMES,
     unused=f'{PATCH_STEM}|{OUTPUT_NORMS}',
-    fresh=f'{CONV_STEM}|{SEMANTIC}',
+    fresh=(CONV_STEM, SEMANTIC),
 )

@@ -8,17 +8,22 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..report import OURS
 from .source import Layout, Rename, Renamed, Source, rename_with
 
 PARAM = r'\.(weight|bias)'
+ATTENTION = r'qkv|q|kv|proj'
 NAMES = (
     rf'cls_token|pos_embed|patch_embed\.proj{PARAM}|(norm|fc_norm){PARAM}'
-    rf'|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12]){PARAM}|blocks\.\d+\.ls[12]\.gamma'
+    rf'|blocks\.\d+\.(norm[12]|attn\.({ATTENTION})|mlp\.fc[12]|router\.gate){PARAM}'
+    r'|blocks\.\d+\.ls[12]\.gamma'
 )
 HEADS = (r'(head|head_dist|pre_logits)\.', None)
+# What our models of dynamic granularity have beyond a plain ViT or PVT
+GRAINED = (rf'.*\.router\.gate{PARAM}', r'budget\..*')
 
 
-def _without_distillation(rename: Rename) -> Rename:
+def without_distillation(rename: Rename) -> Rename:
     """Drop the distillation token after renaming, and its position, the second."""
 
     def rename_and_drop(state: Mapping[str, Tensor]) -> Renamed:
@@ -31,9 +36,9 @@ def _without_distillation(rename: Rename) -> Rename:
     return rename_and_drop
 
 
-timm = _without_distillation(rename_with(HEADS))
+timm = without_distillation(rename_with(HEADS))
 # mmseg's attention is nn.MultiheadAttention, which stacks its projections as timm does.
-openmmlab = _without_distillation(
+openmmlab = without_distillation(
     rename_with(
         HEADS,
         (r'patch_embed\.projection\.', 'patch_embed.proj.'),
@@ -52,6 +57,8 @@ LAYOUTS = (
     Layout('mmpretrain', (r'layers\.0\.ln1\.weight', r'layers\.0\.attn\.qkv\.weight'), openmmlab),
     Layout('mmseg', (r'layers\.0\.ln1\.weight', r'layers\.0\.attn\.attn\..*'), openmmlab),
     Layout('timm', (r'patch_embed\.proj\.weight', r'blocks\.0\.attn\.qkv\.weight'), timm),
+    # Fitted to split projections before, or of a dense twin that has them
+    Layout(OURS, (r'patch_embed\.proj\.weight', r'blocks\.0\.attn\.kv\.weight'), timm),
 )
-DEIT = Source('deit', LAYOUTS, NAMES, sign='dist_token')
-VIT = Source('vit', LAYOUTS, NAMES)
+DEIT = Source('deit', LAYOUTS, NAMES, fresh=GRAINED, sign='dist_token')
+VIT = Source('vit', LAYOUTS, NAMES, fresh=GRAINED)

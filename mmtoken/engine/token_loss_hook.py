@@ -1,0 +1,95 @@
+"""Losses born inside a backbone join those that the model's heads return."""
+
+from types import MethodType
+
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from ..registry import HOOKS
+from ..tokens.sink import token_losses
+
+_heard_any = False  # whether a model under this hook has published anything yet
+
+
+@HOOKS.register_module()
+class TokenLossHook(Hook):
+    """Adds what backbones publish to what ``model.loss()`` returns, during training.
+
+    To all that follows (mixed precision, accumulation, distributed training, logging) these are
+    ordinary losses. In a config::
+
+        custom_hooks = [dict(type='mmtoken.TokenLossHook')]
+
+    The priority is of no consequence: other hooks see the model outside of ``loss``, and a copy
+    that one of them makes (``EMAHook``) has a ``loss`` of its own.
+    """
+
+    def __init__(self) -> None:
+        self._checked = False
+
+    def before_train(self, runner: Runner) -> None:
+        """Wrap ``loss`` of the model.
+
+        Raises:
+            TypeError: The model's class has no ``loss``.
+            RuntimeError: The model already has another ``loss`` than its class.
+        """
+        global _heard_any
+        model = _unwrapped(runner.model)
+        name = type(model).__name__
+        if not callable(getattr(type(model), 'loss', None)):
+            raise TypeError(f'TokenLossHook needs a model with a method `loss`, which {name} lacks')
+        if 'loss' in vars(model) and not _is_wrapped(model):
+            raise RuntimeError(
+                f'TokenLossHook would replace {model.loss!r}, which something else has set as '
+                f'`loss` of this {name}; remove one of the two'
+            )
+        # A bound method, which a deep copy of the model binds to the copy.
+        model.loss = MethodType(_loss_with_tokens, model)
+        self._checked = _heard_any = False
+
+    def after_train_iter(self, runner: Runner, *args, **kwargs) -> None:
+        """After the first iteration, say so if the hook is of no use."""
+        if not (self._checked or _heard_any):
+            runner.logger.warning(
+                'TokenLossHook found nothing to do: no module published a loss or a statistic in '
+                'the first training iteration'
+            )
+        self._checked = True
+
+    def after_train(self, runner: Runner) -> None:
+        """Give the model its own ``loss`` back."""
+        model = _unwrapped(runner.model)
+        if _is_wrapped(model):
+            del model.loss
+
+
+def _loss_with_tokens(model: nn.Module, *args, **kwargs) -> dict[str, Tensor]:
+    """``loss()`` of the model's class, and what was published meanwhile.
+
+    Raises:
+        ValueError: Both have values of the same name.
+    """
+    global _heard_any
+    with token_losses() as published:
+        losses = type(model).loss(model, *args, **kwargs)
+    _heard_any = _heard_any or len(published) > 0
+    twice = sorted(losses.keys() & published.keys())
+    if twice:
+        raise ValueError(
+            f'{", ".join(twice)}: both {type(model).__name__}.loss() and a module inside give this'
+        )
+    return {**losses, **published}
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while is_model_wrapper(model):
+        model = model.module
+    return model
+
+
+def _is_wrapped(model: nn.Module) -> bool:
+    """Whether ``loss`` is that of this hook, perhaps left over from a training that failed."""
+    return getattr(vars(model).get('loss'), '__func__', None) is _loss_with_tokens

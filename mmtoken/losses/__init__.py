@@ -1,0 +1,5 @@
+"""Losses on how many tokens a network uses."""
+
+from .budget import BudgetLoss
+
+__all__ = ['BudgetLoss']
