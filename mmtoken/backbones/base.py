@@ -13,6 +13,7 @@ from timm.layers import PatchEmbed, resample_abs_pos_embed, to_2tuple, trunc_nor
 from torch import Tensor
 
 from ..checkpoints import load_into
+from ..layers.init import init_own
 
 
 class TokenBackbone(BaseModule, metaclass=ABCMeta):
@@ -214,13 +215,6 @@ class PlainBackbone(TokenBackbone):
             self.pos_embed, grid, self.pos_grid, num_prefix_tokens=int(self.cls_token is not None)
         )
         return x + position, grid
-
-
-def init_own(root: nn.Module) -> None:
-    """Let the layers inside ``root`` that have an ``init_weights`` of their own use it."""
-    for module in root.modules():
-        if module is not root and hasattr(module, 'init_weights'):
-            module.init_weights()
 
 
 def _small(*shape: int) -> Tensor:

@@ -14,13 +14,13 @@ from torch import Tensor
 from ..layers.cross_block import NORM_EPS
 from ..layers.grained import GrainedBlock, TrainMode
 from ..layers.spatial_reduction import SpatialReductionAttention
-from ..layers.usage import publish_usage
+from ..layers.usage import BUDGET, publish_usage
 from ..registry import MODELS
 from ..tokens.maps import to_map
 from ..tokens.padding import padding_regions, valid_size
 from ..tokens.regions import lay_regions
 from .base import PlainBackbone, check_out_type, resolve_arch
-from .dge_pvt import BUDGET, OutType
+from .dge_pvt import OutType
 
 
 @MODELS.register_module()
@@ -60,7 +60,7 @@ class DGEDeiT(PlainBackbone):
     """
 
     twin_args = dict(granularities=(1,), budget=None)
-    unused_keys = r'(head|head_dist|norm|fc_norm)\..*|cls_token|dist_token'
+    unused_keys = r'(head|head_dist|norm|fc_norm|budget)\..*|cls_token|dist_token'
     fresh_keys = r'budget\..*'
 
     def __init__(

@@ -17,7 +17,7 @@ from ..layers.deformable import DeformableAttention
 from ..layers.grained import GrainedBlock, TrainMode
 from ..layers.grained_stage import GrainedStage
 from ..layers.spatial_reduction import SpatialReductionAttention
-from ..layers.usage import publish_usage
+from ..layers.usage import BUDGET, publish_usage
 from ..registry import MODELS
 from ..tokens.maps import to_map
 from ..tokens.padding import valid_size
@@ -26,7 +26,6 @@ from .base import TokenBackbone, check_out_indices, check_out_type, resolve_arch
 OutType = Literal['map', 'cls_token', 'avg_featmap']
 
 PATCH_SIZES = (4, 2, 2, 2)
-BUDGET = dict(type='mmtoken.BudgetLoss', target=0.5, loss_weight=1.0)
 WIDTHS = dict(embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8), mlp_ratios=(8, 8, 4, 4))
 DEPTHS = dict(tiny=(2, 2, 2, 2), small=(3, 4, 6, 3), medium=(3, 4, 18, 3), large=(3, 8, 27, 3))
 
@@ -71,7 +70,7 @@ class DGEPVT(TokenBackbone):
 
     stem_names = ('layers.0.patch_embed', 'layers.0.pos_embed')
     twin_args = dict(granularities=(1,), budget=None)
-    unused_keys = r'(norm|head)\..*'
+    unused_keys = r'(norm|head|budget)\..*|layers\.\d+\.cls_token'
     fresh_keys = r'budget\..*'
     arch_keys = ('embed_dims', 'depths', 'num_heads', 'mlp_ratios', 'sr_ratios')
     arch_zoo: ClassVar[dict[str, dict]] = {

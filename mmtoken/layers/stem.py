@@ -84,8 +84,15 @@ class PatchStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, in_channels, H, W) -> (B, ceil(H / stride), ceil(W / stride), embed_dims)``."""
-        x = self.proj(pad_to_stride(x, self.stride))
-        return self.norm(x.permute(0, 2, 3, 1).contiguous())
+        x = pad_to_stride(x, self.stride)
+        if x.is_contiguous():
+            # An image: patches in a row give tokens with channels last, which a convolution of
+            # NCHW does not, and the copy behind it costs more than the convolution.
+            side = self.stride
+            patches = x.unflatten(2, (-1, side)).unflatten(4, (-1, side)).permute(0, 2, 4, 1, 3, 5)
+            weight = self.proj.weight.flatten(1)
+            return self.norm(F.linear(patches.flatten(3), weight, self.proj.bias))
+        return self.norm(self.proj(x).permute(0, 2, 3, 1).contiguous())
 
 
 def pad_to_stride(x: Tensor, stride: int) -> Tensor:

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from ..tokens.sink import publish, wanted
 
+# What backbones and necks are held to if not told otherwise, as in the released code.
+BUDGET = dict(type='mmtoken.BudgetLoss', target=0.5, loss_weight=1.0)
+
 
 class Usage(NamedTuple):
     """What a block needs for each image, in counts of the budget: ``(B,)``, float64.
