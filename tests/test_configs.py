@@ -19,15 +19,20 @@ import torch
 import yaml
 from mmengine.config import Config
 from mmengine.registry import MODELS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
-from mmtoken.analysis import count_macs
+from mmtoken import routing_override
+from mmtoken.analysis import count_macs, dense_twin
 from mmtoken.analysis.subject import default_shape
+from mmtoken.analysis.twin import our_class
 from mmtoken.tokens.reference import reference_path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = smoke.all_configs()
-SIZES = ('', 't', 'tiny', 's', 'small', 'b', 'base')
-SIZE = re.compile(r'-(t|s|b|tiny|small|base)(?=-|_|$)')
+SIZES = ('', 't', 'tiny', 's', 'small', 'm', 'medium', 'b', 'base')
+SIZE = re.compile(rf'-({"|".join(SIZES[1:])})(?=-|_|$)')
+QUERY_RATIO = 0.436  # at which costs of routed backbones are listed
 
 
 def kind(path):
@@ -62,6 +67,14 @@ def test_config(path):
     assert cfg.model.backbone.type.startswith('mmtoken.')
     assert cfg.auto_scale_lr.base_batch_size == base_batch_size(path.stem)
     assert cfg.train_dataloader.batch_size == images_per_gpu(path.stem)
+    hooks = [hook.type for hook in cfg.get('custom_hooks', [])]
+    assert ('mmtoken.TokenLossHook' in hooks) == is_routed(cfg.model.backbone)
+
+
+def is_routed(backbone):
+    """Whether regions choose their granularity, so that shapes depend on values."""
+    dense = our_class(backbone).twin_args.get('granularities')
+    return dense is not None and backbone.get('granularities') != dense
 
 
 def images_per_gpu(name):
@@ -93,6 +106,8 @@ def test_one_iteration(path):
 @each([path for path in CONFIGS if path not in SMALLEST])
 def test_widths_fit(path):
     cfg = load(path)
+    if is_routed(cfg.model.backbone):
+        cfg = dense_twin(cfg)  # whose widths are the same
     with torch.device('meta'):
         model = smoke.build(cfg).eval()
     images = torch.zeros(1, 3, smoke.HEIGHT, smoke.WIDTH, device='meta')
@@ -105,12 +120,13 @@ def test_widths_fit(path):
 
 @each([p for p in CONFIGS if '-dense' in p.stem])
 def test_twins_differ_in_the_backbone_alone(path):
-    """And there in what makes them plain Swin: no semantic tokens, its stem, its weights."""
+    """And there in what `dense_twin` changes, and a stem and weights that suit the twin."""
     twin, sparse = load(path), load(path.with_name(path.name.replace('-dense', '')))
-    assert twin.model.backbone.semantic_size is None
+    assert twin.model.backbone != sparse.model.backbone
+    sparse = dense_twin(sparse)
     for cfg in (twin, sparse):
         cfg.pop('checkpoint', None)
-        for argument in ('semantic_size', 'stem', 'init_cfg'):
+        for argument in ('stem', 'init_cfg'):
             cfg.model.backbone.pop(argument, None)
     assert twin.to_dict() == sparse.to_dict()
 
@@ -147,14 +163,15 @@ def test_model_index_lists_every_config():
 
 
 def test_listed_costs_are_counted():
-    """Of each backbone, without values; twenty configs share a few."""
+    """Of each backbone, without arithmetic; fifty configs share a few."""
     counted = {}
     for model in listed_models():
         if 'FLOPs' not in model['Metadata']:
             continue
         cfg = load(ROOT / model['Config'])
         shape, backbone = default_shape(cfg), cfg.model.backbone.to_dict()
-        backbone.pop('init_cfg', None)
+        for argument in ('init_cfg', 'drop_path_rate'):
+            backbone.pop(argument, None)
         key = (shape, json.dumps(backbone, sort_keys=True))
         if key not in counted:
             counted[key] = count(backbone, shape)
@@ -163,9 +180,26 @@ def test_listed_costs_are_counted():
 
 
 def count(backbone, shape):
-    """Parameters and multiply-accumulates."""
+    """Parameters and multiply-accumulates; with routers, those of random choices."""
     with torch.device('meta'):
-        network = MODELS.build(backbone).eval()
-    with reference_path():
-        macs = count_macs(network, torch.zeros(1, 3, *shape, device='meta'))
-    return sum(p.numel() for p in network.parameters()), macs
+        network, images = MODELS.build(backbone).eval(), torch.zeros(1, 3, *shape)
+    parameters = sum(p.numel() for p in network.parameters())
+    if not is_routed(backbone):
+        with reference_path():
+            return parameters, count_macs(network, images)
+    # Choices need values, though not those of the weights.
+    network, images = network.to_empty(device='cpu'), torch.zeros(1, 3, *shape)
+    with routing_override(query_ratio=QUERY_RATIO), reference_path(), WithoutProducts():
+        return parameters, count_macs(network, images)
+
+
+class WithoutProducts(TorchDispatchMode):
+    """Products of matrices, convolutions and attention give zeros, at once."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not re.search('mm$|convolution|attention', func._schema.name):
+            return func(*args, **kwargs)
+        args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to('meta'), (args, kwargs))
+        shapes = func(*args, **kwargs)
+        return tree_map_only(torch.Tensor, lambda t: torch.zeros_like(t, device='cpu'), shapes)

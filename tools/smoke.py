@@ -19,6 +19,8 @@ from mmengine.structures import InstanceData, PixelData
 from rich.console import Console
 from rich.table import Table
 
+from mmtoken import token_losses
+
 CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
 HEIGHT, WIDTH = 96, 160
 MAX_REGIONS = 32
@@ -71,7 +73,9 @@ def run(cfg: Config) -> tuple[int, float]:
     )
     model.train()
     data = model.data_preprocessor(batch, training=True)
-    loss, logs = model.parse_losses(model(**data, mode='loss'))
+    with token_losses() as published:  # as mmtoken.TokenLossHook does
+        losses = model(**data, mode='loss')
+    loss, logs = model.parse_losses({**losses, **published})
     if not loss.isfinite():
         raise ArithmeticError(f'the loss is {loss.item()}: {dict(logs)}')
     loss.backward()

@@ -70,6 +70,9 @@ def compare(
         subjects: What to measure, by name.
         setting: How to run them.
         advance: Called :func:`count_advances` times, for a progress bar.
+
+    Raises:
+        ValueError: A routing override that does not suit its network.
     """
     torch.set_num_threads(setting.threads)
     device = setting.device
@@ -77,8 +80,12 @@ def compare(
     costs, steps = {}, {}
     for name, subject in subjects.items():
         network = subject.build().to(device)
-        costs[name] = measure_cost(network, images[:1].float())
-        steps[name] = make_step(network, images, setting.train, setting.compiled, subject.mixed)
+        inside = subject.overriding
+        costs[name] = measure_cost(network, images[:1].float(), inside=inside)
+        check_routing(subject, costs[name])
+        steps[name] = make_step(
+            network, images, setting.train, setting.compiled, subject.mixed, inside
+        )
         for _ in range(WARM_UP_CALLS[device.type]):
             steps[name]()
         advance()
@@ -88,6 +95,18 @@ def compare(
         peaks[name] = _peak_mb(subject, steps[name], setting)
         advance()
     return {name: Measurement(costs[name], times[name], peaks[name]) for name in subjects}
+
+
+def check_routing(subject: Subject, cost: Cost) -> None:
+    """Refuse to override what does not choose.
+
+    Raises:
+        ValueError: An override for a network without routers.
+    """
+    if subject.routing and cost.query_ratio is None:
+        raise ValueError(
+            f'{subject.name} has no routers whose {next(iter(subject.routing))} could be overridden'
+        )
 
 
 def _peak_mb(subject: Subject, step: Callable[[], None], setting: Setting) -> float | None:

@@ -7,12 +7,16 @@ mask hides) or less (padding that is not projected); its count is kept beside.
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
 
+from ..tokens.record import record_routing
 from ..tokens.reference import reference_path
+from ..visualization.decisions import query_ratio
 from .macs import count_macs, make_counter
 
 KINDS = ('linear', 'convolution', 'attention')
@@ -27,12 +31,14 @@ class Cost:
         executed: Multiply-accumulates that the fast path executes.
         parameters: Elements of all parameters.
         stages: Part of the model, such as ``'layers.2'``, to kind of work to its share of ``macs``.
+        query_ratio: Queries over tokens, of all blocks that choose; None if none does.
     """
 
     macs: int
     executed: int
     parameters: int
     stages: dict[str, dict[str, int]]
+    query_ratio: float | None = None
 
     def by_kind(self) -> dict[str, int]:
         """Multiply-accumulates of each kind of work."""
@@ -43,21 +49,30 @@ class Cost:
         return asdict(self) | dict(executed_extra=self.executed - self.macs, kinds=self.by_kind())
 
 
-def measure_cost(module: nn.Module, *inputs, root: nn.Module | None = None) -> Cost:
+def measure_cost(
+    module: nn.Module,
+    *inputs,
+    root: nn.Module | None = None,
+    inside: Callable[[], AbstractContextManager] = nullcontext,
+) -> Cost:
     """Count one forward pass on both paths.
 
     Args:
         module: A model, in eval mode.
         inputs: What it is called with.
         root: The submodule whose parts are told apart in ``stages``, by default the module itself.
+        inside: Makes a context that each path runs inside of.
     """
-    with reference_path():
+    with inside(), reference_path():
         stages = macs_by_stage(module, *inputs, root=root)
+    with inside(), record_routing() as decisions:
+        executed = count_macs(module, *inputs)
     return Cost(
         macs=sum(sum(kinds.values()) for kinds in stages.values()),
-        executed=count_macs(module, *inputs),
+        executed=executed,
         parameters=sum(p.numel() for p in module.parameters()),
         stages=stages,
+        query_ratio=query_ratio(decisions) if decisions else None,
     )
 
 

@@ -66,7 +66,9 @@ def _measure_peak(
     network, cpu = subject.build(), torch.device('cpu')
     small = tuple(min(side, WARM_UP_SIDE) for side in shape)
     images = [make_images(batch_size, sides, dtype, cpu) for sides in (small, shape)]
-    warm_up, step = (make_step(network, x, train, mixed=subject.mixed) for x in images)
+    warm_up, step = (
+        make_step(network, x, train, mixed=subject.mixed, inside=subject.overriding) for x in images
+    )
     warm_up()
     # What construction and the small image freed must not serve the step unseen.
     ctypes.CDLL(None).malloc_trim(0)

@@ -4,6 +4,9 @@ import inspect
 from collections.abc import Mapping
 from importlib.util import find_spec
 
+from timm.layers import to_2tuple
+
+from ..backbones.dge_pvt import PATCH_SIZES
 from .twin import our_class
 
 
@@ -14,8 +17,8 @@ def peer_config(backbone: dict) -> dict | None:
         backbone: Config of a backbone of ours.
 
     Returns:
-        A config with the same widths, depths and output maps; None if there is no such backbone or
-        its library is not installed.
+        A config with the same widths, depths and output maps; None if there is no such backbone,
+        its library is not installed, or it cannot have these widths or outputs.
     """
     cls = our_class(backbone)
     if cls.__name__ not in PEERS:
@@ -28,7 +31,8 @@ def peer_config(backbone: dict) -> dict | None:
     arguments.update(backbone)
     if not isinstance(arguments['arch'], Mapping):
         arguments['arch'] = cls.arch_zoo[arguments['arch']]
-    return dict(type=f'{library}.{name}', **translate(arguments))
+    translated = translate(arguments)
+    return None if translated is None else dict(type=f'{library}.{name}', **translated)
 
 
 def _swin(arguments: dict) -> dict:
@@ -46,7 +50,28 @@ def _vit(arguments: dict) -> dict:
         {name: arguments[name] for name in same},
         out_indices=list(arguments['out_indices']),
         out_type='featmap' if arguments['out_type'] == 'map' else arguments['out_type'],
-        with_cls_token=False,
+        with_cls_token=bool(arguments.get('cls_token')),
+    )
+
+
+def _pvt(arguments: dict) -> dict | None:
+    arch = arguments['arch']
+    dims, heads, stages = arch['embed_dims'], arch['num_heads'], len(arch['depths'])
+    head_dims = {d // h for d, h in zip(dims, heads, strict=True)}
+    # Theirs has heads of one width, and neither a class token nor an output but maps.
+    if len(head_dims) > 1 or arguments['cls_token'] or arguments['out_type'] != 'map':
+        return None
+    same = ('in_channels', 'qkv_bias', 'drop_path_rate', 'out_indices')
+    return dict(
+        {name: arguments[name] for name in same},
+        pretrain_img_size=to_2tuple(arguments['pretrain_img_size']),
+        embed_dims=head_dims.pop(),
+        num_stages=stages,
+        num_layers=arch['depths'],
+        patch_sizes=PATCH_SIZES[:stages],
+        strides=PATCH_SIZES[:stages],
+        paddings=(0,) * stages,
+        **{name: arch[name] for name in ('num_heads', 'mlp_ratios', 'sr_ratios')},
     )
 
 
@@ -54,4 +79,6 @@ def _vit(arguments: dict) -> dict:
 PEERS = {
     'STViTRSwin': (('mmdet', 'mmseg'), 'SwinTransformer', _swin),
     'STViTDeiT': (('mmpretrain',), 'VisionTransformer', _vit),
+    'DGEPVT': (('mmdet',), 'PyramidVisionTransformer', _pvt),
+    'DGEDeiT': (('mmpretrain',), 'VisionTransformer', _vit),
 }

@@ -1,10 +1,13 @@
 """One forward pass or one training step of a network, as a function without arguments."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from ..tokens.sink import token_losses
 
 
 def make_images(
@@ -21,13 +24,14 @@ def make_step(
     train: bool = False,
     compiled: bool = False,
     mixed: bool = False,
+    inside: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Callable[[], None]:
     """A function that runs the network once.
 
     A forward pass runs in eval mode and without autograd, with weights in the precision of the
-    images. A training step is forward, backward from the mean squares of all outputs, and the
-    release of gradients; no optimiser. It keeps weights in float32 and casts as it goes, as
-    MMEngine's ``AmpOptimWrapper`` does.
+    images. A training step is forward, backward from the mean squares of all outputs and the
+    losses that routers publish, and the release of gradients; no optimiser. It keeps weights in
+    float32 and casts as it goes, as MMEngine's ``AmpOptimWrapper`` does.
 
     Args:
         network: A network on the device of the images; it is changed in place.
@@ -36,6 +40,7 @@ def make_step(
         compiled: Through ``torch.compile``.
         mixed: Run forward passes in automatic mixed precision too, for networks that make float32
             tensors of their own.
+        inside: Makes a context that each run is inside of.
     """
     network.train(train)
     if not train:
@@ -53,13 +58,14 @@ def make_step(
     without_grad = torch.no_grad if compiled else torch.inference_mode
 
     def forward() -> None:
-        with without_grad(), casting():
+        with without_grad(), casting(), inside():
             run(images)
 
     def train_step() -> None:
-        with casting():
+        with casting(), inside(), token_losses() as published:
             outputs = run(images)
-        sum(output.float().square().mean() for output in _floats(outputs)).backward()
+        loss = sum(output.float().square().mean() for output in _floats(outputs))
+        (loss + published.total()).backward()
         network.zero_grad(set_to_none=True)
 
     return train_step if train else forward

@@ -1,5 +1,6 @@
 """What is measured: a backbone or a whole model of a config, its twin and its peer."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -11,8 +12,9 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.utils import import_modules_from_strings
 from torch import Tensor, nn
 
+from ..tokens.routing import routing_override
 from .peers import peer_config
-from .twin import dense_twin, find_backbone, our_class
+from .twin import dense_twin, find_backbone, find_sparse, our_class
 
 Part = Literal['backbone', 'model']
 DEFAULT_SHAPES = dict(mmdet=(800, 1280), mmseg=(512, 512), mmpretrain=(224, 224))
@@ -28,6 +30,8 @@ class Subject:
         scope: Library whose registries it is built from.
         part: The backbone alone, or the model up to its raw outputs (mode ``'tensor'``).
         imports: The config's ``custom_imports``.
+        routing: What to override its routers with, such as ``dict(query_ratio=0.5)``; see
+            :func:`mmtoken.routing_override`. Empty lets them choose.
     """
 
     name: str
@@ -35,11 +39,16 @@ class Subject:
     scope: str
     part: Part
     imports: dict = field(default_factory=dict)
+    routing: dict = field(default_factory=dict)
 
     @property
     def mixed(self) -> bool:
         """Whether half precision needs ``torch.autocast``: all but backbones of ours do."""
         return self.part == 'model' or our_class(self.cfg['backbone']) is None
+
+    def overriding(self) -> AbstractContextManager:
+        """The context to run it in; each time it is entered layouts are drawn anew, the same."""
+        return routing_override(**self.routing) if self.routing else nullcontext()
 
     def build(self) -> nn.Module:
         """The network, with random weights, in eval mode: ``(B, 3, H, W)`` to its outputs."""
@@ -101,18 +110,18 @@ def load_config(path: str | Path) -> Config:
     return cfg
 
 
-def make_subject(cfg: Config, part: Part) -> Subject:
-    """The backbone of ours in a config, or the model around it.
+def make_subject(cfg: Config, part: Part, routing: dict | None = None) -> Subject:
+    """The backbone of ours in a config, or the model around it or around a neck of ours.
 
     Raises:
-        ValueError: There is no backbone of ours in it.
+        ValueError: There is no backbone of ours in it; of a model, no neck either.
     """
-    backbone = find_backbone(cfg.model)
+    backbone = find_backbone(cfg.model) if part == 'backbone' else find_sparse(cfg.model)
     # Alone it hands out maps: its twin's are compared with what would else be left to a neck.
     if part == 'backbone' and backbone.get('out_type') == 'tokens':
         backbone = dict(backbone, out_type='map')
     name = str(backbone['type']).rpartition('.')[2]
-    return _subject(cfg, part, backbone, name)
+    return replace(_subject(cfg, part, backbone, name), routing=routing or {})
 
 
 def any_subject(cfg: Config, part: Part, name: str) -> Subject:
@@ -134,19 +143,22 @@ def _subject(cfg: Config, part: Part, backbone: dict, name: str) -> Subject:
 
 def twin_of(subject: Subject) -> Subject:
     """The dense twin of a subject."""
-    return replace(subject, name='dense twin', cfg=dense_twin(subject.cfg))
+    return replace(subject, name='dense twin', cfg=dense_twin(subject.cfg), routing={})
 
 
 def peer_of(subject: Subject) -> Subject | None:
     """The subject with the backbone that a library offers in place of ours, None if none does."""
     cfg = dense_twin(subject.cfg)  # so that a neck takes maps
-    backbone = find_backbone(cfg)
+    try:
+        backbone = find_backbone(cfg)
+    except ValueError:  # of ours is the neck alone
+        return None
     peer = peer_config(backbone)
     if peer is None:
         return None
     backbone.clear()
     backbone.update(peer)
-    return replace(subject, name=peer['type'], cfg=cfg)
+    return replace(subject, name=peer['type'], cfg=cfg, routing={})
 
 
 def default_shape(cfg: Config) -> tuple[int, int]:

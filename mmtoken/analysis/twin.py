@@ -1,8 +1,8 @@
-"""The dense twin of a config: the same backbone with its token reduction off.
+"""The dense twin of a config: the same network with its token reduction off.
 
-Backbones say in ``twin_args`` which constructor arguments turn them into their twin. A neck that
-restores tokens says in ``twin_type`` which neck takes maps in its place, and in ``restore_args``
-which of its arguments that neck does not have.
+Backbones and necks say in ``twin_args`` which constructor arguments turn them into their twin. A
+neck that restores tokens says in ``twin_type`` which neck takes maps in its place, and in
+``restore_args`` which of its arguments that neck does not have.
 """
 
 import copy
@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from mmengine.config import Config
 
+from ..backbones.base import TokenBackbone
 from ..registry import MODELS
 
 TOKEN_HOOKS = ('TokenLossHook', 'TokenMapHook')
@@ -21,17 +22,17 @@ def dense_twin(cfg: Cfg) -> Cfg:
     """Turn a config into that of its dense twin.
 
     Args:
-        cfg: Config of a backbone, config of a model (which holds one under ``backbone``, at any
-            depth), or a whole ``Config``.
+        cfg: Config of a backbone or a neck, config of a model (which holds one, at any depth), or
+            a whole ``Config``.
 
     Returns:
-        A changed deep copy: backbones of ours compute densely and hand out maps, necks that restore
-        tokens give way to necks that take maps, and a ``Config`` loses the hooks for token losses
-        and token maps. A dense twin comes back as it is.
+        A changed deep copy: backbones and necks of ours compute densely and hand out maps, necks
+        that restore tokens give way to necks that take maps, and a ``Config`` loses the hooks for
+        token losses and token maps. A dense twin comes back as it is.
 
     Raises:
         TypeError: ``cfg`` is no mapping.
-        ValueError: There is no backbone of ours in it.
+        ValueError: There is neither a backbone nor a neck of ours in it that has a dense twin.
     """
     cfg = copy.deepcopy(cfg)
     if isinstance(cfg, Config):
@@ -53,55 +54,52 @@ def find_backbone(cfg: dict) -> dict:
     Raises:
         ValueError: There is none.
     """
-    return next(_backbones(cfg))[0]
+    return _first(cfg, 'backbone', TokenBackbone)
 
 
-def _make_dense(cfg: dict) -> None:
-    for backbone, model in list(_backbones(cfg)):
-        backbone.update(our_class(backbone).twin_args)
-        if backbone.get('out_type') == 'tokens':
-            backbone['out_type'] = 'map'
-        necks = model.get('neck') or []
-        for neck in necks if isinstance(necks, (list, tuple)) else [necks]:
-            _replace_neck(neck)
-
-
-def _replace_neck(neck: dict) -> None:
-    cls = our_class(neck)
-    if not hasattr(cls, 'twin_type'):
-        return
-    for name in cls.restore_args:
-        neck.pop(name, None)
-    neck['type'] = cls.twin_type
-
-
-def _backbones(cfg: dict) -> Iterator[tuple[dict, dict]]:
-    """Backbones of ours, each with the config of the model that holds it (empty if none does).
+def find_sparse(cfg: dict) -> dict:
+    """The first backbone or neck of ours that has a dense twin, not a copy.
 
     Raises:
         ValueError: There is none.
     """
-    if hasattr(our_class(cfg), 'twin_args'):
-        yield cfg, {}
-        return
+    return _first(cfg, 'backbone or neck', object)
+
+
+def _first(cfg: dict, kind: str, base: type) -> dict:
+    for part in _mappings(cfg):
+        cls = our_class(part)
+        if hasattr(cls, 'twin_args') and issubclass(cls, base):
+            return part
     models = [model for model in _mappings(cfg) if isinstance(model.get('backbone'), Mapping)]
-    ours = [model for model in models if hasattr(our_class(model['backbone']), 'twin_args')]
-    if not ours:
-        given = [model['backbone'].get('type') for model in models] or [cfg.get('type')]
-        raise ValueError(
-            f'no backbone of mmtoken is in this config, only {", ".join(map(repr, given))}; '
-            f'known are {", ".join(known_backbones())}'
-        )
-    yield from ((model['backbone'], model) for model in ours)
+    given = [model['backbone'].get('type') for model in models] or [cfg.get('type')]
+    raise ValueError(
+        f'no {kind} of mmtoken is in this config, only {", ".join(map(repr, given))}; '
+        f'known are {", ".join(known_parts(base))}'
+    )
 
 
-def known_backbones() -> list[str]:
-    """Names of the backbones that have a dense twin, as configs write them."""
+def _make_dense(cfg: dict) -> None:
+    find_sparse(cfg)  # there must be one
+    for part in list(_mappings(cfg)):
+        cls = our_class(part)
+        if hasattr(cls, 'twin_args'):
+            part.update(cls.twin_args)
+            if part.get('out_type') == 'tokens':
+                part['out_type'] = 'map'
+        if hasattr(cls, 'twin_type'):
+            for name in cls.restore_args:
+                part.pop(name, None)
+            part['type'] = cls.twin_type
+
+
+def known_parts(base: type = TokenBackbone) -> list[str]:
+    """Names of our classes that have a dense twin and inherit from ``base``, as in configs."""
     MODELS.import_from_location()
     return sorted(
         f'{MODELS.scope}.{name}'
         for name, cls in MODELS.module_dict.items()
-        if hasattr(cls, 'twin_args')
+        if hasattr(cls, 'twin_args') and issubclass(cls, base)
     )
 
 

@@ -253,7 +253,7 @@ class GrainedBlock(nn.Module):
         for image, part, tile in cells.tiles(tile_length(self.mlp.fc1.out_features // 4)):
             of_image = None if kept is None else tuple(k[image : image + 1] for k in kept)
             change = self.change(queries[part], keys[image : image + 1], tile, of_image)
-            out[part] = change.add_(queries[part]) if residual else change
+            out[part] = queries[part] + change if residual else change
         return out
 
     def change(

@@ -1,5 +1,7 @@
 """Timing, memory and steps: what they do, never how long it takes."""
 
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,9 +9,10 @@ import torch
 from torch import nn
 
 from mmtoken.analysis import timing
+from mmtoken.analysis.compare import Setting, compare
 from mmtoken.analysis.memory import peak_mb_on_cpu
 from mmtoken.analysis.step import make_images, make_step
-from mmtoken.analysis.subject import Subject
+from mmtoken.analysis.subject import Subject, twin_of
 from mmtoken.analysis.timing import Spread, ratios, time_in_turn
 
 CPU = torch.device('cpu')
@@ -74,6 +77,60 @@ def test_mixed_precision_serves_networks_that_make_float32_tensors():
     make_step(Own(12, 2), images, mixed=True)()
 
 
+def test_training_adds_the_losses_of_routers():
+    from mmtoken.tokens.sink import publish
+
+    class Router(nn.Linear):
+        gradients = []
+
+        def forward(self, x):
+            publish(dict(loss_router=1000 * self.bias.sum(), ratio=self.bias.sum()))
+            self.bias.register_hook(self.gradients.append)
+            return super().forward(x.flatten(1))
+
+    images = make_images(1, (2, 2), torch.float32, CPU)
+    make_step(Router(12, 2), images, train=True)()
+    assert Router.gradients[0].min() > 900
+
+
+def test_runs_are_inside_of_a_context():
+    entered = []
+
+    @contextmanager
+    def inside():
+        entered.append(True)
+        yield
+        entered.append(False)
+
+    images = make_images(1, (2, 2), torch.float32, CPU)
+    for train in (True, False):
+        network = Nested()
+        network.register_forward_hook(lambda *_: entered.append('ran'))
+        step = make_step(network, images, train, inside=inside)
+        step()
+    assert entered == [True, 'ran', False] * 2
+
+
+def test_overrides_hold_for_the_sparse_network_alone(monkeypatch):
+    monkeypatch.setattr(timing, 'MIN_SECONDS', 0)
+    monkeypatch.setattr('mmtoken.analysis.compare.peak_mb_on_cpu', lambda subject, *args: None)
+    arch = dict(
+        embed_dims=(16, 32), depths=(1, 1), num_heads=(1, 2), mlp_ratios=(2, 2), sr_ratios=(2, 1)
+    )
+    backbone = dict(type='mmtoken.DGEPVT', arch=arch, out_indices=(1,))
+    free = Subject('free', dict(backbone=backbone), 'mmdet', 'backbone')
+    sparse = replace(free, name='sparse', routing=dict(query_ratio=0.25))
+    setting = Setting((64, 64), rounds=1, train=True)
+    measured = compare(dict(sparse=sparse, dense=twin_of(sparse), free=free), setting)
+    ratios = {name: m.cost.query_ratio for name, m in measured.items()}
+    assert ratios['sparse'] == pytest.approx(0.25, abs=0.02)
+    assert ratios['dense'] is None and ratios['free'] > 0.9
+    with pytest.raises(ValueError, match='this network has a query_ratio'):
+        compare(dict(a=replace(free, routing=dict(coarse_ratio=0.5))), setting)
+    with pytest.raises(ValueError, match='dense twin has no routers'):
+        compare(dict(a=replace(twin_of(free), routing=dict(query_ratio=0.5))), setting)
+
+
 @linux
 def test_peak_memory_is_above_the_weights():
     arch = dict(embed_dims=32, depths=(2, 2, 6, 2), num_heads=(1, 2, 4, 8))
@@ -81,3 +138,14 @@ def test_peak_memory_is_above_the_weights():
     subject = Subject('', dict(backbone=backbone), 'mmdet', 'backbone')
     # Four images of 64 x 64 tokens; training keeps at least the 128 channels of two MLPs.
     assert 2 * 8 < peak_mb_on_cpu(subject, 4, (256, 256), train=True) < 400
+
+
+@linux
+def test_overrides_reach_the_process_of_its_own():
+    arch = dict(
+        embed_dims=(64, 64), depths=(1, 1), num_heads=(1, 1), mlp_ratios=(8, 2), sr_ratios=(8, 1)
+    )
+    backbone = dict(type='mmtoken.DGEPVT', arch=arch, out_indices=(0,))
+    free = Subject('', dict(backbone=backbone), 'mmdet', 'backbone')
+    with pytest.raises(ValueError, match='this network has a query_ratio'):
+        peak_mb_on_cpu(replace(free, routing=dict(coarse_ratio=0.5)), 1, (64, 64))

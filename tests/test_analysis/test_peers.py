@@ -8,6 +8,14 @@ from mmtoken.registry import MODELS as OURS
 ARCHS = dict(
     STViTRSwin=dict(embed_dims=32, depths=(2, 2, 6, 2), num_heads=(1, 2, 4, 8)),
     STViTDeiT=dict(embed_dims=64, num_layers=8, num_heads=2, feedforward_channels=128),
+    DGEDeiT=dict(embed_dims=64, num_layers=4, num_heads=2, feedforward_channels=128),
+    DGEPVT=dict(
+        embed_dims=(32, 64, 128, 256),
+        depths=(1, 2, 1, 1),
+        num_heads=(1, 2, 4, 8),
+        mlp_ratios=(4, 4, 2, 2),
+        sr_ratios=(8, 4, 2, 1),
+    ),
 )
 
 
@@ -22,6 +30,33 @@ def test_peers_have_our_maps_and_nearly_our_parameters(name):
     assert [m.shape for m in peer(images)] == [m.shape for m in twin(images)]
     counts = [sum(p.numel() for p in network.parameters()) for network in (peer, twin)]
     assert counts[0] == pytest.approx(counts[1], rel=0.01)
+
+
+@pytest.mark.parametrize('name', ['DGEPVT', 'DGEDeiT'])
+def test_peers_have_exactly_our_parameters(name):
+    cfg = dict(type=f'mmtoken.{name}', arch=ARCHS[name], qkv_bias=True)
+    twin = OURS.build(cfg | OURS.get(name).twin_args)
+    peer = MODELS.build(peer_config(cfg))
+    counts = [sum(p.numel() for p in network.parameters()) for network in (peer, twin)]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        dict(arch=dict(ARCHS['DGEPVT'], num_heads=(2, 2, 4, 8))),
+        dict(out_indices=(3,), out_type='avg_featmap'),
+        dict(cls_token=True),
+    ],
+)
+def test_pyramids_that_mmdet_cannot_have(changes):
+    cfg = dict(type='mmtoken.DGEPVT', arch=ARCHS['DGEPVT'])
+    assert peer_config(cfg)['embed_dims'] == 32
+    assert peer_config(cfg | changes) is None
+
+
+def test_deformable_attention_has_no_peer():
+    assert peer_config(dict(type='mmtoken.DGEDPVT')) is None
 
 
 def test_no_peer(monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mmtoken.analysis.cost import macs_by_stage
+from mmtoken.analysis.cost import macs_by_stage, measure_cost
 from mmtoken.analysis.subject import (
     any_subject,
     default_shape,
@@ -64,6 +64,35 @@ def test_tokens_for_a_neck_become_maps_where_there_is_no_neck():
     cfg = Config(dict(model=dict(backbone=backbone, neck={}), default_scope='mmdet'))
     assert make_subject(cfg, 'backbone').cfg['backbone']['out_type'] == 'map'
     assert make_subject(cfg, 'model').cfg['backbone']['out_type'] == 'tokens'
+
+
+def test_model_with_a_neck_of_ours_alone():
+    neck = dict(
+        type='mmtoken.GrainUnpoolNeck', in_channels=[64, 128, 256, 512], num_heads=4, depth=1,
+        sr_ratios=4,
+    )  # fmt: skip
+    model = dict(
+        type='EncoderDecoder',
+        backbone=dict(type='ResNet', depth=18),
+        neck=neck,
+        decode_head=dict(
+            type='FCNHead', in_channels=512, channels=8, num_classes=2, num_convs=1, in_index=3,
+            norm_cfg=dict(type='BN'),
+        ),
+    )  # fmt: skip
+    cfg = Config(dict(model=model, default_scope='mmseg'))
+    sparse = make_subject(cfg, 'model', dict(query_ratio=0.5))
+    assert sparse.name == 'GrainUnpoolNeck' and peer_of(sparse) is None
+    dense = twin_of(sparse)
+    assert dense.routing == {} and dense.cfg['neck']['granularities'] == (1,)
+    cost, twin_cost = (
+        measure_cost(subject.build(), IMAGES, inside=subject.overriding)
+        for subject in (sparse, dense)
+    )
+    assert cost.macs < twin_cost.macs and twin_cost.query_ratio is None
+    assert cost.query_ratio == pytest.approx(0.5, abs=0.05)
+    with pytest.raises(ValueError, match='no backbone of mmtoken'):
+        make_subject(cfg, 'backbone')
 
 
 def pipeline(*transforms):

@@ -4,6 +4,7 @@ import pytest
 from mmengine.config import Config, ConfigDict
 
 import mmtoken
+from mmtoken.analysis.twin import find_backbone, known_parts
 from mmtoken.backbones import STViTRSwin
 from mmtoken.registry import MODELS
 
@@ -31,12 +32,10 @@ def test_backbone(kind):
 
 
 def test_every_backbone_of_ours_has_a_twin():
-    MODELS.import_from_location()
-    backbones = {name: cls for name, cls in MODELS.module_dict.items() if hasattr(cls, 'twin_args')}
-    assert 'STViTRSwin' in backbones
+    backbones = known_parts()
+    assert {'mmtoken.STViTRSwin', 'mmtoken.DGEPVT'} <= set(backbones)
     for name in backbones:
-        twin = mmtoken.dense_twin(dict(type=f'mmtoken.{name}'))
-        MODELS.build(twin)
+        MODELS.build(mmtoken.dense_twin(dict(type=name)))
 
 
 def test_model_with_a_neck_that_restores(restoring_neck):
@@ -48,6 +47,30 @@ def test_model_with_a_neck_that_restores(restoring_neck):
         assert first == dict(type='mmtoken.MapNeck', in_channels=96)
     assert twin['neck'][1] == dict(type='mmdet.FPN')
     assert restoring_neck['num_heads'] == 3
+
+
+NECK = dict(type='mmtoken.GrainUnpoolNeck', in_channels=[64, 128], num_heads=[1, 2])
+NECK_TWIN = dict(NECK, granularities=(1,), budget=None)
+
+
+def test_model_with_a_neck_of_ours_alone():
+    model = dict(type='mmdet.RetinaNet', backbone=dict(type='mmdet.ResNet', depth=18))
+    for neck, twin in (
+        (NECK, NECK_TWIN),
+        ([NECK, dict(type='mmdet.FPN')], [NECK_TWIN, dict(type='mmdet.FPN')]),
+    ):
+        assert mmtoken.dense_twin(dict(model, neck=neck)) == dict(model, neck=twin)
+        with pytest.raises(ValueError, match="no backbone of mmtoken .* only 'mmdet.ResNet'"):
+            find_backbone(dict(model, neck=neck))
+    assert mmtoken.dense_twin(NECK) == NECK_TWIN
+    assert 'budget' not in NECK
+
+
+def test_neck_beside_a_backbone_of_ours():
+    model = dict(type='mmdet.RetinaNet', backbone=dict(type='mmtoken.DGEPVT'), neck=NECK)
+    twin = mmtoken.dense_twin(model)
+    assert twin['backbone'] == dict(type='mmtoken.DGEPVT', granularities=(1,), budget=None)
+    assert twin['neck'] == NECK_TWIN
 
 
 def test_nested_models():

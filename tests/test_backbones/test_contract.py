@@ -9,18 +9,28 @@ import torch
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import nn
 
+import mmtoken
 from mmtoken import backbones
+from mmtoken.layers.grained import GrainRouter
 from mmtoken.registry import MODELS
 
 SWIN = dict(embed_dims=16, depths=(2, 1, 6, 1), num_heads=(1, 2, 2, 4))
 VIT = dict(embed_dims=32, num_layers=6, num_heads=2, feedforward_channels=48)
+DPVT = dict(
+    embed_dims=(16, 32, 40, 64),
+    depths=(1, 2, 1, 1),
+    num_heads=(1, 2, 5, 4),
+    mlp_ratios=(4, 2, 2, 2),
+)
+PVT = dict(DPVT, sr_ratios=(8, 4, 2, 1))
 
 
 class Family(NamedTuple):
     """What differs between backbones.
 
-    ``stage`` and ``output`` are the names, but for an index, of a stage and of what lies behind it;
-    ``depths`` are those of some parameters, negative ones counted from the last.
+    ``stage`` and ``output`` are the names, but for an index, of a stage and of what lies behind it,
+    None if nothing does; ``depths`` are those of some parameters, negative ones counted from the
+    last.
     """
 
     variants: list[dict]
@@ -28,7 +38,7 @@ class Family(NamedTuple):
     strides: tuple[int, ...]
     stem: tuple[str, ...]
     stage: str
-    output: str
+    output: str | None
     depths: dict[str, int]
 
 
@@ -75,6 +85,61 @@ FAMILIES = {
             'blocks.5.norm1.weight': 6,
         },
     ),
+    'DGEPVT': Family(
+        variants=[
+            dict(arch=PVT),
+            dict(arch=PVT, cls_token=True, granularities=(1, 2), train_mode='dense'),
+            dict(arch=PVT, train_mode='sparse', region_size=8, qkv_bias=False),
+            dict(arch=PVT, granularities=(1,)),
+        ],
+        num_stages=4,
+        strides=(4, 8, 16, 32),
+        stem=('layers.0.patch_embed.', 'layers.0.pos_embed'),
+        stage='layers.{}.',
+        output=None,
+        depths={
+            'layers.0.patch_embed.proj.weight': 0,
+            'layers.0.pos_embed': 0,
+            'layers.0.blocks.0.norm1.weight': 1,
+            'layers.1.patch_embed.proj.weight': 2,
+            'layers.1.pos_embed': 2,
+            'layers.1.blocks.1.norm1.weight': 3,
+            'layers.3.blocks.0.mlp.fc1.weight': 5,
+        },
+    ),
+    'DGEDPVT': Family(
+        variants=[dict(arch=DPVT), dict(arch=DPVT, granularities=(1,), num_points=2)],
+        num_stages=4,
+        strides=(4, 8, 16, 32),
+        stem=('layers.0.patch_embed.', 'layers.0.pos_embed'),
+        stage='layers.{}.',
+        output=None,
+        depths={'layers.0.pos_embed': 0, 'layers.2.blocks.0.attn.offsets.weight': 4},
+    ),
+    'DGEDeiT': Family(
+        variants=[
+            dict(arch=VIT, img_size=80, out_indices=(1, 3, 4, 5), **kwargs)
+            for kwargs in (
+                {},
+                dict(cls_token=True, granularities=(1, 4), train_mode='dense'),
+                dict(train_mode='sparse', region_size=8, qkv_bias=False),
+                dict(cls_token=True, granularities=(1,)),
+            )
+        ],
+        num_stages=6,
+        strides=(16, 16, 16, 16),
+        stem=('patch_embed.', 'pos_embed', 'cls_token'),
+        stage='blocks.{}.',
+        output=None,  # but for the last block, a norm
+        depths={
+            'patch_embed.proj.weight': 0,
+            'pos_embed': 0,
+            'cls_token': 0,
+            'blocks.0.router.gate.weight': 1,
+            'blocks.5.norm1.weight': 6,
+            'norm.weight': -1,
+        },
+    ),
 }
 CASES = [
     pytest.param(dict(type=f'mmtoken.{name}', drop_path_rate=0.0, **kwargs), id=f'{name}-{i}')
@@ -94,12 +159,27 @@ def build(cfg, **kwargs):
 
 
 def wake(model):
-    """Give every parameter a say: LayerScale starts at 1e-5, norms at the identity."""
+    """Give every parameter a say, and every choice a chance.
+
+    LayerScale starts at 1e-5, norms at the identity, routers at the finest granularity.
+    """
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.ndim == 1:
             with torch.no_grad():
                 parameter.add_(torch.empty_like(parameter).uniform_(0.2, 0.6, generator=generator))
+    for module in model.modules():
+        if isinstance(module, GrainRouter):
+            with torch.no_grad():
+                module.gate.weight.normal_(0, 0.3, generator=generator)
+                module.gate.bias.normal_(0, 0.1, generator=generator)
+
+
+def train(model, images):
+    """Maps in training mode, and the losses that are born inside."""
+    with mmtoken.token_losses() as published:
+        maps = model.train()(images)
+    return maps, published.total()
 
 
 def test_every_backbone_is_covered():
@@ -134,9 +214,9 @@ def test_images_of_a_batch_are_independent(cfg):
 
 @pytest.mark.parametrize('cfg', CASES)
 def test_gradients_reach_every_parameter(cfg):
-    model = build(cfg).train()
-    loss = sum((m * torch.randn_like(m)).sum() for m in model(torch.randn(2, 3, 100, 140)))
-    loss.backward()
+    model = build(cfg)
+    maps, inner = train(model, torch.randn(2, 3, 100, 140))
+    (sum((m * torch.randn_like(m)).sum() for m in maps) + inner).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, f'no gradient for {name}'
         assert parameter.grad.isfinite().all(), f'bad gradient for {name}'
@@ -155,19 +235,21 @@ def test_frozen_stages_stay_frozen(cfg, frozen):
     model.train()
     before = copy.deepcopy(model.state_dict())
     parameters = [p for p in model.parameters() if p.requires_grad]
-    maps = model(torch.randn(2, 3, 64, 64))
+    maps, inner = train(model, torch.randn(2, 3, 64, 64))
     if parameters:
-        sum((m * torch.randn_like(m)).mean() for m in maps).backward()
+        (sum((m * torch.randn_like(m)).mean() for m in maps) + inner).backward()
         torch.optim.SGD(parameters, lr=0.1).step()
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
 
     names = family.stem if frozen_stages >= 0 else ()
     for i in range(frozen_stages):
-        names += (family.stage.format(i), family.output.format(i))
+        names += (family.stage.format(i),)
+        if family.output is not None:
+            names += (family.output.format(i),)
     assert not [k for k in changed if k.startswith(names)]
     assert bool(changed) == (frozen != 'all')
-    assert any(k.startswith('patch_embed.') for k in changed) == (frozen == 'nothing')
-    running = [k for k in before if k.startswith('patch_embed.') and k.endswith('running_mean')]
+    assert any(k.startswith(family.stem[0]) for k in changed) == (frozen == 'nothing')
+    running = [k for k in before if k.startswith(family.stem[0]) and k.endswith('running_mean')]
     assert all((k in changed) == (frozen == 'nothing') for k in running)
 
 
@@ -185,8 +267,9 @@ def test_checkpointing_changes_nothing(cfg):
     recomputed.load_state_dict(plain.state_dict())
     image = torch.randn(1, 3, 80, 100)
     for model in (plain, recomputed):
-        model.train()
-        sum(m.square().mean() for m in model(image)).backward()
+        torch.manual_seed(1)
+        maps, inner = train(model, image)
+        (sum(m.square().mean() for m in maps) + inner).backward()
     grads = dict(recomputed.named_parameters())
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(parameter.grad, grads[name].grad, msg=name)
@@ -237,7 +320,8 @@ def test_training_after_inference_mode(cfg):
     model, image = build(cfg), torch.randn(1, 3, 72, 104)
     with torch.inference_mode():
         model.eval()(image)
-    sum(m.sum() for m in model.train()(torch.cat([image, image]))).backward()
+    maps, inner = train(model, torch.cat([image, image]))
+    (sum(m.sum() for m in maps) + inner).backward()
 
 
 @pytest.mark.parametrize('cfg', CASES)
@@ -257,8 +341,13 @@ def test_layer_depth(cfg):
     for name, _ in model.named_parameters():
         depth, num_layers = model.get_layer_depth(f'backbone.{name}', prefix='backbone.')
         depths[name] = depth
-    assert set(depths.values()) == set(range(num_layers))
-    for name, depth in family_of(cfg).depths.items():
+    family = family_of(cfg)
+    if family.output is not None or 'norm.weight' in depths:
+        assert num_layers - 1 in depths.values()
+    assert set(depths.values()) | {num_layers - 1} == set(range(num_layers))
+    for name, depth in family.depths.items():
+        if name not in depths and ('router' in name or 'cls_token' in name):
+            continue  # not every variant has them
         assert depths[name] == depth % num_layers, name
     assert model.get_layer_depth('decode_head.conv.weight', 'backbone.')[0] == num_layers - 1
 

@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHAPES = ROOT / 'configs' / 'shapes'
 DETECTOR = SHAPES / 'mask-rcnn_stvit-r-swin-nano_fpn_1xb8-7e_shapes.py'
-SEGMENTER = SHAPES / 'upernet_stvit-r-swin-nano_1xb16-750i_shapes-128x128.py'
+(ROUTED,) = SHAPES.glob('fpn_dge-pvt-nano_1xb16-*.py')
 
 
 def run(tool, *args):
@@ -40,8 +40,28 @@ def test_flops(tmp_path):
     assert max(map(len, out.splitlines())) <= 80
 
 
+def test_flops_at_a_query_ratio(tmp_path):
+    results, out = run_json('flops', tmp_path, ROUTED, '--query-ratio', 0.4)
+    sparse, dense = results['sparse'], results['dense']
+    assert results['query_ratio'] == 0.4 and results['coarse_ratio'] is None
+    assert sparse['query_ratio'] == pytest.approx(0.4, abs=0.02) and dense['query_ratio'] is None
+    assert sparse['macs'] == sum(sum(kinds.values()) for kinds in sparse['stages'].values())
+    assert sparse['macs'] == sparse['executed']
+    assert results['mac_ratio'] > 1.7
+    assert 'Regions choose at random: 0.39' in out
+
+
+def test_who_chose_is_said(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools' / 'analysis'))
+    from cli import routing_line
+
+    assert 'untrained routers chose 0.998' in routing_line({}, 0.998)
+    assert 'at random: 0.399' in routing_line(dict(query_ratio=0.4), 0.399)
+    assert routing_line({}, None) is None
+
+
 def test_benchmark(tmp_path):
-    args = (SEGMENTER, '--rounds', 2, '--shape', 64, 64, '--against', DETECTOR)
+    args = (ROUTED, '--rounds', 2, '--shape', 64, 64, '--query-ratio', 0.5, '--against', DETECTOR)
     results, out = run_json('benchmark', tmp_path, *args)
     assert results['mac_ratio'] == results['macs_dense'] / results['macs_sparse']
     assert results['realised'] == pytest.approx(results['speedup'] / results['mac_ratio'])
@@ -55,14 +75,16 @@ def test_benchmark(tmp_path):
         assert results[key] == pytest.approx(ratio)  # the median of two
     assert results['sparse_ms'] == pytest.approx(sum(times['sparse']) / 2)
     assert results['dense_ms'] > 0 and results['peer_ms'] > 0
-    assert results['peer'] == 'mmdet.SwinTransformer'
+    assert results['peer'] == 'mmdet.PyramidVisionTransformer'
+    assert results['query_ratio'] == 0.5 and results['query_ratio_measured'] < 0.6
     assert set(results['against']) == {DETECTOR.stem}
     assert results['peak_mb_sparse'] > 0 and results['peak_mb_dense'] > 0
     assert (results['threads'], results['dtype'], results['shape']) == (1, 'float32', [64, 64])
     environment = results['environment']
     assert environment['torch'] == torch.__version__ and 'mmdet' in environment
     assert re.fullmatch(r'\d+\.\d+\.\d+', environment['mmtoken'])
-    assert 'realised' in out and 'dense twin' in out and 'SwinTransformer' in out
+    assert 'realised' in out and 'dense twin' in out and 'PyramidVisionTransformer' in out
+    assert 'Regions choose at random' in out
     assert max(map(len, out.splitlines())) <= 80
 
 
@@ -71,6 +93,9 @@ def test_benchmark(tmp_path):
     [
         ('flops', ['examples:', '--shape H W', 'default: backbone', 'executed']),
         ('benchmark', ['examples:', '--against', 'default: float32', 'realised', '--train']),
+        ('compare', ['examples:', '--pair CFG TWIN', 'seed by seed', 'output.log', '--jobs']),
+        ('token_maps', ['examples:', '[CKPT] IMAGE', 'queries per token', '--per-block']),
+        ('token_stats', ['examples:', '--background', 'at least half of its pixels']),
     ],
 )
 def test_help_teaches(tool, words):
@@ -87,6 +112,14 @@ def test_errors_are_one_line(tmp_path):
     result = run('benchmark', config)
     assert result.returncode == 1 and result.stderr.count('\n') == 1
     assert "only 'ResNet'; known are" in result.stderr and 'mmtoken.STViTRSwin' in result.stderr
+
+
+def test_ratios_that_make_no_sense():
+    result = run('flops', ROUTED, '--shape', 64, 64, '--coarse-ratio', 0.5)
+    assert result.returncode == 1 and result.stderr.strip().count('\n') == 0
+    assert 'in force, but this network has a query_ratio' in result.stderr
+    result = run('benchmark', ROUTED, '--query-ratio', 0.5, '--coarse-ratio', 0.5)
+    assert result.returncode == 2 and 'not allowed with' in result.stderr
 
 
 def test_shapes_are_positive():
@@ -116,13 +149,14 @@ def test_summary_is_of_medians_over_runs(tmp_path):
         (tmp_path / f'{i}.json').write_text(
             json.dumps(setting | figures | dict(sparse_ms=sparse_ms))
         )
-    (tmp_path / '3.json').write_text(
-        json.dumps(setting | figures | dict(sparse_ms=7.0, train=True))
-    )
+    for i, other in ((3, dict(train=True)), (4, dict(query_ratio=0.43))):
+        (tmp_path / f'{i}.json').write_text(
+            json.dumps(setting | figures | dict(sparse_ms=7.0) | other)
+        )
     result = run('summary', *sorted(tmp_path.glob('*.json')))
     assert result.returncode == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines() if line.startswith(' nano')]
-    assert [row[-1] for row in rows] == ['3', '1']
+    assert [row[-1] for row in rows] == ['3', '1', '1']
     assert '200' in rows[0] and '1.50' in rows[0]
 
 

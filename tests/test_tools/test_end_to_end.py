@@ -25,6 +25,8 @@ CONFIGS = ROOT / 'configs'
 STOCK = {library: Path(library.__file__).parent / '.mim' / 'tools' for library in (mmdet, mmseg)}
 SHAPES_DETECTOR = CONFIGS / 'shapes' / 'mask-rcnn_stvit-r-swin-nano_fpn_1xb8-7e_shapes.py'
 SHAPES_SEGMENTER = CONFIGS / 'shapes' / 'upernet_stvit-r-swin-nano_1xb16-750i_shapes-128x128.py'
+DGE_DETECTOR = CONFIGS / 'shapes' / 'mask-rcnn_dge-pvt-nano_fpn_1xb8-5e_shapes.py'
+DGE_SEGMENTER = CONFIGS / 'shapes' / 'fpn_dge-pvt-nano_1xb16-500i_shapes-128x128.py'
 COCO = CONFIGS / 'stvit_r' / 'mask-rcnn_stvit-r-swin-t_fpn_8xb2-1x_coco.py'
 IMAGENET = CONFIGS / 'stvit_r' / 'stvit-r-swin-tiny_16xb64_in1k.py'
 ADE20K = CONFIGS / 'stvit_r' / 'upernet_stvit-r-swin-t_8xb2-160k_ade20k-512x512.py'
@@ -286,3 +288,65 @@ def test_labels_reach_the_segmenter_as_meant(workspace):
         if i == len(dataset) - 1:
             break
     assert seen <= {*range(9), 255}
+
+
+@pytest.fixture(scope='module')
+def grained_detector(workspace):
+    """Trained with accumulated gradients and averaged weights; the budget warms up."""
+    options = [
+        *ONE_PROCESS, *SHORT_DETECTION, 'train_dataloader.batch_size=2',
+        'default_hooks.logger.interval=1', 'default_hooks.ema.type=EMAHook',
+        'optim_wrapper.accumulative_counts=2', 'model.backbone.budget.warmup_iters=8',
+    ]  # fmt: skip
+    return *train(workspace, STOCK[mmdet] / 'train.py', DGE_DETECTOR, options), options
+
+
+def test_token_losses_are_ordinary_losses(workspace, grained_detector):
+    _, output, _ = grained_detector
+    logs = (workspace / 'work_dirs' / DGE_DETECTOR.stem).glob('*/vis_data/scalars.json')
+    lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+    steps = [line for line in lines if 'loss' in line]
+    assert len(steps) == 4 and scores(output, 'coco/bbox_mAP')
+    for step in steps:
+        losses = [value for name, value in step.items() if 'loss' in name and name != 'loss']
+        assert step['loss'] == pytest.approx(sum(losses), rel=1e-4)
+        assert all(0 < step[f'query_ratio_s{i}'] <= 1 for i in range(4))
+        assert 0 < step['budget_ratio'] <= 1
+    for i, step in enumerate(steps):
+        target = 1 - i / 8 * (1 - 0.45)
+        expected = 10 * (step['budget_ratio'] - target) ** 2
+        assert step['loss_budget'] == pytest.approx(expected, abs=1e-3)
+
+
+def test_grained_detector_resumes_and_is_tested(workspace, grained_detector):
+    checkpoint, output, options = grained_detector
+    saved = torch.load(checkpoint, weights_only=False)
+    assert saved['state_dict']['backbone.budget.iterations'] == 4
+    resumed = run(
+        workspace, STOCK[mmdet] / 'train.py', DGE_DETECTOR, '--resume', checkpoint,
+        '--work-dir', 'work_dirs/grained', options=[*options, 'train_cfg.max_epochs=2'],
+    )  # fmt: skip
+    assert 'resumed epoch: 1' in resumed
+    saved = torch.load(workspace / 'work_dirs/grained/epoch_2.pth', weights_only=False)
+    assert saved['state_dict']['backbone.budget.iterations'] == 8
+    tested = run(workspace, STOCK[mmdet] / 'test.py', DGE_DETECTOR, checkpoint, options=options)
+    assert scores(tested, 'coco/bbox_mAP') == scores(output, 'coco/bbox_mAP')
+
+
+def test_grained_segmenter(workspace):
+    options = [*ONE_PROCESS, *SHORT_SEGMENTATION, 'train_dataloader.batch_size=4']
+    checkpoint, output = train(workspace, STOCK[mmseg] / 'train.py', DGE_SEGMENTER, options)
+    assert scores(output, 'mIoU')
+    output = run(
+        workspace, STOCK[mmseg] / 'test.py', DGE_SEGMENTER, checkpoint, '--tta', options=ONE_PROCESS
+    )
+    assert scores(output, 'mIoU')
+
+
+def test_forgotten_hook_is_an_error(workspace):
+    command = [sys.executable, ROOT / 'tools' / 'train.py', DGE_SEGMENTER, '--work-dir', 'nowhere',
+               '--cfg-options', *ONE_PROCESS, *SHORT_SEGMENTATION, 'custom_hooks=[]']  # fmt: skip
+    result = subprocess.run(
+        list(map(str, command)), cwd=workspace, capture_output=True, text=True
+    )  # fmt: skip
+    assert result.returncode != 0 and "dict(type='mmtoken.TokenLossHook')" in result.stderr

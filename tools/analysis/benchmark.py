@@ -3,7 +3,16 @@
 import sys
 from pathlib import Path
 
-from cli import fail, figure, make_parser, positive, quieten, write_json
+from cli import (
+    fail,
+    figure,
+    make_parser,
+    positive,
+    quieten,
+    routing_line,
+    routing_of,
+    write_json,
+)
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,7 +25,8 @@ All run in one process and in turn, in each round in the opposite order of the o
 speed-up is the median of the ratios within rounds, how much of the saved multiply-accumulates it
 makes good is `realised` = speed-up / MAC ratio. MACs are of a forward pass of one image, on the
 reference path; the ratio of what the fast paths execute is given beside. Weights are random and
-images are noise.
+images are noise. What a network whose regions choose their granularity then costs depends on
+--query-ratio, which holds for the sparse network alone.
 
 A step is a forward pass; with --train, forward, backward from the mean squares of the outputs, and
 release of the gradients, without an optimiser. Peak memory is that of one step above the weights:
@@ -33,6 +43,8 @@ examples:
   python tools/analysis/benchmark.py CFG --shape 512 512 --threads 2 --rounds 20 --json out.json
   python tools/analysis/benchmark.py CFG --device cuda --dtype float16 --batch-size 8 --train
   python tools/analysis/benchmark.py CFG --part model --against OTHER_CFG.py
+  python tools/analysis/benchmark.py configs/dge/mask-rcnn_dge-pvt-s_fpn_8xb2-1x_coco.py \\
+      --query-ratio 0.43
 """
 
 
@@ -49,7 +61,9 @@ def main() -> int:
         return fail('--device cuda: torch sees no CUDA device here; use --device cpu')
     try:
         cfg = load_config(args.config)
-        subjects = choose_subjects(cfg, args.part, args.against)
+        subjects = choose_subjects(cfg, args.part, args.against, routing_of(args))
+        with subjects['sparse'].overriding():  # is the ratio in its range?
+            pass
     except (OSError, ValueError) as error:
         return fail(error)
     setting = Setting(
@@ -66,9 +80,14 @@ def main() -> int:
         TextColumn('{task.description}'), BarColumn(), TextColumn('{task.percentage:3.0f}%'),
         TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task('measuring', total=count_advances(len(subjects), args.rounds))
-        measured = compare(subjects, setting, lambda: progress.advance(task))
+    try:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task('measuring', total=count_advances(len(subjects), args.rounds))
+            measured = compare(subjects, setting, lambda: progress.advance(task))
+    except ValueError as error:
+        if not routing_of(args):
+            raise
+        return fail(error)  # another kind of ratio
     results = summarise(measured, subjects) | describe(args, setting)
     report(results, measured, subjects)
     write_json(args.json, results)
@@ -94,7 +113,7 @@ def parse_args():
     return parser.parse_args()
 
 
-def choose_subjects(cfg, part: str, against: list[str]) -> dict:
+def choose_subjects(cfg, part: str, against: list[str], routing: dict[str, float]) -> dict:
     """The sparse network, its twin, the library's own and others, by the names results have.
 
     Raises:
@@ -102,7 +121,7 @@ def choose_subjects(cfg, part: str, against: list[str]) -> dict:
     """
     from mmtoken.analysis.subject import any_subject, load_config, make_subject, peer_of, twin_of
 
-    sparse = make_subject(cfg, part)
+    sparse = make_subject(cfg, part, routing)
     subjects = dict(sparse=sparse, dense=twin_of(sparse))
     peer = peer_of(sparse)
     if peer is not None:
@@ -129,6 +148,7 @@ def summarise(measured: dict, subjects: dict) -> dict:
         sparse_ms=medians['sparse'],
         dense_ms=medians['dense'],
         speedup=speedup,
+        query_ratio_measured=sparse.cost.query_ratio,
         macs_sparse=sparse.cost.macs,
         macs_dense=dense.cost.macs,
         mac_ratio=mac_ratio,
@@ -162,6 +182,8 @@ def describe(args, setting) -> dict:
     return dict(
         config=Path(args.config).name,
         part=args.part,
+        query_ratio=args.query_ratio,
+        coarse_ratio=args.coarse_ratio,
         shape=list(setting.shape),
         batch_size=args.batch_size,
         device=args.device,
@@ -204,6 +226,10 @@ def report(results: dict, measured: dict, subjects: dict) -> None:
         f'MAC ratio {results["mac_ratio"]:.2f} (executed {results["executed_ratio"]:.2f}), '
         f'speed-up over the twin {results["speedup"]:.2f}, realised {results["realised"]:.2f}.'
     )
+    ratios = {name: results[name] for name in ('query_ratio', 'coarse_ratio') if results[name]}
+    line = routing_line(ratios, results['query_ratio_measured'])
+    if line:
+        console.print(line)
     if results['peer']:
         library, _, name = results['peer'].rpartition('.')
         console.print(f'{name} is the backbone of {library} with the same widths and depths.')

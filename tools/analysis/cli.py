@@ -38,8 +38,45 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
         default='backbone',
         help='the backbone alone, or the model up to the raw outputs of its heads',
     )
+    ratio = parser.add_mutually_exclusive_group()
+    ratio.add_argument(
+        '--query-ratio',
+        type=float,
+        metavar='R',
+        help='queries over tokens, in (0, 1], in a random layout, where regions choose their '
+        'granularity (DGE); without it the untrained routers choose, nearly always the finest',
+    )
+    ratio.add_argument(
+        '--coarse-ratio',
+        type=float,
+        metavar='R',
+        help='coarse regions over regions, in [0, 1], in a random layout (MSViT)',
+    )
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures here as well')
     return parser
+
+
+def routing_of(args: argparse.Namespace) -> dict[str, float]:
+    """What to override routers with: the one ratio that is given, if any."""
+    ratios = dict(query_ratio=args.query_ratio, coarse_ratio=args.coarse_ratio)
+    return {name: ratio for name, ratio in ratios.items() if ratio is not None}
+
+
+def routing_line(routing: dict[str, float], query_ratio: float | None) -> str | None:
+    """Say who chose the tokens; None of a network that does not choose.
+
+    Args:
+        routing: From :func:`routing_of`.
+        query_ratio: Queries over tokens, as measured.
+    """
+    if query_ratio is None:
+        return None
+    if routing:
+        return f'Regions choose at random: {query_ratio:.3f} queries per token.'
+    return (
+        f'The untrained routers chose {query_ratio:.3f} queries per token, nearly all there can '
+        "be; give a --query-ratio for a trained one's."
+    )
 
 
 def positive(text: str) -> int:

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from cli import fail, figure, make_parser, quieten, write_json
+from cli import fail, figure, make_parser, quieten, routing_line, routing_of, write_json
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -22,6 +22,8 @@ examples:
   python tools/analysis/flops.py configs/stvit_r/mask-rcnn_stvit-r-swin-s_fpn_8xb2-1x_coco.py
   python tools/analysis/flops.py CFG --shape 1024 1024 --json flops.json
   python tools/analysis/flops.py CFG --part model
+  python tools/analysis/flops.py configs/dge/mask-rcnn_dge-pvt-s_fpn_8xb2-1x_coco.py \\
+      --query-ratio 0.43
 
 With --part model, the work of heads on proposals depends on how many an untrained detector makes.
 """
@@ -34,28 +36,42 @@ def main() -> int:
     import torch  # after the arguments are known to be good
 
     from mmtoken.analysis import measure_cost
+    from mmtoken.analysis.compare import check_routing
     from mmtoken.analysis.subject import default_shape, load_config, make_subject, twin_of
 
     try:
         cfg = load_config(args.config)
-        sparse = make_subject(cfg, args.part)
+        sparse = make_subject(cfg, args.part, routing_of(args))
+        with sparse.overriding():  # is the ratio in its range?
+            pass
     except (OSError, ValueError) as error:
         return fail(error)
     shape = tuple(args.shape or default_shape(cfg))
     images = torch.randn(1, 3, *shape)
     costs = {}
-    with Console(stderr=True).status('counting'):
-        for name, subject in (('sparse', sparse), ('dense', twin_of(sparse))):
-            network = subject.build()
-            root = network.model if args.part == 'model' else network
-            costs[name] = measure_cost(network, images, root=root)
+    try:
+        with Console(stderr=True).status('counting'):
+            for name, subject in (('sparse', sparse), ('dense', twin_of(sparse))):
+                network = subject.build()
+                root = network.model if args.part == 'model' else network
+                costs[name] = measure_cost(network, images, root=root, inside=subject.overriding)
+                check_routing(subject, costs[name])
+    except ValueError as error:
+        if not sparse.routing:
+            raise
+        return fail(error)  # another kind of ratio
     report(sparse.name, args.part, shape, **costs)
+    line = routing_line(sparse.routing, costs['sparse'].query_ratio)
+    if line:
+        Console().print(line)
     write_json(
         args.json,
         dict(
             config=Path(args.config).name,
             part=args.part,
             shape=list(shape),
+            query_ratio=args.query_ratio,
+            coarse_ratio=args.coarse_ratio,
             mac_ratio=costs['dense'].macs / costs['sparse'].macs,
             **{name: cost.to_dict() for name, cost in costs.items()},
         ),

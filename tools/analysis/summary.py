@@ -34,6 +34,7 @@ SETTING = (
     'train',
     'compile',
 )
+RATIOS = ('query_ratio', 'coarse_ratio')  # of networks that choose; older results lack them
 
 
 def main() -> int:
@@ -46,7 +47,7 @@ def main() -> int:
     for path in parser.parse_args().files:
         try:
             run = json.loads(path.read_text())
-            key = json.dumps([run[field] for field in SETTING])
+            key = json.dumps([run[field] for field in SETTING] + [run.get(r) for r in RATIOS])
         except (OSError, ValueError, KeyError) as error:
             return fail(f'{path} is no result of benchmark.py ({type(error).__name__}: {error})')
         runs.setdefault(key, []).append(run)
@@ -89,6 +90,7 @@ def describe(run: dict) -> str:
     words = [f'{head}_{backbone}' if whole else backbone]
     words += [f'{run["batch_size"]}x{height}x{width}'] + ['training'] * run['train']
     words += ['compiled'] * run['compile']
+    words += [f'{r.replace("_", " ")} {run[r]}' for r in RATIOS if run.get(r) is not None]
     if run['device'] != 'cpu' or run['dtype'] != 'float32':
         words += [run['device'], run['dtype']]
     return ', '.join(words)

@@ -1,0 +1,3 @@
+_base_ = './dge-pvt-tiny_16xb64_in1k.py'
+
+model = dict(backbone=dict(arch='small'))

@@ -1,0 +1,24 @@
+# PVT's RetinaNet with DGE in every block. The pyramid begins at stride 8.
+_base_ = [
+    '../_base_/mmtoken.py',
+    'mmdet::_base_/models/retinanet_r50_fpn.py',
+    'mmdet::_base_/datasets/coco_detection.py',
+    '../_base_/schedules/coco_pvt_1x.py',
+    'mmdet::_base_/default_runtime.py',
+]
+
+# PVT's ImageNet-1k weights: none of DGE on PVT were released.
+checkpoint = 'https://github.com/whai362/PVT/releases/download/v2/pvt_tiny.pth'
+custom_hooks = [dict(type='mmtoken.TokenLossHook')]
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='mmtoken.DGEPVT',
+        arch='tiny',
+        budget=dict(type='mmtoken.BudgetLoss', target=0.5, loss_weight=1.0),
+        drop_path_rate=0.1,
+        init_cfg=dict(type='Pretrained', checkpoint=checkpoint),
+    ),
+    neck=dict(in_channels=[64, 128, 320, 512]),
+)
+optim_wrapper = dict(optimizer=dict(lr=1e-4))

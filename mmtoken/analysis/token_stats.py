@@ -1,0 +1,198 @@
+"""Where a trained network spends its queries: on objects, or on what is around them.
+
+Counted is queries per token, over all blocks whose regions choose. A region is on an object if at
+least half of its pixels are, of those that belong to the image; otherwise it is background. Coarse
+stages have large regions, in which small objects count as background. Regions that the border of
+the grid cuts off count in the whole, but neither as objects nor as background: they have more
+queries per token for the same choice.
+"""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from statistics import mean, stdev
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..tokens.record import Decision
+from ..visualization.decisions import count_queries, image_ratios, real_regions, split_stages
+from ..visualization.token_maps import stride_of
+from .watch import Watched
+
+HALF = 0.5
+UNLABELLED = 255  # in label maps
+
+
+@dataclass
+class Count:
+    """Queries and tokens of the blocks of a stage: ``[all, background, objects]``.
+
+    Attributes:
+        stride: Of the tokens, in pixels.
+        queries, tokens: How many.
+    """
+
+    stride: int
+    queries: list[int] = field(default_factory=lambda: [0, 0, 0])
+    tokens: list[int] = field(default_factory=lambda: [0, 0, 0])
+
+    def add(self, decision: Decision, on_object: Tensor) -> None:
+        """Count the regions of a block; ``on_object`` is ``(B, Hr, Wr)``."""
+        queries, tokens = count_queries(decision)
+        tokens, real = tokens.expand_as(queries), real_regions(decision)
+        whole = real & (tokens == decision.region_size**2)
+        for i, where in enumerate((real, whole & ~on_object, whole & on_object)):
+            self.queries[i] += int(queries[where].sum())
+            self.tokens[i] += int(tokens[where].sum())
+
+    @property
+    def ratios(self) -> list[float | None]:
+        """Queries per token; None where there is no token."""
+        return [q / t if t else None for q, t in zip(self.queries, self.tokens, strict=True)]
+
+    def to_dict(self) -> dict:
+        """For JSON."""
+        return dict(stride=self.stride) | summarise([self])
+
+
+def summarise(stages: list[Count]) -> dict:
+    """Queries per token of some stages, and how many times as many objects have.
+
+    The latter compares with what the tokens on objects would have if background's ratio of the
+    same stage held for them, since objects have other shares of the tokens in other stages.
+    """
+    whole = Count(0)
+    for stage in stages:
+        whole.queries = [a + b for a, b in zip(whole.queries, stage.queries, strict=True)]
+        whole.tokens = [a + b for a, b in zip(whole.tokens, stage.tokens, strict=True)]
+    both = [stage for stage in stages if stage.tokens[1] and stage.tokens[2]]
+    expected = sum(stage.tokens[2] * stage.ratios[1] for stage in both)
+    query_ratio, background, objects = whole.ratios
+    return dict(
+        query_ratio=query_ratio,
+        objects=objects,
+        background=background,
+        contrast=sum(stage.queries[2] for stage in both) / expected if both else None,
+    )
+
+
+def collect(batches: Iterable[tuple[Watched, Tensor, Tensor]]) -> dict:
+    """Statistics over a data set.
+
+    Args:
+        batches: What was decided for a batch, its objects ``(B, H, W)`` and where its images are
+            ``(B, H, W)``, both bool, in pixels of the padded images.
+
+    Returns:
+        For ``overall`` and each of ``stages``: ``query_ratio`` (queries per token), the same on
+        ``objects`` and on ``background``, and ``contrast``, how many times as many objects have
+        (see :func:`summarise`), of sums over all images. ``images``: how many there were.
+        ``per_image``: mean, standard deviation, least and greatest of their query ratios.
+
+    Raises:
+        ValueError: A network that chooses nothing, or no image.
+    """
+    stages, ratios = [], []
+    for watched, objects, valid in batches:
+        if not watched.decisions:
+            raise ValueError('no part of the model chooses its tokens')
+        ratios += image_ratios(watched.decisions).tolist()
+        for i, blocks in enumerate(split_stages(watched.decisions)):
+            stride = stride_of(tuple(watched.images.shape[2:]), blocks[0].grid)
+            if i == len(stages):
+                stages.append(Count(stride))
+            on_object = object_regions(objects, valid, blocks[0], stride)
+            for decision in blocks:
+                stages[i].add(decision, on_object)
+    if not ratios:
+        raise ValueError('there is no image in the validation set')
+    return dict(
+        images=len(ratios),
+        per_image=dict(
+            mean=mean(ratios),
+            std=stdev(ratios) if len(ratios) > 1 else None,
+            min=min(ratios),
+            max=max(ratios),
+        ),
+        overall=summarise(stages),
+        stages=[stage.to_dict() for stage in stages],
+    )
+
+
+def object_regions(objects: Tensor, valid: Tensor, decision: Decision, stride: int) -> Tensor:
+    """Regions at least half of whose pixels are on objects.
+
+    Args:
+        objects, valid: As for :func:`collect`.
+        decision: Tells the grid.
+        stride: Of a token, in pixels.
+
+    Returns:
+        ``(B, Hr, Wr)``, bool.
+    """
+    side = decision.region_size * stride
+    rows, columns = decision.choice.shape[1:]
+    height, width = objects.shape[1:]
+    border = (0, columns * side - width, 0, rows * side - height)
+    masks = torch.stack([objects & valid, valid], dim=1).double()
+    covered, pixels = F.avg_pool2d(F.pad(masks, border), side).unbind(dim=1)
+    return (pixels > 0) & (covered >= HALF * pixels)
+
+
+def annotated(watched: Watched, background: Collection[int] = ()) -> tuple[Tensor, Tensor]:
+    """Objects and images in a batch, from the annotations of its data samples.
+
+    Instances of mmdet are objects, crowds included, by their masks or else their boxes; in label
+    maps of mmseg everything is that has a label and is not background. Annotations are those of
+    a test pipeline: masks and maps of any size, which are scaled to the image, and boxes in the
+    scale of the file.
+
+    Args:
+        watched: A batch.
+        background: Labels that are no objects, for label maps.
+
+    Returns:
+        Objects and images, both ``(B, H, W)``, bool.
+
+    Raises:
+        ValueError: There is no annotation.
+    """
+    size = tuple(watched.images.shape[2:])
+    objects = torch.zeros(len(watched.samples), *size, dtype=torch.bool)
+    valid = torch.zeros_like(objects)
+    for i, sample in enumerate(watched.samples):
+        height, width = sample.img_shape[:2]
+        valid[i, :height, :width] = True
+        objects[i, :height, :width] = _resize(_object_mask(sample, background), (height, width))
+    return objects, valid
+
+
+def _object_mask(sample, background: Collection[int]) -> Tensor:
+    """Objects of one image, ``(h, w)``, bool."""
+    if 'gt_sem_seg' in sample:
+        labels = sample.gt_sem_seg.data[0].cpu()
+        no_object = torch.tensor([*background, UNLABELLED])
+        return ~torch.isin(labels, no_object.to(labels.dtype))
+    if 'gt_instances' not in sample:
+        raise ValueError(
+            'the samples of the validation set have no annotations: its pipeline must load them'
+        )
+    instances = [sample.gt_instances]
+    if 'ignored_instances' in sample:
+        instances.append(sample.ignored_instances)
+    mask = torch.zeros(sample.ori_shape[:2], dtype=torch.bool)
+    for group in instances:
+        if 'masks' in group:
+            for one in group.masks.to_ndarray():
+                mask |= torch.from_numpy(one.astype(bool))
+        else:
+            for left, top, right, bottom in torch.as_tensor(group.bboxes).round().int().tolist():
+                mask[top:bottom, left:right] = True
+    return mask
+
+
+def _resize(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(mask.shape) == size:
+        return mask
+    return F.interpolate(mask[None, None].float(), size, mode='nearest')[0, 0].bool()

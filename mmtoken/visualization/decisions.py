@@ -1,0 +1,69 @@
+"""What routing decisions amount to: queries and tokens of regions, of stages, of networks."""
+
+from collections.abc import Iterable
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from ..tokens.record import Decision
+from ..tokens.regions import lay_regions
+
+
+def count_queries(decision: Decision) -> tuple[Tensor, Tensor]:
+    """Queries and tokens of each region, padding included.
+
+    Returns:
+        Queries ``(B, Hr, Wr)`` and tokens ``(Hr, Wr)``. Regions at the bottom and right borders
+        have only the tokens and cells that exist.
+    """
+    regions = lay_regions(decision.grid, tuple(decision.sides), decision.region_size)
+    counts = regions.num_cells.view(*regions.shape, -1)  # (Hr, Wr, K)
+    choice = decision.choice.cpu().unsqueeze(-1)
+    queries = counts.expand(len(choice), -1, -1, -1).gather(-1, choice).squeeze(-1)
+    return queries, counts[..., decision.sides.index(1)]
+
+
+def real_regions(decision: Decision) -> Tensor:
+    """Regions that are not padding, ``(B, Hr, Wr)``, bool."""
+    if decision.padding is None:
+        return torch.ones(decision.choice.shape, dtype=torch.bool)
+    return ~decision.padding.cpu()
+
+
+def image_ratios(decisions: Iterable[Decision]) -> Tensor:
+    """Queries over tokens of each image, of all layers, without padding: ``(B,)``, float64."""
+    queries, tokens = 0, 0
+    for decision in decisions:
+        real = real_regions(decision)
+        in_regions, of_regions = count_queries(decision)
+        queries = queries + (in_regions * real).sum(dim=(1, 2)).double()
+        tokens = tokens + (of_regions * real).sum(dim=(1, 2)).double()
+    return queries / tokens
+
+
+def query_ratio(decisions: Iterable[Decision]) -> float:
+    """Queries over tokens, the mean over images."""
+    return image_ratios(decisions).mean().item()
+
+
+def split_stages(decisions: Iterable[Decision]) -> list[list[Decision]]:
+    """Layers that follow each other on one grid."""
+    return [list(layers) for _, layers in groupby(decisions, key=lambda d: d.grid)]
+
+
+def mean_density(decisions: list[Decision], image: int) -> Tensor:
+    """Queries per token that regions chose, the mean over layers on one grid.
+
+    Of a whole region: at the borders, where cells are cut off, this is still what was chosen,
+    though there are more queries for the tokens that are left.
+
+    Args:
+        decisions: Of layers on one grid.
+        image: Which of the batch.
+
+    Returns:
+        ``(Hr, Wr)``, in (0, 1].
+    """
+    chosen = [torch.tensor(d.sides, dtype=torch.float64)[d.choice[image].cpu()] for d in decisions]
+    return torch.stack(chosen).pow(-2).mean(dim=0)

@@ -1,0 +1,175 @@
+"""How finely a network looks where: its routing decisions over the image."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import LineCollection, PatchCollection
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from ..tokens.record import Decision
+from .decisions import image_ratios, mean_density, real_regions, split_stages
+
+COLOURS = 'viridis'
+OVERLAY = 0.7  # opacity of the colours over the picture
+PALEST = 0.35  # what black becomes in the picture below them, of white 1
+MAX_COLUMNS = 6
+PANEL_AREA = 9.0  # square inches
+MIN_CELL = 2.0  # side of a cell on the page, in points, below which its border is left out
+INCH = 72  # points
+
+
+def draw_stages(picture: np.ndarray, decisions: Sequence[Decision], image: int = 0) -> Figure:
+    """A panel for each stage: the mean over its blocks of queries per token, region by region.
+
+    Args:
+        picture: What the network saw, padding included, ``(H, W, 3)``, uint8.
+        decisions: Of all blocks, in their order, as
+            :func:`~mmtoken.tokens.record.record_routing` gives them.
+        image: Which of the batch.
+    """
+    stages = split_stages(decisions)
+    figure, axes = _make_figure(picture, 1 + len(stages))
+    for i, (panel, blocks) in enumerate(zip(axes, stages, strict=True), start=1):
+        stride = stride_of(picture.shape[:2], blocks[0].grid)
+        _draw_density(panel, picture, blocks, image, stride)
+        panel.set_title(f'stage {i}, stride {stride}\n{_ratio(blocks, image)}', fontsize='medium')
+    _draw_scale(figure, axes, decisions)
+    return figure
+
+
+def draw_blocks(picture: np.ndarray, decisions: Sequence[Decision], image: int = 0) -> Figure:
+    """A panel for each block: its cells, coloured by queries per token, and their borders.
+
+    Args:
+        picture, decisions, image: As for :func:`draw_stages`.
+    """
+    figure, axes = _make_figure(picture, 1 + len(decisions))
+    panels = iter(axes)
+    for i, blocks in enumerate(split_stages(decisions), start=1):
+        stride = stride_of(picture.shape[:2], blocks[0].grid)
+        for j, decision in enumerate(blocks, start=1):
+            panel = next(panels)
+            _draw_density(panel, picture, [decision], image, stride)
+            _draw_cells(panel, picture, decision, image, stride)
+            panel.set_title(f'stage {i}, block {j}\n{_ratio([decision], image)}', fontsize='medium')
+    _draw_scale(figure, axes, decisions)
+    return figure
+
+
+def stride_of(shape: tuple[int, int], grid: tuple[int, int]) -> int:
+    """Side of a token in pixels, from the size of the image and of the grid that covers it.
+
+    Of several that fit a power of two is taken, or else the smallest.
+    """
+    largest = max(-(-side // tokens) for side, tokens in zip(shape, grid, strict=True))
+    strides = range(largest, 2 * largest + 1)
+    fitting = [
+        stride
+        for stride in strides
+        if all(-(-side // stride) == n for side, n in zip(shape, grid, strict=True))
+    ]
+    powers = [stride for stride in fitting if stride & (stride - 1) == 0]
+    return (powers or fitting or [largest])[0]
+
+
+def cell_borders(decision: Decision, image: int, level: int) -> np.ndarray:
+    """Borders of the cells of one granularity in the regions that chose it.
+
+    Args:
+        decision: Of a block.
+        image: Which of the batch.
+        level: Index of the granularity.
+
+    Returns:
+        Line segments from ``(x, y)`` to ``(x, y)``, in tokens: ``(S, 2, 2)``.
+    """
+    size, side = decision.region_size, decision.sides[level]
+    height, width = decision.grid
+    chosen = (decision.choice[image] == level) & real_regions(decision)[image].to(
+        decision.choice.device
+    )
+    rows, columns = (index.cpu().numpy() * size for index in chosen.nonzero(as_tuple=True))
+    bottoms, rights = np.minimum(rows + size, height), np.minimum(columns + size, width)
+    segments = []
+    for offset in range(0, size + 1, side):
+        y, x = np.minimum(rows + offset, bottoms), np.minimum(columns + offset, rights)
+        segments += [
+            np.stack([np.stack([columns, y], -1), np.stack([rights, y], -1)], axis=1),
+            np.stack([np.stack([x, rows], -1), np.stack([x, bottoms], -1)], axis=1),
+        ]
+    return np.concatenate(segments)
+
+
+def _make_figure(picture: np.ndarray, number: int) -> tuple[Figure, list[Axes]]:
+    """Panels in rows, the first of which shows the picture; the others are returned."""
+    height, width = picture.shape[:2]
+    rows = math.ceil(number / MAX_COLUMNS)
+    columns = math.ceil(number / rows)
+    panel = math.sqrt(PANEL_AREA * width / height), math.sqrt(PANEL_AREA * height / width)
+    figure = Figure(
+        figsize=(columns * panel[0] + 1.4, rows * (panel[1] + 0.6)), layout='constrained'
+    )
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for ax in axes:
+        ax.axis('off')
+    axes[0].imshow(picture)
+    axes[0].set_title('input', fontsize='medium')
+    return figure, axes[1:number]
+
+
+def _draw_density(
+    ax: Axes, picture: np.ndarray, blocks: list[Decision], image: int, stride: int
+) -> None:
+    height, width = picture.shape[:2]
+    grey = picture.mean(axis=-1) / 255 * (1 - PALEST) + PALEST
+    ax.imshow(grey, cmap='gray', vmin=0, vmax=1)
+    density = mean_density(blocks, image).numpy()
+    padding = ~real_regions(blocks[0])[image].numpy()
+    side = blocks[0].region_size * stride  # of a region, in pixels
+    ax.imshow(
+        np.ma.array(density, mask=padding), cmap=COLOURS, norm=_norm(blocks), alpha=OVERLAY,
+        extent=(-0.5, density.shape[1] * side - 0.5, density.shape[0] * side - 0.5, -0.5),
+        interpolation='nearest',
+    )  # fmt: skip
+    squares = [
+        Rectangle((column * side - 0.5, row * side - 0.5), side, side)
+        for row, column in zip(*padding.nonzero(), strict=True)
+    ]
+    ax.add_collection(
+        PatchCollection(squares, facecolor='white', edgecolor='grey', hatch='////', linewidth=0)
+    )
+    ax.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+
+
+def _draw_cells(ax: Axes, picture: np.ndarray, decision: Decision, image: int, stride: int) -> None:
+    """Borders of cells as thin lines, those of the finest cells brightest."""
+    points_per_pixel = math.sqrt(PANEL_AREA / math.prod(picture.shape[:2])) * INCH
+    for level, side in reversed(list(enumerate(decision.sides))):
+        if side * stride * points_per_pixel >= MIN_CELL:
+            borders = cell_borders(decision, image, level) * stride - 0.5
+            brightness = 0.8 / (level + 1)
+            ax.add_collection(LineCollection(borders, color='white', lw=0.3, alpha=brightness))
+
+
+def _draw_scale(figure: Figure, axes: list[Axes], decisions: Sequence[Decision]) -> None:
+    sides = sorted({side for decision in decisions for side in decision.sides})
+    mappable = ScalarMappable(_norm(decisions), COLOURS)
+    bar = figure.colorbar(mappable, ax=axes, alpha=OVERLAY, label='queries per token', shrink=0.8)
+    bar.set_ticks([1 / side**2 for side in sides], minor=False)
+    bar.set_ticks([], minor=True)
+    bar.set_ticklabels([f'1/{side**2}' if side > 1 else '1' for side in sides])
+
+
+def _norm(decisions: Sequence[Decision]) -> LogNorm:
+    """The same for all images and stages: from the coarsest granularity alone to the finest."""
+    coarsest = max(max(decision.sides) for decision in decisions)
+    return LogNorm(1 / max(coarsest, 2) ** 2, 1, clip=True)
+
+
+def _ratio(blocks: Sequence[Decision], image: int) -> str:
+    return f'{image_ratios(blocks)[image].item():.2f} queries per token'

@@ -1,0 +1,197 @@
+import math
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmtoken.layers.grained import GrainedBlock
+from mmtoken.layers.spatial_reduction import SpatialReductionAttention
+from mmtoken.tokens.regions import lay_regions
+from mmtoken.tokens.routing import (
+    RoutingOverride,
+    current_override,
+    gumbel_noise,
+    one_hot,
+    routing_override,
+    straight_through,
+    with_gradient_of,
+)
+
+
+@pytest.mark.parametrize('scale', [1e-3, 1, 100])
+def test_choices_are_hard_and_learn_as_if_soft(scale):
+    scores = (scale * torch.randn(500, 3)).requires_grad_()
+    weights = torch.randn(500, 3)
+    hard, soft = straight_through(scores), scores.softmax(dim=-1)
+    assert torch.equal(hard.detach(), one_hot(scores.argmax(-1), scores))
+    grads = [torch.autograd.grad((g * weights).sum(), scores)[0] for g in (hard, soft)]
+    torch.testing.assert_close(*grads, atol=0, rtol=0)
+    assert grads[0].abs().sum() > 0
+
+
+def test_gradients_are_borrowed_and_values_are_not():
+    value = torch.tensor([1e8, 0.1, -1e-30, 0.0])
+    other = torch.tensor([0.3, 1e8, 1.0, -7.7], requires_grad=True)
+    out = with_gradient_of(value, other)
+    assert torch.equal(out.detach(), value)
+    out.backward(value)
+    assert torch.equal(other.grad, value)
+
+
+def test_one_hot_is_like_what_it_is_for():
+    like = torch.zeros(2, 3, 4, dtype=torch.bfloat16)
+    hot = one_hot(torch.tensor([[0, 3, 1], [2, 2, 0]]), like)
+    assert hot.dtype == torch.bfloat16
+    assert hot.argmax(-1).tolist() == [[0, 3, 1], [2, 2, 0]] and hot.sum() == 6
+
+
+def test_noise_is_of_the_standard_gumbel_distribution():
+    noise = gumbel_noise(torch.empty(200_000))
+    assert noise.isfinite().all()
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)
+    assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.03)
+    for q in (0.1, 0.5, 0.9):
+        assert noise.quantile(q).item() == pytest.approx(-math.log(-math.log(q)), abs=0.02)
+
+
+def test_noisy_scores_sample_from_their_softmax():
+    scores = torch.tensor([1.0, 0.0, -1.0]).expand(100_000, 3)
+    frequencies = straight_through(scores + gumbel_noise(scores)).mean(dim=0)
+    torch.testing.assert_close(frequencies, scores[0].softmax(0), atol=0.006, rtol=0)
+
+
+def test_noise_comes_from_the_seed():
+    scores = torch.zeros(4, 5, dtype=torch.float64)
+    noises = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        noises.append(gumbel_noise(scores))
+    assert noises[0].dtype == torch.float64 and noises[0].shape == (4, 5)
+    assert torch.equal(noises[0], noises[1]) and not torch.equal(noises[0], noises[2])
+
+
+def drawn(counts, ratio, seed, batch=1):
+    choice = RoutingOverride('query_ratio', ratio, seed).draw(counts, batch)
+    assert choice.shape == (batch, len(counts)) and choice.dtype == torch.long
+    totals = counts.expand(batch, -1, -1).gather(2, choice[..., None]).sum((1, 2))
+    return choice, totals.double()
+
+
+@pytest.mark.parametrize('kinds', [(16, 4, 1), (4, 1), (16, 1), (16, 4), (36, 9, 4, 1)])
+@pytest.mark.parametrize('num_regions', [1, 2, 3, 4, 6, 9])
+def test_count_is_the_nearest_there_is(kinds, num_regions):
+    counts, possible = torch.tensor([kinds] * num_regions), {0}
+    for _ in range(num_regions):
+        possible = {t + kind for t, kind in product(possible, kinds)}
+    for ratio in torch.linspace(0.02, 1, 33).tolist():
+        _, (total,) = drawn(counts, ratio, seed=0)
+        target = ratio * num_regions * kinds[0]
+        assert abs(total - target) <= min(abs(t - target) for t in possible) + 1e-6, ratio
+
+
+@pytest.mark.parametrize('ratio', [0.07, 0.2, 0.43, 0.5, 0.77, 1.0])
+@pytest.mark.parametrize('grid', [(64, 64), (16, 24), (200, 320)])
+def test_count_of_large_grids_is_met(grid, ratio):
+    counts = lay_regions(grid, (1, 2, 4), 4).num_cells
+    choice, totals = drawn(counts, ratio, seed=1, batch=2)
+    # All totals are as many as the regions, and some threes more.
+    assert ((totals - ratio * counts[:, 0].sum()).abs() <= 1.5).all()
+    if 0.2 <= ratio < 0.8:
+        assert set(choice[0].tolist()) == {0, 1, 2}
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    grid=st.tuples(st.integers(1, 13), st.integers(1, 13)),
+    ratio=st.floats(0.01, 1),
+    seed=st.integers(0, 99),
+)
+def test_no_single_change_would_be_nearer(grid, ratio, seed):
+    """With any borders."""
+    counts = lay_regions(grid, (1, 2, 4), 4).num_cells
+    ((choice,), (total,)) = drawn(counts, ratio, seed)
+    now = counts.gather(1, choice[:, None])
+    target = ratio * counts[:, 0].sum().item()
+    errors = (total + counts - now - target).abs()
+    assert abs(total - target) <= errors.min() + 1e-6
+
+
+def test_layouts_differ_by_image_block_and_seed_alone():
+    counts = lay_regions((32, 32), (1, 2, 4), 4).num_cells
+    first, again, other = (RoutingOverride('query_ratio', 0.5, seed) for seed in (0, 0, 1))
+    draws = [(o.draw(counts, 2), o.draw(counts, 2)) for o in (first, again, other)]
+    for a, b in zip(draws[0], draws[1], strict=True):
+        assert torch.equal(a, b)
+    layouts = {tuple(image.tolist()) for pair in (draws[0], draws[2]) for d in pair for image in d}
+    assert len(layouts) == 8
+
+
+def test_every_region_has_the_same_chances():
+    counts = lay_regions((12, 12), (1, 2, 4), 4).num_cells
+    choice, _ = drawn(counts, 0.45, seed=0, batch=800)
+    for k in range(3):
+        share = (choice == k).double().mean(dim=0)
+        assert share.max() - share.min() < 0.12
+
+
+def test_overrides_nest_and_end():
+    assert current_override('query_ratio') is None
+    with routing_override(query_ratio=0.5):
+        outer = current_override('query_ratio')
+        with pytest.raises(KeyError), routing_override(coarse_ratio=0, seed=3):
+            assert current_override('coarse_ratio').ratio == 0
+            raise KeyError
+        assert current_override('query_ratio') is outer and outer.ratio == 0.5
+    assert current_override('query_ratio') is None
+
+
+@pytest.mark.parametrize(
+    'ratios, message',
+    [
+        ({}, 'got neither'),
+        (dict(query_ratio=0.5, coarse_ratio=0.5), 'got query_ratio and coarse_ratio'),
+        (dict(query_ratio=0), r'query_ratio must be in \(0, 1\], got 0'),
+        (dict(query_ratio=1.01), r'query_ratio must be in \(0, 1\], got 1.01'),
+        (dict(coarse_ratio=-0.1), r'coarse_ratio must be in \[0, 1\], got -0.1'),
+        (dict(coarse_ratio=2), r'coarse_ratio must be in \[0, 1\], got 2'),
+        (dict(query_ratio=float('nan')), 'got nan'),
+    ],
+)
+def test_bad_ratios(ratios, message):
+    with pytest.raises(ValueError, match=message), routing_override(**ratios):
+        pass
+    assert current_override('query_ratio') is None
+
+
+def make_block(**kwargs):
+    return GrainedBlock(16, SpatialReductionAttention(16, 2, 2), 32, **kwargs)
+
+
+def test_wrong_kind_of_ratio():
+    with (
+        routing_override(coarse_ratio=0.5),
+        pytest.raises(ValueError, match=r'coarse_ratio=.* but this network has a query_ratio'),
+    ):
+        make_block()(torch.randn(1, 64, 16), (8, 8))
+
+
+@pytest.mark.parametrize('granularities', [(1, 2, 4), (1, 2)])
+@pytest.mark.parametrize('train_mode', ['exact', 'dense', 'sparse'])
+def test_overridden_training(granularities, train_mode):
+    """The layout is given, all else is as ever: same values, and gradients for the router."""
+    block = make_block(granularities=granularities, train_mode=train_mode)
+    x = torch.randn(2, 16 * 12, 16)
+    with torch.no_grad(), routing_override(query_ratio=0.5, seed=5):
+        expected, used = block.eval()(x, (16, 12))
+    state = torch.get_rng_state()
+    with routing_override(query_ratio=0.5, seed=5):
+        out, usage = block.train()(x, (16, 12))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(out, expected)
+    assert usage.queries.tolist() == used.queries.tolist() == [96, 96]
+    weight = block.router.gate.weight
+    for loss in (out.square().sum(), usage.dynamic.sum()):
+        (grad,) = torch.autograd.grad(loss, weight, retain_graph=True)
+        assert grad.abs().sum() > 0

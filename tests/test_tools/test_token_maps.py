@@ -1,0 +1,99 @@
+"""The command lines that look at what a network chooses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SHAPES = ROOT / 'configs' / 'shapes'
+DENSE = SHAPES / 'mask-rcnn_stvit-r-swin-nano_fpn_1xb8-7e_shapes.py'
+(DETECTOR,) = SHAPES.glob('mask-rcnn_dge-pvt-nano_fpn_*.py')
+(SEGMENTER,) = SHAPES.glob('fpn_dge-pvt-nano_1xb16-*.py')
+
+
+def run(tool, *args, cwd=None):
+    command = [sys.executable, ROOT / 'tools' / 'analysis' / f'{tool}.py', *args]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=cwd)
+
+
+@pytest.fixture(scope='module')
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp('images') / 'noise.png'
+    noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
+    Image.fromarray(noise).save(path)
+    return path
+
+
+def test_maps_are_drawn(image, tmp_path):
+    out, ratios = tmp_path / 'maps', tmp_path / 'ratios.json'
+    args = (DETECTOR, image, '--out', out, '--json', ratios, '--dpi', 40)
+    result = run('token_maps', *args)
+    assert result.returncode == 0, result.stderr
+    assert 'weights are random' in result.stdout and 'noise.png' in result.stderr
+    assert Image.open(out / 'noise.png').width > 300
+    ratios = json.loads(ratios.read_text())[str(image)]
+    assert len(ratios['stages']) == 4 and ratios['query_ratio'] > 0.9
+    result = run('token_maps', *args)
+    assert result.returncode == 1 and '--force' in result.stderr
+
+
+def test_nothing_to_draw(image, tmp_path):
+    result = run('token_maps', DENSE, image, '--out', tmp_path)
+    assert result.returncode == 1
+    assert f'no part of the model in {DENSE} chooses its tokens' in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    'files, message',
+    [
+        (['none.jpg'], 'no image none.jpg'),
+        (['none.pth', 'none.jpg'], 'no checkpoint none.pth'),
+        ([__file__, 'other/test_token_maps.py'], 'no image other/test_token_maps.py'),
+        ([__file__, __file__], 'several images have the same name'),
+    ],
+)
+def test_errors_are_one_line(files, message, tmp_path):
+    result = run('token_maps', DETECTOR, *files, '--out', tmp_path, cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f'token_maps: {message}') and result.stderr.count('\n') == 1
+
+
+def test_statistics_over_a_validation_set(shapes_root, tmp_path):
+    from mmengine.config import Config
+
+    from mmtoken.analysis.subject import load_config
+    from mmtoken.analysis.token_stats import annotated, collect
+    from mmtoken.analysis.watch import load_model, val_dataloader, watch
+
+    roots = (shapes_root / 'coco', shapes_root / 'ade' / 'ADEChallengeData2016')
+    shares = []
+    for path, root in zip((DETECTOR, SEGMENTER), roots, strict=True):
+        cfg: Config = load_config(path)
+        cfg.val_dataloader.dataset.data_root = str(root)
+        model, objects = load_model(cfg, None), []
+
+        def batches(cfg=cfg, model=model, objects=objects):
+            for batch in val_dataloader(cfg):
+                watched = watch(model, batch)
+                on_object, valid = annotated(watched, background=[0])
+                objects.append((on_object.sum() / valid.sum()).item())
+                yield watched, on_object, valid
+
+        stats = collect(batches())
+        assert stats['images'] == 4 and len(stats['stages']) == 4
+        assert [stage['stride'] for stage in stats['stages']] == [4, 8, 16, 32]
+        assert stats['overall']['query_ratio'] > 0.9
+        shares.append(sum(objects) / len(objects))
+    # The same scenes and objects in both layouts, but for batches and rounding.
+    assert shares[0] == pytest.approx(shares[1], rel=0.3) and 0.05 < shares[0] < 0.7
+
+
+def test_statistics_need_a_background(tmp_path):
+    result = run('token_stats', SEGMENTER, tmp_path / 'none.pth')
+    assert result.returncode == 1 and 'no checkpoint' in result.stderr

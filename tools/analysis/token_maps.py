@@ -1,0 +1,116 @@
+"""Draw where a network looks finely: the granularity of its tokens, over images."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from cli import HelpFormatter, fail, quieten, write_json
+from rich.console import Console
+from rich.progress import track
+
+DESCRIPTION = """\
+Draw how finely a network whose regions choose their granularity looks at images: the input, and
+beside it a panel for each stage, with the mean over its blocks of queries per token. 1 is the
+finest, where every token is a query. With --per-block, a panel for each block, with the borders
+of its cells. Hatched is padding.
+
+Images go through the config's test pipeline, and are drawn as the network sees them.
+"""
+EXAMPLES = """\
+examples:
+  python tools/analysis/token_maps.py CFG work_dirs/NAME/epoch_12.pth a.jpg b.jpg --out maps
+  python tools/analysis/token_maps.py CFG CKPT *.jpg --out maps --per-block --json ratios.json
+  python tools/analysis/token_maps.py CFG a.jpg --out maps      random weights: to try it out
+"""
+CHECKPOINTS = ('.pth', '.pt')
+
+
+def main() -> int:
+    """Draw all images; return 0, or 1 if something is missing."""
+    args = parse_args()
+    files = list(args.files)
+    checkpoint = files.pop(0) if files[0].suffix in CHECKPOINTS else None
+    pictures = [args.out / f'{path.stem}.png' for path in files]
+    error = find_error(args.force, checkpoint, files, pictures)
+    if error:
+        return fail(error)
+    quieten()
+    from mmtoken.analysis.subject import load_config
+
+    try:
+        cfg = load_config(args.config)
+    except (OSError, ValueError) as bad:
+        return fail(bad)
+    from mmtoken.analysis.watch import image_pipeline, load_image, load_model, to_picture, watch
+    from mmtoken.visualization.decisions import query_ratio, split_stages
+    from mmtoken.visualization.token_maps import draw_blocks, draw_stages
+
+    if checkpoint is None:
+        print('No checkpoint is given: weights are random, and the pictures mean nothing.')
+    model, pipeline = load_model(cfg, checkpoint, args.device), image_pipeline(cfg)
+    draw = draw_blocks if args.per_block else draw_stages
+    args.out.mkdir(parents=True, exist_ok=True)
+    ratios = {}
+    console = Console(stderr=True)
+    for path, target in track(
+        list(zip(files, pictures, strict=True)), 'drawing', console=console, transient=True
+    ):
+        watched = watch(model, load_image(pipeline, path))
+        if not watched.decisions:
+            return fail(f'no part of the model in {args.config} chooses its tokens')
+        figure = draw(to_picture(watched.images[0], model.data_preprocessor), watched.decisions)
+        figure.savefig(target, dpi=args.dpi)
+        ratios[str(path)] = dict(
+            query_ratio=query_ratio(watched.decisions),
+            stages=[query_ratio(stage) for stage in split_stages(watched.decisions)],
+        )
+        stages = ' '.join(f'{ratio:.2f}' for ratio in ratios[str(path)]['stages'])
+        console.print(
+            f'{target}: {ratios[str(path)]["query_ratio"]:.2f} queries per token '
+            f'(by stage: {stages})', highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    write_json(args.json, ratios)
+    return 0
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, epilog=EXAMPLES, formatter_class=HelpFormatter
+    )
+    parser.add_argument('config', metavar='CFG', help='config of mmdet, mmseg or mmpretrain')
+    parser.add_argument(
+        'files', nargs='+', type=Path, metavar='[CKPT] IMAGE',
+        help='checkpoint (.pth) of a training with this config, then images',
+    )  # fmt: skip
+    parser.add_argument('--out', type=Path, required=True, metavar='DIR', help='for the pictures')
+    parser.add_argument('--per-block', action='store_true', help='a panel for each block')
+    parser.add_argument('--force', action='store_true', help='overwrite pictures that are there')
+    parser.add_argument('--device', default='cpu', help='where to run')
+    parser.add_argument('--dpi', type=int, default=150, metavar='N', help='dots per inch')
+    parser.add_argument(
+        '--json', type=Path, metavar='FILE', help='write queries per token here, by image and stage'
+    )
+    return parser.parse_args()
+
+
+def find_error(
+    force: bool, checkpoint: Path | None, images: list[Path], pictures: list[Path]
+) -> str | None:
+    """What is wrong with the files, if anything."""
+    if checkpoint is not None and not checkpoint.is_file():
+        return f'no checkpoint {checkpoint}'
+    if not images:
+        return 'give images to draw on, after the checkpoint'
+    missing = [path for path in images if not path.is_file()]
+    if missing:
+        return f'no image {missing[0]}'
+    if len(set(pictures)) < len(pictures):
+        return 'several images have the same name, and would be drawn to the same file'
+    there = [path for path in pictures if path.exists()]
+    if there and not force:
+        return f'{there[0]} exists; --force overwrites it'
+    return None
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Count where a trained network spends its queries: on objects or on background."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from cli import HelpFormatter, fail, quieten, write_json
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+DESCRIPTION = """\
+Run a trained network whose regions choose their granularity over its validation set, and count
+queries per token: of each stage, on objects and on background.
+
+A region is on an object if at least half of its pixels are; otherwise it is background. Coarse
+stages have large regions, in which small objects count as background. Objects are the instances
+of mmdet, by masks where the test pipeline loads them, else by boxes; for mmseg all that has a label
+other than those given with --background. Regions that a border cuts off are counted under `all`
+only, and padding nowhere.
+
+`objects / background` of all stages together compares objects with background's ratio of the same
+stage, since objects have other shares of the tokens in other stages.
+"""
+EXAMPLES = """\
+examples:
+  python tools/analysis/token_stats.py DETECTOR_CFG work_dirs/NAME/epoch_12.pth
+  python tools/analysis/token_stats.py SEGMENTER_CFG CKPT --background 0 --json stats.json
+"""
+
+
+def main() -> int:
+    """Count, print a table; return 0, or 1 if something is missing."""
+    args = parse_args()
+    if not args.checkpoint.is_file():
+        return fail(f'no checkpoint {args.checkpoint}')
+    quieten()
+    from mmtoken.analysis.subject import load_config
+    from mmtoken.analysis.token_stats import annotated, collect
+    from mmtoken.analysis.watch import load_model, val_dataloader, watch
+
+    try:
+        cfg = load_config(args.config)
+    except (OSError, ValueError) as error:
+        return fail(error)
+    loader = val_dataloader(cfg)
+    if cfg.default_scope == 'mmseg' and not args.background:
+        classes = loader.dataset.metainfo['classes']
+        some = ', '.join(f'{i} {name}' for i, name in enumerate(classes[:5]))
+        return fail(f'--background says which classes are no objects; there are {some}, ...')
+    model = load_model(cfg, args.checkpoint, args.device)
+    console = Console(stderr=True)
+
+    def batches():
+        for batch in track(loader, 'running', console=console, transient=True):
+            watched = watch(model, batch)
+            yield watched, *annotated(watched, args.background)
+
+    try:
+        stats = collect(batches())
+    except ValueError as error:
+        return fail(error)
+    report(stats)
+    write_json(args.json, dict(config=Path(args.config).name, background=args.background) | stats)
+    return 0
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, epilog=EXAMPLES, formatter_class=HelpFormatter
+    )
+    parser.add_argument('config', metavar='CFG', help='config of mmdet or mmseg')
+    parser.add_argument('checkpoint', type=Path, metavar='CKPT', help='of a training with it')
+    parser.add_argument(
+        '--background', type=int, nargs='+', default=[], metavar='N',
+        help='labels that are no objects, for mmseg; 0 for the embedded data set',
+    )  # fmt: skip
+    parser.add_argument('--device', default='cpu', help='where to run')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures here as well')
+    return parser.parse_args()
+
+
+def report(stats: dict) -> None:
+    """Print the table."""
+    table = Table(
+        title=f'Queries per token, images: {stats["images"]}', box=SIMPLE_HEAD, pad_edge=False
+    )
+    table.add_column('stage')
+    for column in ('stride', 'all', 'on objects', 'on background', 'objects / background'):
+        table.add_column(column, justify='right')
+    rows = [(str(i), stage) for i, stage in enumerate(stats['stages'], start=1)]
+    for name, row in [*rows, ('all', stats['overall'])]:
+        if name == 'all':
+            table.add_section()
+        ratios = (row[key] for key in ('query_ratio', 'objects', 'background', 'contrast'))
+        table.add_row(
+            name, str(row.get('stride', '')), *('' if r is None else f'{r:.3f}' for r in ratios),
+            style='bold' if name == 'all' else None,
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    spread = stats['per_image']
+    std = '' if spread['std'] is None else f' ± {spread["std"]:.3f}'
+    console.print(
+        f'By image: {spread["mean"]:.3f}{std}, from {spread["min"]:.3f} to {spread["max"]:.3f}.'
+    )
+
+
+if __name__ == '__main__':
+    sys.exit(main())
