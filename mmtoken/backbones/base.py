@@ -91,7 +91,8 @@ class TokenBackbone(BaseModule, metaclass=ABCMeta):
         """The stem, stages and output layers that ``frozen_stages`` keeps fixed."""
         if self.frozen_stages < 0:
             return []
-        frozen = [attrgetter(name)(self) for name in self.stem_names]
+        stem = [attrgetter(name)(self) for name in self.stem_names]
+        frozen = [part for part in stem if part is not None]
         for i, stage in enumerate(self.stages[: self.frozen_stages]):
             frozen.append(stage)
             if i in self.out_indices:
@@ -160,7 +161,7 @@ class PlainBackbone(TokenBackbone):
         ValueError: ``out_indices`` or ``frozen_stages`` out of range.
     """
 
-    stem_names = ('patch_embed', 'pos_embed')
+    stem_names = ('patch_embed', 'cls_token', 'pos_embed')
     stages_name = 'blocks'
     arch_keys = ('embed_dims', 'num_layers', 'num_heads', 'feedforward_channels')
     arch_zoo: ClassVar[dict[str, dict]] = dict(

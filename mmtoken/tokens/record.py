@@ -36,7 +36,7 @@ def record_routing() -> Iterator[list[Decision]]:
     try:
         yield record
     finally:
-        _records.remove(record)
+        _records.pop()
 
 
 def note_decision(decision: Decision) -> None:

@@ -112,7 +112,8 @@ def routing_override(
 
     Args:
         query_ratio: Queries over tokens, in (0, 1], for the grained backbones and neck (DGE); the
-            nearest that can be had in each image and block.
+            nearest that changing single regions leads to in each image and block, which on a grid
+            of a few regions may be some queries off.
         coarse_ratio: Coarse regions over regions, in [0, 1], for MSViT.
         seed: Of the random layouts.
 

@@ -79,7 +79,7 @@ def drawn(counts, ratio, seed, batch=1):
     return choice, totals.double()
 
 
-@pytest.mark.parametrize('kinds', [(16, 4, 1), (4, 1), (16, 1), (16, 4), (36, 9, 4, 1)])
+@pytest.mark.parametrize('kinds', [(4, 1), (16, 1), (16, 4)])
 @pytest.mark.parametrize('num_regions', [1, 2, 3, 4, 6, 9])
 def test_count_is_the_nearest_there_is(kinds, num_regions):
     counts, possible = torch.tensor([kinds] * num_regions), {0}
