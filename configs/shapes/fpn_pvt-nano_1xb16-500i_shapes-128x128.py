@@ -1,3 +1,4 @@
+# PVT from scratch: what DGE and its dense twin start from. DGE of one granularity is PVT.
 _base_ = [
     '../_base_/mmtoken.py',
     '../_base_/models/shapes_semantic-fpn.py',
@@ -6,7 +7,6 @@ _base_ = [
     'mmseg::_base_/default_runtime.py',
 ]
 
-custom_hooks = [dict(type='mmtoken.TokenLossHook')]
 model = dict(
     backbone=dict(
         _delete_=True,
@@ -18,19 +18,9 @@ model = dict(
             mlp_ratios=(4, 4, 4, 4),
             sr_ratios=(8, 4, 2, 1),
         ),
-        budget=dict(type='mmtoken.BudgetLoss', target=0.45, loss_weight=10.0),
+        granularities=(1,),
+        budget=None,
         pretrain_img_size=128,
         drop_path_rate=0.0,
     ),
-)
-# All weights move at one speed under AdamW, so a router's scores move the faster the more channels
-# it sees. Without these factors the deep stages alone would meet the budget, at once.
-optim_wrapper = dict(
-    paramwise_cfg=dict(
-        custom_keys={
-            f'layers.{stage}.blocks.{block}.router': dict(lr_mult=factor)
-            for stage, factor in enumerate((3.0, 1.0, 0.1, 0.03))
-            for block in range(4)
-        }
-    )
 )

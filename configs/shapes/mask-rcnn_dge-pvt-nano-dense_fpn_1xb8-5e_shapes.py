@@ -1,5 +1,0 @@
-# The dense twin: PVT.
-_base_ = './mask-rcnn_dge-pvt-nano_fpn_1xb8-5e_shapes.py'
-
-custom_hooks = []
-model = dict(backbone=dict(granularities=(1,), budget=None))
