@@ -19,7 +19,6 @@ model = dict(
             sr_ratios=(8, 4, 2, 1),
         ),
         granularities=(1,),
-        budget=None,
         pretrain_img_size=128,
         drop_path_rate=0.0,
     ),
