@@ -70,10 +70,13 @@ class SpatialReductionAttention(nn.Module):
         """``(B, H, W, C) -> (B, ceil(H / sr_ratio), ceil(W / sr_ratio), C)``."""
         if not works_in_tiles(x, self.training):
             return self._convolve(norm(x))
-        batch, _, width, channels = x.shape
-        strip = STRIP_TILES * tile_length(channels)
-        rows = self.sr_ratio * max(1, strip // (self.sr_ratio * batch * width))
-        return torch.cat([self._convolve(norm(part)) for part in x.split(rows, dim=1)], dim=1)
+        batch, height, width, channels = x.shape
+        # Where no patch reaches from one image into the next, they can stand on top of each other.
+        stacked = x.flatten(0, 1)[None] if height % self.sr_ratio == 0 else x
+        strip = STRIP_TILES * tile_length(channels) // (len(stacked) * width)
+        rows = self.sr_ratio * max(1, strip // self.sr_ratio)
+        parts = [self._convolve(norm(part)) for part in stacked.split(rows, dim=1)]
+        return torch.cat(parts, dim=1).view(batch, -1, *parts[0].shape[2:])
 
     def _convolve(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
