@@ -121,11 +121,10 @@ def test_losses_are_trained_and_logged_and_statistics_only_logged(tmp_path):
         assert set(outputs) == {'loss', 'loss_task', 'loss_budget', 'cost_ratio'}
         x = torch.tensor([[1.0, 2.0], [3.0, 4.0]][i % 2])
         assert outputs['cost_ratio'] == pytest.approx(kept)
-        above = kept - (1 - 0.5 * i / 4)  # the budget warms up
-        assert outputs['loss_budget'] == pytest.approx(above**2)
+        assert outputs['loss_budget'] == pytest.approx(i / 4 * (kept - 0.5) ** 2)
         assert outputs['loss'] == pytest.approx(outputs['loss_task'] + outputs['loss_budget'])
         task_grad = (2 * (x * kept - 1) * x).mean().item()
-        kept -= 0.1 * (task_grad + 2 * above)
+        kept -= 0.1 * (task_grad + i / 4 * 2 * (kept - 0.5))
     assert runner.model.backbone.kept.item() == pytest.approx(kept)
     (log,) = tmp_path.glob('*/vis_data/*[0-9].json')
     logged = [json.loads(line) for line in log.read_text().splitlines()]
