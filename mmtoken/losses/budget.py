@@ -23,10 +23,8 @@ class BudgetLoss(nn.Module):
     Args:
         target: The share to aim for, above 0 and at most 1.
         loss_weight: Factor of the loss.
-        warmup_iters: Over how many training passes the target falls from 1, the full network, to
-            ``target``. They are counted in the buffer ``iterations``, which checkpoints keep. The
-            release has none; from scratch, a network that must save before it has learned what
-            matters chooses badly.
+        warmup_iters: Over how many training passes the factor rises from 0 to ``loss_weight``.
+            They are counted in the buffer ``iterations``, which checkpoints keep.
         legacy: Whether the backbone should count the constant part of the cost as the release does,
             where an image has channels times height pixels. For comparing with its figures.
         num_classes: Classes of a classifier whose cost the backbone should count; 0 for none.
