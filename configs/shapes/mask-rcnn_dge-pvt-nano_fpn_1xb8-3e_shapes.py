@@ -7,7 +7,7 @@ model = dict(
     backbone=dict(
         granularities=(1, 2),
         region_size=2,
-        budget=dict(type='mmtoken.BudgetLoss', target=0.62, loss_weight=10.0, warmup_iters=110),
+        budget=dict(type='mmtoken.BudgetLoss', target=0.48, loss_weight=10.0, warmup_iters=110),
     )
 )
 train_cfg = dict(max_epochs=3, val_interval=3)
@@ -22,7 +22,7 @@ optim_wrapper = dict(
     paramwise_cfg=dict(
         custom_keys={
             f'layers.{stage}.blocks.{block}.router': dict(lr_mult=factor)
-            for stage, factor in enumerate((6.0, 2.0, 0.1, 0.03))
+            for stage, factor in enumerate((10.0, 3.0, 0.1, 0.03))
             for block in range(4)
         }
     ),
