@@ -134,7 +134,7 @@ def test_positions_learn_at_other_sizes():
         (dict(pooling='min'), "got 'min'"),
         (dict(refine_residual='both'), "got 'both'"),
         (dict(out_type='cls_token'), "got 'cls_token'"),
-        (dict(out_type='avg_featmap', out_indices=(1, 5)), r'last block.*got \(1, 5\)'),
+        (dict(out_type='avg_featmap', out_indices=(1, 5)), r'last stage.*got \(1, 5\)'),
         (dict(arch={**VIT, 'num_heads': 5}), 'no multiple of num_heads=5'),
     ],
 )
