@@ -2,7 +2,8 @@
 
 from .dge_deit import DGEDeiT
 from .dge_pvt import DGEDPVT, DGEPVT
+from .msvit import MSViT
 from .stvit_deit import STViTDeiT
 from .stvit_r_swin import STViTRSwin
 
-__all__ = ['DGEDPVT', 'DGEDeiT', 'DGEPVT', 'STViTDeiT', 'STViTRSwin']
+__all__ = ['DGEDPVT', 'DGEDeiT', 'DGEPVT', 'MSViT', 'STViTDeiT', 'STViTRSwin']

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..checkpoints import load_into
 from ..layers.init import init_own
+from ..layers.stem import patchify, project
 
 
 class TokenBackbone(BaseModule, metaclass=ABCMeta):
@@ -68,11 +69,16 @@ class TokenBackbone(BaseModule, metaclass=ABCMeta):
         init_cfg = self.init_cfg
         if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
             init_own(self)
-            load_into(self, init_cfg['checkpoint'], init_cfg.get('prefix'))
+            report = load_into(self, init_cfg['checkpoint'], init_cfg.get('prefix'))
+            self.fill_fresh(report.fresh)
             self.is_init = True
         else:
             super().init_weights()
             init_own(self)
+            self.fill_fresh(list(self.state_dict()))
+
+    def fill_fresh(self, names: Iterable[str]) -> None:
+        """Start those of the parameters ``names``, which no file gave, that depend on others."""
 
     def train(self, mode: bool = True) -> 'TokenBackbone':
         """As in torch, but frozen stages and, with ``norm_eval``, batch norms stay in eval mode."""
@@ -188,12 +194,11 @@ class PlainBackbone(TokenBackbone):
         )
         if not -1 <= frozen_stages <= num_layers:
             raise ValueError(f'frozen_stages must be from -1 to {num_layers}, got {frozen_stages}')
-        self.patch_embed = PatchEmbed(
-            None, patch_size, in_channels, embed_dims, output_fmt='NHWC', dynamic_img_pad=True
-        )
+        self.patch_size = patch_size
+        self.patch_embed = PatchEmbed(None, patch_size, in_channels, embed_dims)
         self.pos_grid = tuple(-(-side // patch_size) for side in to_2tuple(img_size))
-        self.cls_token = nn.Parameter(_small(1, 1, embed_dims)) if cls_token else None
-        self.pos_embed = nn.Parameter(_small(1, math.prod(self.pos_grid) + cls_token, embed_dims))
+        self.cls_token = small_parameter(1, 1, embed_dims) if cls_token else None
+        self.pos_embed = small_parameter(1, math.prod(self.pos_grid) + cls_token, embed_dims)
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Embed the patches and add their positions.
@@ -206,20 +211,23 @@ class PlainBackbone(TokenBackbone):
             Tokens ``(B, H' * W', C)``, row by row, behind the class token if there is one, and
             their grid ``(H', W')``.
         """
-        x = self.patch_embed(x)
+        x = project(patchify(x, self.patch_size), self.patch_embed.proj)
         grid = (x.shape[1], x.shape[2])
-        # Without the copy all that is added to it would keep the strides of the convolution.
-        x = x.flatten(1, 2).contiguous()
+        x = x.flatten(1, 2)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x), x], dim=1)
-        position = resample_abs_pos_embed(
+        return x + self.positions(grid), grid
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """The position embedding of a grid, ``(1, N, C)``; that of a class token first."""
+        return resample_abs_pos_embed(
             self.pos_embed, grid, self.pos_grid, num_prefix_tokens=int(self.cls_token is not None)
         )
-        return x + position, grid
 
 
-def _small(*shape: int) -> Tensor:
-    return trunc_normal_(torch.empty(shape), std=0.02)
+def small_parameter(*shape: int) -> nn.Parameter:
+    """An embedding, as ViT starts it."""
+    return nn.Parameter(trunc_normal_(torch.empty(shape), std=0.02))
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -6,7 +6,12 @@ import warnings
 
 import torch
 import torch.nn as nn
-from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table, to_2tuple
+from timm.layers import (
+    resample_abs_pos_embed,
+    resample_patch_embed,
+    resize_rel_pos_bias_table,
+    to_2tuple,
+)
 from torch import Tensor
 
 from .report import Report
@@ -18,8 +23,9 @@ BIAS_TABLE = 'relative_position_bias_table'
 GRIDS = dict(pos_embed='pos_grid', centers='center_grid', semantic_token2='center_grid')
 # The position embedding of a stage is PVT's, and resized as PVT does; at the root it is a ViT's.
 PVT_RESAMPLING = dict(interpolation='bilinear', antialias=False)
-# Tokens before those of the patches, in the position embedding beside them too
-PREFIX_TOKENS = ('cls_token', 'dist_token', 'reg_token')
+# Tokens before those of the patches, in the position embedding beside them too; registers are not.
+PREFIX_TOKENS = ('cls_token', 'dist_token')
+PATCHES = 'patch_embed.proj.weight'  # of a ViT
 
 State = dict[str, Tensor]
 
@@ -34,6 +40,9 @@ def fit(state: State, module: nn.Module, report: Report) -> State:
     * Position embeddings and bias tables are interpolated as timm does, and position embeddings of
       stages as PVT does. Where the model has no class token, its position is dropped; where the
       file has none, its position is zero.
+    * Registers have no position: those of a file are added to them.
+    * The patch embedding of a ViT is resampled as in FlexiViT (arXiv 2212.08013): a patch that is
+      enlarged to the model's size is embedded as before.
 
     What cannot be fitted stays as it is.
 
@@ -45,12 +54,15 @@ def fit(state: State, module: nn.Module, report: Report) -> State:
     state, own = dict(state), module.state_dict()
     _name_output_norm(state, own, report)
     _split_attention(state, own, report)
+    _free_registers(state, own, report)
     for name in [name for name in own if name in state]:
         old = tuple(state[name].shape)
         if name.endswith(BIAS_TABLE):
             state[name] = _resize_table(name, state, own, module)
         elif name.rpartition('.')[2] in GRIDS:
             state[name] = _resize_grid(name, state, own, module, report)
+        elif name == PATCHES and 'pos_embed' in own:
+            state[name] = _resize_patches(state[name], own[name])
         if old != tuple(state[name].shape):
             in_file = report.resized.get(name, (old,))[0]
             report.resized[name] = (in_file, tuple(state[name].shape))
@@ -83,6 +95,30 @@ def _split_attention(state: State, own: State, report: Report) -> None:
             report.dropped.append(report.mapped.pop(attn + BIAS_TABLE))
 
 
+def _free_registers(state: State, own: State, report: Report) -> None:
+    """Leave positions to the class token and the patches, in a file with registers.
+
+    In timm either class token, registers and patches have positions, or the patches alone
+    (``no_embed_class``, as in its DINOv2). Positions of registers become part of them; a class
+    token without one, to which it was added before, gets one of zero. Both compute the same. The
+    number of patches, a square, tells which of them a file has.
+    """
+    if not {'reg_token', 'pos_embed'} <= state.keys() & own.keys():
+        return
+    registers, positions = state['reg_token'], state['pos_embed']
+    first, length = _prefix_length(state, ''), positions.shape[1]
+    behind = first + registers.shape[1]
+    if positions.shape == own['pos_embed'].shape or is_square(length - first):
+        return
+    if is_square(length):
+        zero = positions.new_zeros(1, first, positions.shape[-1])
+        state['pos_embed'] = torch.cat([zero, positions], dim=1)
+    elif is_square(length - behind):
+        state['reg_token'] = registers + positions[:, first:behind]
+        state['pos_embed'] = torch.cat([positions[:, :first], positions[:, behind:]], dim=1)
+    report.resized['pos_embed'] = (tuple(positions.shape), tuple(state['pos_embed'].shape))
+
+
 def _resize_table(name: str, state: State, own: State, module: nn.Module) -> Tensor:
     table, shape = state[name], own[name].shape
     if table.shape == shape or table.shape[1:] != shape[1:] or not is_square(len(table)):
@@ -91,6 +127,12 @@ def _resize_table(name: str, state: State, own: State, module: nn.Module) -> Ten
     with warnings.catch_warnings():  # of timm's own indexing, hundreds of times
         warnings.simplefilter('ignore', UserWarning)
         return resize_rel_pos_bias_table(table, to_2tuple(window), tuple(shape))
+
+
+def _resize_patches(weight: Tensor, own: Tensor) -> Tensor:
+    if weight.ndim != 4 or weight.shape[:2] != own.shape[:2]:
+        return weight
+    return resample_patch_embed(weight, list(own.shape[2:]))
 
 
 def _resize_grid(name: str, state: State, own: State, module: nn.Module, report: Report) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import inert_pickle
 from .download import download, is_url
 
-WRAPPERS = ('state_dict', 'model', 'model_ema')
+WRAPPERS = ('state_dict', 'model', 'model_ema', 'teacher')  # the last is DINO's
 ZIP_MAGIC = b'PK\x03\x04'
 PICKLE_MAGIC = b'\x80'
 COMPRESSED_MAGICS = (b'\x1f\x8b', b'BZh', b'\xfd7zXZ')

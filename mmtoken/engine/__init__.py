@@ -1,5 +1,6 @@
 """What MMEngine's runner takes from this package beside models."""
 
+from .layer_decay import LayerDecayOptimWrapperConstructor
 from .token_loss_hook import TokenLossHook
 
-__all__ = ['TokenLossHook']
+__all__ = ['LayerDecayOptimWrapperConstructor', 'TokenLossHook']

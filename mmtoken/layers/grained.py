@@ -21,6 +21,7 @@ from ..tokens.regions import (
     Regions,
     add_unpooled,
     all_cells,
+    gates_of_cells,
     lay_regions,
     plan_regions,
     pool_all,
@@ -28,13 +29,7 @@ from ..tokens.regions import (
     pool_regions,
     unpool_all,
 )
-from ..tokens.routing import (
-    current_override,
-    gumbel_noise,
-    one_hot,
-    straight_through,
-    with_gradient_of,
-)
+from ..tokens.routing import choose
 from ..tokens.tiles import tile_length, works_in_tiles
 from .recompute import run_block
 from .usage import Usage
@@ -155,40 +150,13 @@ class GrainedBlock(nn.Module):
         regions = lay_regions(grid, self.granularities, self.region_size, num_extra, x.device)
         if self.router is None:
             return run_block(self.mix_all, x, regions, recompute=self.with_cp), None
-        gates = self.choose(x[:, num_extra:].unflatten(1, grid), regions, padding)
+        scores = self.router(x[:, num_extra:].unflatten(1, grid))
+        gates = choose(scores, regions.num_cells, 'query_ratio', self.training, padding)
         choice = gates.argmax(dim=-1)
         note_decision(Decision(choice, self.granularities, self.region_size, grid, padding))
         plan = plan_regions(choice, regions)
         mixed = run_block(self.mix, x, gates, plan, recompute=self.with_cp)
         return mixed, self.measure(gates, regions, padding)
-
-    def choose(self, x: Tensor, regions: Regions, padding: Tensor | None) -> Tensor:
-        """One-hot choices of all regions, with gradients in training.
-
-        Args:
-            x: Tokens on their grid, ``(B, H, W, C)``.
-            regions: Of the grid.
-            padding: As for :meth:`forward`.
-
-        Returns:
-            ``(B, Hr, Wr, K)``.
-        """
-        scores = self.router(x)
-        override = current_override('query_ratio')
-        if override is not None:
-            drawn = override.draw(regions.num_cells, len(x)).unflatten(1, regions.shape)
-            gates = one_hot(drawn.to(x.device), scores)
-            if self.training:
-                gates = with_gradient_of(gates, scores.softmax(dim=-1))
-        elif self.training:
-            gates = straight_through(scores + gumbel_noise(scores))
-        else:
-            gates = one_hot(scores.argmax(dim=-1), scores)
-        if padding is not None:
-            coarsest = torch.zeros_like(gates)
-            coarsest[..., -1] = 1
-            gates = torch.where(padding[..., None], coarsest, gates)
-        return gates
 
     def mix(self, x: Tensor, gates: Tensor, plan: RegionPlan) -> Tensor:
         """The block itself, when choices have been made: ``(B, N, C) -> (B, N, C)``."""
@@ -276,7 +244,7 @@ class GrainedBlock(nn.Module):
         """Count tokens and queries, without padding.
 
         Args:
-            gates: From :meth:`choose`.
+            gates: From :func:`~mmtoken.tokens.routing.choose`.
             regions: Of the grid.
             padding: As for :meth:`forward`.
         """
@@ -298,14 +266,6 @@ class GrainedBlock(nn.Module):
         dims, hidden = self.norm1.normalized_shape[0], self.mlp.fc1.out_features
         total = 2 * tokens * dims + 2 * queries * dims * hidden + queries * hidden
         return total + self.attn.complexity(tokens, queries) + self.router.complexity(tokens)
-
-
-def gates_of_cells(gates: Tensor, regions: Regions) -> Tensor:
-    """Whether each cell is chosen: ``(B, Hr, Wr, K) -> (B, L, 1)``. Extra tokens always are."""
-    index = regions.region * len(regions.granularities) + regions.level
-    on_grid = gates.flatten(1).index_select(1, index)
-    extra = on_grid.new_ones(len(gates), regions.num_extra)
-    return torch.cat([extra, on_grid], dim=1).unsqueeze(-1)
 
 
 def check_granularities(granularities: Iterable[int], region_size: int) -> tuple[int, ...]:

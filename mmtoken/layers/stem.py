@@ -88,11 +88,22 @@ class PatchStem(nn.Module):
         if x.is_contiguous():
             # An image: patches in a row give tokens with channels last, which a convolution of
             # NCHW does not, and the copy behind it costs more than the convolution.
-            side = self.stride
-            patches = x.unflatten(2, (-1, side)).unflatten(4, (-1, side)).permute(0, 2, 4, 1, 3, 5)
-            weight = self.proj.weight.flatten(1)
-            return self.norm(F.linear(patches.flatten(3), weight, self.proj.bias))
+            return self.norm(project(patchify(x, self.stride), self.proj))
         return self.norm(self.proj(x).permute(0, 2, 3, 1).contiguous())
+
+
+def patchify(x: Tensor, side: int) -> Tensor:
+    """Cut images into patches, as :func:`project` takes them.
+
+    ``(B, C, H, W) -> (B, ceil(H / side), ceil(W / side), C * side**2)``, padded with zeros.
+    """
+    x = pad_to_stride(x, side)
+    return x.unflatten(2, (-1, side)).unflatten(4, (-1, side)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+
+
+def project(patches: Tensor, conv: nn.Conv2d) -> Tensor:
+    """What a convolution makes of whole patches: ``(..., C * side**2) -> (..., embed_dims)``."""
+    return F.linear(patches, conv.weight.flatten(1), conv.bias)
 
 
 def pad_to_stride(x: Tensor, stride: int) -> Tensor:

@@ -6,14 +6,14 @@ Source: Dynamic Grained Encoder, arXiv 2301.03831, budget loss; released code St
 
 import torch
 from mmengine.dist import all_reduce, get_world_size
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..registry import MODELS
-from ..tokens.sink import recomputing
+from .warm_up import WarmUp
 
 
 @MODELS.register_module()
-class BudgetLoss(nn.Module):
+class BudgetLoss(WarmUp):
     """``loss_weight * (beta - target)**2``, beta being the share of the full cost that is used.
 
     Beta is the cost of the routed network over that of the full one, each summed over the images
@@ -41,21 +41,14 @@ class BudgetLoss(nn.Module):
         legacy: bool = False,
         num_classes: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(loss_weight, warmup_iters)
         if not 0 < target <= 1:
             raise ValueError(f'target must be above 0 and at most 1, got {target}')
-        for name, value in dict(
-            loss_weight=loss_weight, warmup_iters=warmup_iters, num_classes=num_classes
-        ).items():
-            if not value >= 0:
-                raise ValueError(f'{name} must be 0 or more, got {value}')
+        if not num_classes >= 0:
+            raise ValueError(f'num_classes must be 0 or more, got {num_classes}')
         self.target = target
-        self.loss_weight = loss_weight
-        self.warmup_iters = warmup_iters
         self.legacy = legacy
         self.num_classes = num_classes
-        if warmup_iters:
-            self.register_buffer('iterations', torch.zeros((), dtype=torch.int64))
 
     def forward(self, static: Tensor, dynamic: Tensor) -> tuple[Tensor, Tensor]:
         """Compare the cost of images with the budget.
@@ -87,12 +80,3 @@ class BudgetLoss(nn.Module):
         beta = used / full + (share - share.detach())
         loss = self._weight() * (beta - self.target) ** 2
         return loss.float(), beta.detach()
-
-    def _weight(self) -> Tensor | float:
-        """The factor in force; a training pass moves the warm-up on."""
-        if not self.warmup_iters:
-            return self.loss_weight
-        weight = self.loss_weight * (self.iterations / self.warmup_iters).clamp(max=1)
-        if self.training and torch.is_grad_enabled() and not recomputing():
-            self.iterations += 1
-        return weight

@@ -21,7 +21,7 @@ XAVIER = dict(type='Xavier', layer='Conv2d', distribution='uniform')
 
 @MODELS.register_module()
 class SimpleFeaturePyramid(BaseModule):
-    """Strides 4, 8, 16 and 32 from maps of stride 16.
+    """Strides 4, 8, 16 and 32 from maps of stride 16, or others from maps of another stride.
 
     Each level scales a map by transposed convolutions or max-pooling, then projects it by a 1 x 1
     and a 3 x 3 convolution. There are no lateral connections.
@@ -29,11 +29,13 @@ class SimpleFeaturePyramid(BaseModule):
     Args:
         in_channels: Channels of the maps, a multiple of 4.
         out_channels: Channels of every level.
-        num_outs: Levels. Those beyond the fourth, of stride 64 and so on, take every second
+        num_outs: Levels. Those beyond ``scales``, of stride 64 and so on, take every second
             position of the one before.
         multi_level: False makes all levels from the last map, as ViTDet does. True makes the i-th
-            level from the i-th of four maps, as UPerNet on plain ViT does.
+            level from the i-th of as many maps as ``scales``, as UPerNet on plain ViT does.
         norm: ``'LN'`` (over the channels), ``'BN'``, or None.
+        scales: How many times as high and wide as its map each level is, some of 4, 2, 1 and 0.5.
+            Maps of stride 8 reach the usual strides with ``(2, 1, 0.5)``.
         init_cfg: MMEngine's initialisation config.
 
     Raises:
@@ -47,32 +49,36 @@ class SimpleFeaturePyramid(BaseModule):
         num_outs: int = 5,
         multi_level: bool = False,
         norm: Norm = 'LN',
+        scales: Sequence[float] = SCALES,
         init_cfg: dict | list[dict] | None = XAVIER,
     ) -> None:
         super().__init__(init_cfg)
+        falling = all(a > b for a, b in zip(scales, scales[1:], strict=False))
+        if not scales or not falling or not set(scales) <= set(SCALES):
+            raise ValueError(f'scales must be some of {SCALES}, falling, got {tuple(scales)}')
         if in_channels % 4:
             raise ValueError(f'in_channels must be a multiple of 4, got {in_channels}')
-        if num_outs < 1 or (multi_level and num_outs < len(SCALES)):
-            least = f'at least {len(SCALES)} with multi_level' if multi_level else 'at least 1'
+        if num_outs < 1 or (multi_level and num_outs < len(scales)):
+            least = f'at least {len(scales)} with multi_level' if multi_level else 'at least 1'
             raise ValueError(f'num_outs must be {least}, got {num_outs}')
         if norm not in ('LN', 'BN', None):
             raise ValueError(f"norm must be 'LN', 'BN' or None, got {norm!r}")
         self.num_outs = num_outs
         self.multi_level = multi_level
         self.levels = nn.ModuleList(
-            _level(scale, in_channels, out_channels, norm) for scale in SCALES[:num_outs]
+            _level(scale, in_channels, out_channels, norm) for scale in scales[:num_outs]
         )
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Build the pyramid.
 
         Args:
-            inputs: Maps ``(B, in_channels, H, W)`` of stride 16: four with ``multi_level``,
+            inputs: Maps ``(B, in_channels, H, W)``: as many as ``scales`` with ``multi_level``,
                 otherwise one or more, of which the last is used.
 
         Returns:
-            Maps ``(B, out_channels, H_i, W_i)``: four times, twice, once and half (rounded up) the
-            height and width, and then half of the one before.
+            Maps ``(B, out_channels, H_i, W_i)``: ``scales`` times the height and width, rounded
+            up, and then half of the one before.
 
         Raises:
             TypeError: Tokens instead of maps.
@@ -95,8 +101,8 @@ class SimpleFeaturePyramid(BaseModule):
         """What each level is made from."""
         if not self.multi_level:
             return [inputs[-1]] * len(self.levels)
-        if len(inputs) != len(SCALES):
-            raise ValueError(f'multi_level takes {len(SCALES)} maps, got {len(inputs)}')
+        if len(inputs) != len(self.levels):
+            raise ValueError(f'multi_level takes {len(self.levels)} maps, got {len(inputs)}')
         return list(inputs)
 
 

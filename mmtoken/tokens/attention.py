@@ -13,6 +13,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .reference import on_reference_path
 
+# Hidden keys may have higher scores than those that count, by more than fp32 can take to the power.
+MAX_EXPONENT = 60.0
+CHANNEL_MULTIPLE = 8  # what fused kernels want channels to be a multiple of
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch before 2.10
@@ -80,11 +84,12 @@ def ragged_attention(query: Tensor, key: Tensor, value: Tensor, lengths: list[in
         return attention(query, key, value).transpose(1, 2).flatten(0, 1)
     if query.device.type == 'cpu' or on_reference_path():
         return ragged_attention_reference(query, key, value, lengths)
-    if varlen_attn is not None and query.dtype in (torch.float16, torch.bfloat16):
-        return _varlen_attention(query, key, value, lengths)
-    padded = pad_sequence(query.split(lengths), batch_first=True).transpose(1, 2)
-    out = attention(padded, key, value).transpose(1, 2)
-    return torch.cat([image[:length] for image, length in zip(out, lengths, strict=True)])
+    if _has_varlen_kernel(query):
+        keys = [key.shape[2]] * len(lengths)
+        key, value = (t.transpose(1, 2).flatten(0, 1) for t in (key, value))
+        return _varlen_attention(query, key, value, lengths, keys)
+    out = attention(_pad(query, lengths), key, value)
+    return _unpad(out, lengths)
 
 
 def ragged_attention_reference(
@@ -98,10 +103,113 @@ def ragged_attention_reference(
     return torch.cat(out)
 
 
-def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
-    batch, _, num_keys, _ = key.shape
-    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    key_ends = torch.arange(batch + 1, dtype=torch.int32, device=query.device) * num_keys
-    key, value = (t.transpose(1, 2).flatten(0, 1) for t in (key, value))
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+    """Attention inside each of several sequences that are packed one after another.
+
+    :func:`packed_attention_reference` does the same sequence by sequence.
+
+    Args:
+        query, key, value: ``(M, heads, d)``.
+        lengths: Tokens of each sequence, adding up to M.
+
+    Returns:
+        ``(M, heads, d)``.
+    """
+    if len(set(lengths)) == 1:
+        packed = (query, key, value)
+        q, k, v = (t.unflatten(0, (len(lengths), -1)).transpose(1, 2) for t in packed)
+        return attention(q, k, v).transpose(1, 2).flatten(0, 1)
+    if query.device.type == 'cpu' or on_reference_path():
+        return packed_attention_reference(query, key, value, lengths)
+    if _has_varlen_kernel(query):
+        return _varlen_attention(query, key, value, lengths, lengths)
+    ones = torch.ones(sum(lengths), dtype=torch.bool).split(lengths)
+    real = pad_sequence(ones, batch_first=True).to(query.device, non_blocking=True)
+    bias = torch.zeros_like(real, dtype=query.dtype).masked_fill_(~real, float('-inf'))
+    out = attention(*(_pad(t, lengths) for t in (query, key, value)), bias[:, None, None])
+    return _unpad(out, lengths)
+
+
+def packed_attention_reference(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int]
+) -> Tensor:
+    """What :func:`packed_attention` computes, one sequence at a time; on a CPU also the fastest."""
+    out = []
+    for packed in zip(*(t.split(lengths) for t in (query, key, value)), strict=True):
+        q, k, v = (t.transpose(0, 1)[None] for t in packed)
+        out.append(attention(q, k, v)[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+def gated_attention(
+    query: Tensor, key: Tensor, value: Tensor, gate: Tensor, lengths: list[int]
+) -> Tensor:
+    """:func:`packed_attention` in which each key counts ``gate`` times.
+
+    Weights become ``exp(s_ij) gate_j / sum_n exp(s_in) gate_n``: a key whose gate is 0 might as
+    well not be there, but its gate still has a gradient. Written out, since no fused kernel gives
+    that; takes time and memory of the square of a length.
+
+    Args:
+        query, key, value: ``(M, heads, d)``.
+        gate: ``(M,)``, 0 or more; not 0 for all keys of a sequence.
+        lengths: Tokens of each sequence, adding up to M.
+
+    Returns:
+        ``(M, heads, d)``.
+    """
+    out = []
+    for *packed, g in zip(*(t.split(lengths) for t in (query, key, value, gate)), strict=True):
+        q, k, v = (t.transpose(0, 1) for t in packed)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+        # Relative to the keys that count; a hidden one may have a higher score.
+        highest = scores.masked_fill(g == 0, float('-inf')).amax(dim=-1, keepdim=True).detach()
+        weights = (scores - highest).clamp(max=MAX_EXPONENT).exp() * g
+        weights = (weights / weights.sum(dim=-1, keepdim=True)).to(v.dtype)
+        out.append((weights @ v).transpose(0, 1))
+    return torch.cat(out)
+
+
+def kept_attention(
+    query: Tensor, key: Tensor, value: Tensor, gate: Tensor, lengths: list[int]
+) -> Tensor:
+    """:func:`gated_attention` with fused kernels, for gates that are all greater than 0.
+
+    A key that counts g times has log(g) more score. That is one more channel: 1 in the queries,
+    log(g) in the keys, so that the kernel's own backward gives the gradient of the gate.
+    """
+    dims = query.shape[-1]
+    wide = dims + CHANNEL_MULTIPLE
+    # Kernels divide scores by the root of the number of channels, which is now that of ``wide``.
+    one = query.new_full((*query.shape[:2], 1), wide**0.5)
+    log_gate = gate.log().to(key.dtype)[:, None, None].expand(-1, key.shape[1], 1)
+    query = _widen(torch.cat([query * (wide / dims) ** 0.5, one], dim=-1), wide)
+    key = _widen(torch.cat([key, log_gate], dim=-1), wide)
+    return packed_attention(query, key, _widen(value, wide), lengths)[..., :dims]
+
+
+def _widen(x: Tensor, channels: int) -> Tensor:
+    return F.pad(x, (0, channels - x.shape[-1]))
+
+
+def _pad(x: Tensor, lengths: list[int]) -> Tensor:
+    """``(M, heads, d) -> (B, heads, L, d)``, L being the greatest length. Inverse: _unpad."""
+    return pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2)
+
+
+def _unpad(x: Tensor, lengths: list[int]) -> Tensor:
+    x = x.transpose(1, 2)
+    return torch.cat([sequence[:length] for sequence, length in zip(x, lengths, strict=True)])
+
+
+def _has_varlen_kernel(x: Tensor) -> bool:
+    return varlen_attn is not None and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def _varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], key_lengths: list[int]
+) -> Tensor:
+    ends = torch.tensor([[0, *accumulate(n)] for n in (lengths, key_lengths)], dtype=torch.int32)
     ends = ends.to(query.device, non_blocking=True)
-    return varlen_attn(query, key, value, ends, key_ends, max(lengths), num_keys)
+    return varlen_attn(query, key, value, *ends, max(lengths), max(key_lengths))

@@ -142,6 +142,20 @@ class CellSet(NamedTuple):
         place = self.cells % self.regions.num_all - self.regions.num_extra
         return self.regions.center.index_select(0, place)
 
+    def levels(self) -> Iterator[tuple[int, int, slice, Tensor]]:
+        """Parts of one image and granularity, in order; of whole images.
+
+        Yields:
+            The image; 0 for extra tokens, k + 1 for the k-th granularity; the part; and where its
+            cells stand among all those that the granularity has, row by row, ``(n,)``.
+        """
+        begins, start = [0, *accumulate(self.regions.sizes)], 0
+        for image, counts in enumerate(self.counts):
+            for k, count in enumerate(counts):
+                part = slice(start, start + count)
+                yield image, k, part, self.cells[part] - (image * self.regions.num_all + begins[k])
+                start += count
+
     @property
     def others(self) -> 'CellSet':
         """All other cells of the batch."""
@@ -173,6 +187,14 @@ def all_cells(regions: Regions, batch: int) -> CellSet:
     """Every cell of ``batch`` images."""
     cells = torch.arange(batch * regions.num_all, device=regions.level.device)
     return CellSet(regions, cells, [regions.sizes] * batch)
+
+
+def gates_of_cells(gates: Tensor, regions: Regions) -> Tensor:
+    """Whether each cell is chosen: ``(B, Hr, Wr, K) -> (B, L, 1)``. Extra tokens always are."""
+    index = regions.region * len(regions.granularities) + regions.level
+    on_grid = gates.flatten(1).index_select(1, index)
+    extra = on_grid.new_ones(len(gates), regions.num_extra)
+    return torch.cat([extra, on_grid], dim=1).unsqueeze(-1)
 
 
 class RegionPlan(NamedTuple):
@@ -236,15 +258,34 @@ def pool_regions(x: Tensor, plan: RegionPlan) -> Tensor:
     if not works_in_tiles(x, training=False):
         return pool_all(x, regions).flatten(0, 1).index_select(0, cells)
     # Granularity by granularity: to put all cells in a row first would copy the map.
+    parts = pool_parts(x, regions)
     queries = x.new_empty(len(cells), x.shape[-1])
-    parts, begins = pool_parts(x, regions), [0, *accumulate(regions.sizes)]
-    start = 0
-    for image, counts in enumerate(plan.queries.counts):
-        for part, begin, count in zip(parts, begins, counts, strict=False):
-            place = cells[start : start + count] - (image * regions.num_all + begin)
-            torch.index_select(part[image], 0, place, out=queries[start : start + count])
-            start += count
+    for image, k, part, places in plan.queries.levels():
+        torch.index_select(parts[k][image], 0, places, out=queries[part])
     return queries
+
+
+def take_level(x: Tensor, level: int, cells: CellSet) -> Tensor:
+    """Of all cells of a granularity take those that a set has, packed.
+
+    Args:
+        x: All cells of each image, row by row, ``(B, n, C)``.
+        level: 0 for extra tokens, k + 1 for the k-th granularity.
+        cells: The set, of whole images.
+
+    Returns:
+        ``(m, C)``.
+    """
+    return torch.cat([
+        x[image].index_select(0, places) for image, k, _, places in cells.levels() if k == level
+    ])  # fmt: skip
+
+
+def join_levels(levels: list[Tensor], cells: CellSet) -> Tensor:
+    """Put cells of all levels, each from :func:`take_level`, into one row: ``(M, C)``."""
+    counts = zip(*cells.counts, strict=True)
+    parts = [x.split(list(n)) for x, n in zip(levels, counts, strict=True)]
+    return torch.cat([part for image in zip(*parts, strict=True) for part in image])
 
 
 def unpool_regions(updates: Tensor, plan: RegionPlan) -> Tensor:

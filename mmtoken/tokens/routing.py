@@ -1,9 +1,10 @@
 """Choices of the network about its own tokens: how they are made, trained, and overridden."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import cycle, islice
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,45 @@ def with_gradient_of(value: Tensor, other: Tensor) -> Tensor:
     return value + (other - other.detach())
 
 
+def choose(
+    scores: Tensor,
+    counts: Tensor,
+    kind: str,
+    training: bool,
+    padding: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """One-hot choices of all regions: sampled in training, the highest score otherwise.
+
+    Args:
+        scores: Of the choices of each region, finest first, ``(B, Hr, Wr, K)``.
+        counts: Tokens that each region has under each choice, ``(Hr * Wr, K)``.
+        kind: Of the ratio that :func:`routing_override` may set instead.
+        training: Whether to sample, with the gradient of the Gumbel-softmax. An override has the
+            gradient of the softmax.
+        padding: Regions that are padding, ``(B, Hr, Wr)``, bool; they are as coarse as can be.
+        temperature: Of the Gumbel-softmax, whose gradient alone depends on it.
+
+    Returns:
+        ``(B, Hr, Wr, K)``, exactly 0 and 1.
+    """
+    override = current_override(kind)
+    if override is not None:
+        drawn = override.draw(counts, len(scores)).view(scores.shape[:-1]).to(scores.device)
+        gates = one_hot(drawn, scores)
+        if training:
+            gates = with_gradient_of(gates, scores.softmax(dim=-1))
+    elif training:
+        gates = straight_through((scores + gumbel_noise(scores)) / temperature)
+    else:
+        gates = one_hot(scores.argmax(dim=-1), scores)
+    if padding is not None:
+        coarsest = torch.zeros_like(gates)
+        coarsest[..., -1] = 1
+        gates = torch.where(padding[..., None], coarsest, gates)
+    return gates
+
+
 def one_hot(choice: Tensor, like: Tensor) -> Tensor:
     """``(...)`` to ``(..., K)``, in shape, kind and place as ``like``."""
     return F.one_hot(choice, like.shape[-1]).to(like)
@@ -42,9 +82,9 @@ def gumbel_noise(scores: Tensor) -> Tensor:
 class RoutingOverride:
     """Random layouts with a given number of tokens; see :func:`routing_override`."""
 
-    def __init__(self, kind: str, ratio: float, seed: int) -> None:
+    def __init__(self, kind: str, ratios: Sequence[float], seed: int) -> None:
         self.kind = kind
-        self.ratio = ratio
+        self.ratios = tuple(ratios)
         self.generator = torch.Generator().manual_seed(seed)
 
     def draw(self, counts: Tensor, batch: int) -> Tensor:
@@ -52,18 +92,29 @@ class RoutingOverride:
 
         Args:
             counts: Tokens that each region has under each choice, most first, ``(R, K)``.
-            batch: Images, B.
+            batch: Images, B. The i-th has the i-th ratio; ratios are repeated if there are fewer.
 
         Returns:
-            Indices of choices, ``(B, R)``, on the CPU. The tokens of an image are as near as single
-            changes bring them to ``ratio`` of the most it can have.
+            Indices of choices, ``(B, R)``, on the CPU. The ratio of each image is as near as single
+            changes of the layout bring it.
         """
-        return torch.stack([self._draw_one(counts.cpu()) for _ in range(batch)])
+        draw = self._draw_coarse if self.kind == 'coarse_ratio' else self._draw_queries
+        ratios = islice(cycle(self.ratios), batch)
+        return torch.stack([draw(counts.cpu(), ratio) for ratio in ratios])
 
-    def _draw_one(self, counts: Tensor) -> Tensor:
+    def _draw_coarse(self, counts: Tensor, ratio: float) -> Tensor:
+        """Take the last choice in ``ratio`` of the regions, the first in all others."""
+        num_regions, num_choices = counts.shape
+        order = torch.randperm(num_regions, generator=self.generator)
+        choice = torch.zeros(num_regions, dtype=torch.long)
+        choice[order[: round(ratio * num_regions)]] = num_choices - 1
+        return choice
+
+    def _draw_queries(self, counts: Tensor, ratio: float) -> Tensor:
+        """Have ``ratio`` of the most tokens that there can be."""
         num_regions = len(counts)
-        target = self.ratio * counts[:, 0].sum().item()
-        shares = _shares(tuple(counts.amax(dim=0).tolist()), self.ratio)
+        target = ratio * counts[:, 0].sum().item()
+        shares = _shares(tuple(counts.amax(dim=0).tolist()), ratio)
         order = torch.randperm(num_regions, generator=self.generator)
         choice = torch.empty(num_regions, dtype=torch.long)
         bounds = torch.tensor(shares).cumsum(0)[:-1]
@@ -103,7 +154,10 @@ _override: RoutingOverride | None = None
 
 @contextmanager
 def routing_override(
-    *, query_ratio: float | None = None, coarse_ratio: float | None = None, seed: int = 0
+    *,
+    query_ratio: float | Sequence[float] | None = None,
+    coarse_ratio: float | Sequence[float] | None = None,
+    seed: int = 0,
 ) -> Iterator[None]:
     """Inside this context regions do not choose for themselves: layouts are random.
 
@@ -116,6 +170,8 @@ def routing_override(
             of a few regions may be some queries off.
         coarse_ratio: Coarse regions over regions, in [0, 1], for MSViT.
         seed: Of the random layouts.
+
+    A sequence of ratios gives the images of a batch one each, in turn.
 
     Raises:
         ValueError: Not exactly one ratio, or one out of range; inside the context, a network that
@@ -132,12 +188,14 @@ def routing_override(
             f'got {" and ".join(given) or "neither"}'
         )
     ((kind, ratio),) = given.items()
-    if not 0 <= ratio <= 1 or (kind == 'query_ratio' and ratio == 0):
+    ratios = tuple(ratio) if isinstance(ratio, Sequence) else (ratio,)
+    least_allowed = not any(r == 0 for r in ratios) or kind == 'coarse_ratio'
+    if not ratios or not all(0 <= r <= 1 for r in ratios) or not least_allowed:
         raise ValueError(
             f'{kind} must be in {"(" if kind == "query_ratio" else "["}0, 1], got {ratio}'
         )
     global _override
-    before, _override = _override, RoutingOverride(kind, ratio, seed)
+    before, _override = _override, RoutingOverride(kind, ratios, seed)
     try:
         yield
     finally:

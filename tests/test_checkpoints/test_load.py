@@ -61,14 +61,15 @@ def test_all_that_differs_is_listed_at_once(save):
 def test_unknown_family(save):
     resnet = torchvision.models.resnet18(weights=None).state_dict()
     assert detect_source(resnet) is None
-    known = 'stvit-r, swin, vtpack, pvt, deit, vit'
+    known = 'stvit-r, swin, vtpack, pvt, dinov2, deit, vit'
     message = rf'does not fit STViTRSwin; its names are of no known source \({known}\)'
     with pytest.raises(ValueError, match=f'file.pth: {message} and has 0 of its'):
         load_into(STViTRSwin('tiny'), save(resnet))
 
 
 def test_source_is_checked_before_the_file_is_read():
-    with pytest.raises(ValueError, match=r"source is 'swim'; known are \['deit', 'pvt', 'stvit-r'"):
+    known = r"\['deit', 'dinov2', 'pvt', 'stvit-r'"
+    with pytest.raises(ValueError, match=f"source is 'swim'; known are {known}"):
         load_into(Net(3, 2), 'https://example.org/never-asked.pth', source='swim')
 
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from mmpretrain.models.backbones import DistilledVisionTransformer
 from mmpretrain.models.backbones import VisionTransformer as MMPretrainViT
+from mmpretrain.models.necks import MAEPretrainDecoder
+from mmpretrain.models.selfsup import MAEViT
 from mmseg.models.backbones import VisionTransformer as MMSegViT
 from timm.layers import resample_abs_pos_embed
 from timm.models.deit import VisionTransformerDistilled
@@ -237,12 +239,124 @@ def test_learned_centers_are_resampled(save):
     assert report.source is None and set(report.resized) == {'pos_embed', 'blocks.3.centers'}
 
 
+def test_registers_are_not_ours(save):
+    with pytest.raises(
+        ValueError, match='has 4 register tokens, and DGEDeiT has 0; it takes no num'
+    ):
+        load_into(DGEDeiT(ARCH, img_size=64), save(timm_vit(reg_tokens=4).state_dict()))
+
+
 def test_layer_scale_is_not_ours(save):
-    with pytest.raises(ValueError, match=r'should not have: blocks\.0\.ls1\.gamma'):
+    message = (
+        'its blocks have layer scale, and those of STViTDeiT have none; it takes no layer_scale'
+    )
+    with pytest.raises(ValueError, match=message):
         load_into(
             STViTDeiT(ARCH, img_size=64, base_layers=2),
             save(timm_vit(init_values=1e-4).state_dict()),
         )
+
+
+def with_decoder(state):
+    """What an MAE has beside its encoder."""
+    rest = (
+        'mask_token', 'decoder_embed.weight', 'decoder_pos_embed', 'decoder_norm.weight',
+        'decoder_blocks.0.norm1.weight', 'decoder_blocks.0.attn.qkv.weight', 'decoder_pred.bias',
+    )  # fmt: skip
+    return {**state, **{name: torch.zeros(1, 1, 8) for name in rest}}, set(rest)
+
+
+@pytest.mark.parametrize('full', [True, False])
+@pytest.mark.parametrize('cls_token', [True, False])
+def test_mae(full, cls_token, save, wake):
+    """As released for fine-tuning, and with the decoder that paints."""
+    theirs = wake(timm_vit())
+    weights = theirs.state_dict()
+    state, decoder = with_decoder(weights) if full else (weights, set())
+    assert detect_source(state) == 'vit'
+    ours = DGEDeiT(ARCH, (1,), img_size=64, cls_token=cls_token)
+    report = load_into(ours, save(dict(model=state)))
+    assert report.origin == 'vit (timm names)' and report.fresh == []
+    assert set(report.dropped) == decoder | (set() if cls_token else {'cls_token'})
+    assert torch.equal(ours.pos_embed, weights['pos_embed'][:, 0 if cls_token else 1 :])
+    assert convert(state, 'vit')[0].keys() == weights.keys()
+    if cls_token:
+        image = torch.randn(1, 3, 64, 64)
+        with torch.no_grad():
+            tokens = ours.eval()(image)[0].flatten(2).transpose(1, 2)
+            expected = theirs.forward_features(image)[:, 1:]
+            torch.testing.assert_close(tokens, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_fine_tuned_mae(save):
+    """It normalises the mean over tokens, so the norm of tokens is fresh."""
+    state = TimmViT(**TIMM, global_pool='avg', num_classes=3).state_dict()
+    assert 'fc_norm.weight' in state and 'norm.weight' not in state
+    ours = STViTDeiT(ARCH, img_size=64, semantic_size=None)
+    report = load_into(ours, save(dict(model=state)))
+    assert report.fresh == ['norm.weight', 'norm.bias']
+    assert {'fc_norm.weight', 'head.weight'} <= set(report.dropped)
+    del state['blocks.1.norm1.weight']
+    with pytest.raises(ValueError, match=r'names it lacks: blocks\.1\.norm1\.weight$'):
+        load_into(ours, save(dict(model=state)))
+
+
+@pytest.mark.parametrize('stage', ['pre-trained', 'fine-tuned'])
+def test_mae_of_mmpretrain(stage, save, wake):
+    if stage == 'pre-trained':
+        theirs = MAEViT(ARCH, img_size=64)
+        theirs.init_weights()  # sine-cosine positions
+        neck = MAEPretrainDecoder(16, 16, 3, 32, 16, 2, 2, 2).state_dict()
+    else:
+        theirs, neck = MMPretrainViT(ARCH, 64, out_type='avg_featmap', final_norm=False), {}
+    state = theirs.state_dict()
+    file = {f'backbone.{name}': tensor for name, tensor in state.items()}
+    file.update({f'neck.{name}': tensor for name, tensor in neck.items()})
+    ours = DGEDeiT(ARCH, (1,), img_size=64)
+    report = load_into(ours, save(dict(state_dict=file)))
+    assert report.origin == 'vit (mmpretrain names)'
+    assert report.fresh == ([] if neck else ['norm.weight', 'norm.bias'])
+    assert torch.equal(ours.pos_embed, state['pos_embed'][:, 1:])
+    if neck:
+        assert state['pos_embed'].std() > 0.1 and 'neck.mask_token' in report.dropped
+
+
+@pytest.mark.parametrize('no_embed_class', [True, False])
+@pytest.mark.parametrize('class_token', [True, False])
+def test_positions_of_registers(no_embed_class, class_token):
+    """Theirs become part of them; the class token's, if added before, is zero."""
+    kwargs = dict(reg_tokens=4, no_embed_class=no_embed_class, class_token=class_token)
+    state = timm_vit(**kwargs, global_pool='avg', fc_norm=False).state_dict()
+    state['reg_token'] = torch.randn(1, 4, 32)
+    converted, report = convert(state, 'vit')
+    first, positions, registers = int(class_token), state['pos_embed'], state['reg_token']
+    if no_embed_class:
+        zero = torch.zeros(1, first, 32)
+        assert torch.equal(converted['pos_embed'], torch.cat([zero, positions], dim=1))
+        assert torch.equal(converted['reg_token'], registers)
+    else:
+        parts = [positions[:, :first], positions[:, first + 4 :]]
+        assert torch.equal(converted['pos_embed'], torch.cat(parts, dim=1))
+        assert torch.equal(converted['reg_token'], registers + positions[:, first : first + 4])
+    again = convert(converted, 'vit')[0]
+    assert all(torch.equal(again[name], tensor) for name, tensor in converted.items())
+
+
+def test_patch_embedding_is_resampled(save):
+    """An enlarged patch is embedded as before."""
+    state = timm_vit(img_size=64, patch_size=8, embed_dim=32).state_dict()
+    ours = DGEDeiT(ARCH, (1,), img_size=128)
+    report = load_into(ours, save(state))
+    weight = state['patch_embed.proj.weight']
+    assert report.resized['patch_embed.proj.weight'] == ((32, 3, 8, 8), (32, 3, 16, 16))
+    patch = torch.randn(1, 3, 8, 8)
+    enlarged = torch.nn.functional.interpolate(patch, size=16, mode='bicubic', antialias=True)
+    new = ours.patch_embed.proj.weight
+    expected = torch.einsum('ncij,ocij->no', patch, weight)
+    actual = torch.einsum('ncij,ocij->no', enlarged, new)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r'patch_embed\.proj\.weight \(32, 3, 8, 8\) instead of'):
+        load_into(DGEDeiT(ARCH, img_size=128, in_channels=4), save(state))
 
 
 @pytest.mark.parametrize('direction', ['vit to swin', 'swin to vit'])

@@ -116,7 +116,9 @@ def test_half_precision_has_a_kernel_for_ragged_queries(monkeypatch):
     monkeypatch.setattr(module, 'varlen_attn', kernel)
     lengths = [5, 1, 9]
     tensors = [t.detach() for t in packed(lengths, dtype=torch.bfloat16)]
-    out = module._varlen_attention(*tensors, lengths)
+    key_lengths = [tensors[1].shape[2]] * len(lengths)
+    keys = [t.transpose(1, 2).flatten(0, 1) for t in tensors[1:]]
+    out = module._varlen_attention(tensors[0], *keys, lengths, key_lengths)
     expected = ragged_attention_reference(*(t.float() for t in tensors), lengths)
     torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=2e-2)
 

@@ -73,7 +73,7 @@ def test_noise_comes_from_the_seed():
 
 
 def drawn(counts, ratio, seed, batch=1):
-    choice = RoutingOverride('query_ratio', ratio, seed).draw(counts, batch)
+    choice = RoutingOverride('query_ratio', (ratio,), seed).draw(counts, batch)
     assert choice.shape == (batch, len(counts)) and choice.dtype == torch.long
     totals = counts.expand(batch, -1, -1).gather(2, choice[..., None]).sum((1, 2))
     return choice, totals.double()

@@ -1,12 +1,14 @@
-"""Plain ViT (arXiv 2010.11929) and DeiT (arXiv 2012.12877). Our names are timm's.
+"""Plain ViT (arXiv 2010.11929), DeiT (arXiv 2012.12877), MAE (arXiv 2111.06377). Names are timm's.
 
-Facebook's releases have them too. A DeiT without a distillation token is a ViT.
+Facebook's releases have them too. A DeiT without a distillation token is a ViT, and so is an MAE
+without its decoder: its sine-cosine positions are stored as learned ones are.
 """
 
+import inspect
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..report import OURS
 from .source import Layout, Rename, Renamed, Source, rename_with
@@ -14,13 +16,19 @@ from .source import Layout, Rename, Renamed, Source, rename_with
 PARAM = r'\.(weight|bias)'
 ATTENTION = r'qkv|q|kv|proj'
 NAMES = (
-    rf'cls_token|pos_embed|patch_embed\.proj{PARAM}|(norm|fc_norm){PARAM}'
+    rf'cls_token|reg_token|pos_embed|patch_embed\.proj{PARAM}|(norm|fc_norm){PARAM}'
     rf'|blocks\.\d+\.(norm[12]|attn\.({ATTENTION})|mlp\.fc[12]|router\.gate){PARAM}'
     r'|blocks\.\d+\.ls[12]\.gamma'
+    r'|(gate|gate_loss|patch_embed_coarse)\..*'
 )
 HEADS = (r'(head|head_dist|pre_logits)\.', None)
-# What our models of dynamic granularity have beyond a plain ViT or PVT
+REGISTERS = ('reg_token', 'register_tokens')  # in timm and officially
+PRETRAINING = (r'mask_token$|decoder_', None)
+# What our models of dynamic granularity have beyond a plain ViT or PVT, and those of mixed scale
 GRAINED = (rf'.*\.router\.gate{PARAM}', r'budget\..*')
+MIXED = (r'gate\..*', r'gate_loss\..*', r'patch_embed_coarse\..*')
+# Fine-tuned on the mean over tokens, an MAE has fc_norm behind the mean, and no norm for tokens.
+NORM = rf'norm{PARAM}'
 
 
 def without_distillation(rename: Rename) -> Rename:
@@ -36,13 +44,48 @@ def without_distillation(rename: Rename) -> Rename:
     return rename_and_drop
 
 
-timm = without_distillation(rename_with(HEADS))
+def check_arguments(state: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Refuse what only a model that is built with other arguments has a place for.
+
+    Args:
+        state: Names and tensors of a file.
+        model: Any; it is compared if it is a plain ViT.
+
+    Raises:
+        ValueError: One of them has layer scale and the other has not, or their numbers of registers
+            differ; the message names the argument.
+    """
+    own = model.state_dict()
+    if 'pos_embed' not in own:  # of another family, as its names will tell
+        return
+    name, arguments = type(model).__name__, inspect.signature(type(model)).parameters
+
+    def refuse(what: str, argument: str, value: float | None) -> None:
+        remedy = f'set {argument}={value}' if argument in arguments else f'it takes no {argument}'
+        raise ValueError(f'{what}; {remedy}')
+
+    scaled = any(key.endswith(('.ls1.gamma', '.attn.gamma1.weight')) for key in state)
+    if scaled != ('blocks.0.ls1.gamma' in own):
+        who, value = ('its blocks', 1e-5) if scaled else (f'those of {name}', None)
+        refuse(
+            f'of its blocks and those of {name} only {who} have layer scale', 'layer_scale', value
+        )
+    registers = [t.shape[1] for key, t in state.items() if key.endswith(REGISTERS)]
+    theirs, ours = (*registers, 0)[0], own['reg_token'].shape[1] if 'reg_token' in own else 0
+    if theirs != ours:
+        refuse(f'it has {theirs} register tokens, {name} has {ours}', 'num_registers', theirs)
+
+
+timm = without_distillation(rename_with(HEADS, PRETRAINING))
 # mmseg's attention is nn.MultiheadAttention, which stacks its projections as timm does.
 openmmlab = without_distillation(
     rename_with(
         HEADS,
+        PRETRAINING,
         (r'patch_embed\.projection\.', 'patch_embed.proj.'),
         (r'layers\.(\d+)\.ln(\d)\.', r'blocks.\1.norm\2.'),
+        (r'layers\.(\d+)\.attn\.gamma1\.weight', r'blocks.\1.ls1.gamma'),
+        (r'layers\.(\d+)\.ffn\.gamma2\.weight', r'blocks.\1.ls2.gamma'),
         (r'layers\.(\d+)\.attn\.attn\.in_proj_', r'blocks.\1.attn.qkv.'),
         (r'layers\.(\d+)\.attn\.attn\.out_proj\.', r'blocks.\1.attn.proj.'),
         (r'layers\.(\d+)\.ffn\.layers\.0\.0\.', r'blocks.\1.mlp.fc1.'),
@@ -60,5 +103,7 @@ LAYOUTS = (
     # Fitted to split projections before, or of a dense twin that has them
     Layout(OURS, (r'patch_embed\.proj\.weight', r'blocks\.0\.attn\.kv\.weight'), timm),
 )
-DEIT = Source('deit', LAYOUTS, NAMES, fresh=GRAINED, sign='dist_token')
-VIT = Source('vit', LAYOUTS, NAMES, fresh=GRAINED)
+DEIT = Source(
+    'deit', LAYOUTS, NAMES, fresh=(*GRAINED, *MIXED), sign='dist_token', check=check_arguments
+)
+VIT = Source('vit', LAYOUTS, NAMES, fresh=(*GRAINED, *MIXED, NORM), check=check_arguments)

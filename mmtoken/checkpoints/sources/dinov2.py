@@ -1,0 +1,71 @@
+"""DINOv2 (arXiv 2304.07193), with or without registers (arXiv 2309.16588). Our names are timm's.
+
+A plain ViT with layer scale and patches of 14 pixels. DeiT III has the same names in timm and
+mmpretrain, so it is read as this too. The giant model, whose MLP is a SwiGLU, is refused.
+
+Source: github.com/facebookresearch/dinov2 (Apache-2.0): released backbones, and what its training
+saves, where blocks may be in chunks (``blocks.CHUNK.BLOCK``, the latter counted from the first
+chunk on) and beside the heads of the teacher, or of teacher and student.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from . import vit
+from .source import Layout, Rename, Renamed, Source, rename_with
+
+PATCHES = r'patch_embed\.proj\.weight'
+SCALE = r'blocks\.0\.ls1\.gamma'
+TEACHER = r'teacher\.backbone\.'
+RULES = (
+    vit.HEADS,
+    vit.PRETRAINING,
+    (r'register_tokens$', 'reg_token'),
+    (r'blocks\.\d+\.(\d+)\.', r'blocks.\1.'),
+)
+
+
+def without_swiglu(rename: Rename) -> Rename:
+    """Refuse SwiGLU: ``w12`` by name, and what timm calls ``fc1`` by its size."""
+
+    def rename_and_refuse(state: Mapping[str, Tensor]) -> Renamed:
+        renamed = rename(state)
+        inner = [renamed.get(f'blocks.0.mlp.{layer}.weight') for layer in ('fc1', 'fc2')]
+        packed = all(inner) and inner[0][1].shape[0] != inner[1][1].shape[1]
+        if packed or any('.w12.' in name for name in state):
+            raise ValueError(
+                'the MLP of these blocks is a SwiGLU, as in the giant DINOv2, which our backbones '
+                'do not have; take the small, base or large model'
+            )
+        return renamed
+
+    return rename_and_refuse
+
+
+def teacher(state: Mapping[str, Tensor]) -> Renamed:
+    """The teacher is what is released; the student and all heads are left out."""
+    names = {name.removeprefix('teacher.backbone.'): name for name in state}
+    taken = {new: state[old] for new, old in names.items() if new != old}
+    return {new: (names[old], tensor) for new, (old, tensor) in official(taken).items()}
+
+
+official = without_swiglu(rename_with(*RULES))
+
+DINOV2 = Source(
+    'dinov2',
+    layouts=(
+        Layout('official', (PATCHES, 'mask_token', r'blocks\.0\.(0\.)?ls1\.gamma'), official),
+        Layout('training', (TEACHER + PATCHES, TEACHER + 'mask_token'), teacher),
+        Layout('timm', (PATCHES, SCALE), official),
+        Layout(
+            'mmpretrain',
+            (r'layers\.0\.ln1\.weight', r'layers\.0\.attn\.gamma1\.weight'),
+            without_swiglu(vit.openmmlab),
+        ),
+    ),
+    names=vit.NAMES,
+    unused='cls_token',
+    fresh=(*vit.GRAINED, *vit.MIXED),
+    check=vit.check_arguments,
+)

@@ -1,0 +1,255 @@
+"""A loss that makes gates depend on the image: batch shaping, plain and generalised.
+
+Sources: MSViT, arXiv 2307.02321 (generalised batch shaping); Bejnordi et al., arXiv 1907.06627
+(batch shaping). Formulas as in the released loss, Qualcomm-AI-research/batchshaping
+(BSD-3-Clause-Clear).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mmengine.dist import all_gather, get_rank, get_world_size
+from torch import Tensor, nn
+
+from ..registry import MODELS
+from .rate import check_open_interval, check_regions
+from .warm_up import WarmUp
+
+
+def relaxed_bernoulli_cdf(x: Tensor, mean: Tensor, temperature: Tensor) -> Tensor:
+    """Distribution function of the relaxed Bernoulli (binary concrete) distribution.
+
+    Args:
+        x: Values, clipped to [0.001, 0.999]; there is no gradient outside.
+        mean: Probability of a value above 0.5, in (0, 1); broadcasts with ``x``.
+        temperature: Above 0; the lower, the closer values come to 0 and 1. Broadcasts with ``x``.
+
+    Returns:
+        Probability of a value of at most ``x``.
+    """
+    # A mean that has saturated to 0 or 1 would be infinite.
+    return (temperature * x.logit(eps=1e-3) - mean.logit(eps=1e-6)).sigmoid()
+
+
+def normal_cdf(x: Tensor, mean: Tensor | float, std: Tensor | float) -> Tensor:
+    """Distribution function of the normal distribution; all broadcast."""
+    return torch.special.ndtr((x - mean) / std)
+
+
+PRIORS = dict(relaxed_bernoulli=relaxed_bernoulli_cdf, normal=normal_cdf)
+
+
+def batch_shaping(
+    probability: Tensor, group: Tensor | None = None, groups: int = 1
+) -> tuple[Tensor, Tensor]:
+    """How far groups of values are from their priors: squared distance of distribution functions.
+
+    It is the mean over the n values of a group of ``(i / (n + 1) - F(x_i))**2``, where ``x_i`` is
+    the i-th smallest and F the prior's distribution function. Values are taken as ``F(x)``, which
+    has the order of ``x``.
+
+    Args:
+        probability: The prior's distribution function at each value, ``(N,)``.
+        group: Group of each value, int64, ``(N,)``; None for one group.
+        groups: Number of groups.
+
+    Returns:
+        Distance of each group, 0 of an empty one, ``(groups,)``, and its number of values, int64,
+        ``(groups,)``.
+    """
+    if group is None:
+        group = torch.zeros_like(probability, dtype=torch.int64)
+    order = probability.detach().argsort()
+    order = order[group[order].argsort(stable=True)]  # by group, in it by value
+    probability, group = probability[order], group[order]
+    sizes = torch.bincount(group, minlength=groups)
+    starts = sizes.cumsum(0) - sizes
+    rank = torch.arange(1, len(group) + 1, device=group.device) - starts[group]
+    empirical = rank / (sizes[group] + 1).to(probability.dtype)
+    squares = (empirical - probability) ** 2
+    sums = probability.new_zeros(groups).index_add(0, group, squares)
+    return sums / sizes.clamp(min=1), sizes
+
+
+def bin_grid(batches: Sequence[tuple[float, int, int]], min_samples: int) -> tuple[int, int]:
+    """Into how many bins to divide the coarse grid.
+
+    Args:
+        batches: Number of images, rows and columns of the coarse grid, of each process. An image
+            that is padding in part counts as a part.
+        min_samples: How many values each bin should have at least.
+
+    Returns:
+        Rows and columns of bins: of all grids that have enough values in each bin, and are no finer
+        than the coarsest of the coarse grids, the one whose bins have the shortest longer side; of
+        several, the one with most bins. One bin if there is none.
+    """
+    height, width = (min(batch[side] for batch in batches) for side in (1, 2))
+    rows, columns = np.arange(1, height + 1)[:, None], np.arange(1, width + 1)
+    # The smallest bins have so many regions of each image.
+    smallest = sum(images * (h // rows) * (w // columns) for images, h, w in batches)
+    enough = (np.argwhere(smallest >= min_samples) + 1).tolist()
+    best = min(
+        enough, key=lambda g: (max(height / g[0], width / g[1]), -g[0] * g[1]), default=[1, 1]
+    )
+    return tuple(best)
+
+
+@MODELS.register_module()
+class BatchShapingLoss(WarmUp):
+    """Compares how gates are distributed over a batch with a prior, position by position.
+
+    A prior with most of its mass near 0 and 1 makes the gate decide, and decide otherwise for other
+    images: a gate that is the same for all has not the prior's distribution, however its mean fits.
+    Generalised batch shaping learns the prior of each position, so that some may be coarse more
+    often than others, and holds the means of the priors together with a normal hyper-prior::
+
+        loss = mean over positions of distance(gates, prior) + distance(means, hyper-prior)
+             + temperature_penalty * mean temperature
+
+    With the distance of :func:`batch_shaping`, which needs more values than a GPU has images when
+    training detectors. So values come from the images of all GPUs, and neighbouring positions are
+    pooled into bins until each has ``min_samples`` of them (see :func:`bin_grid`; where images are
+    padded, bins with padding have fewer, and those without any value are left out). The parameters
+    of the priors are kept on a grid of fixed size, laid over the padded images, and resampled to
+    that of the bins, so images may have any size.
+
+    The logits of the parameters, ``mean_logits`` and ``temperature_logits``, want a learning rate
+    above that of the network and no weight decay, which would draw means and temperatures to 0.5.
+    The released loss starts with means and temperatures of 0.5; here means start at the target.
+
+    Args:
+        target_coarse_ratio: Mean of the hyper-prior; with ``generalised=False`` that of the prior.
+            Above 0 and below 1.
+        loss_weight: Factor of the loss.
+        generalised: False gives all positions the same, fixed prior and leaves out the hyper-prior.
+        prior: ``'relaxed_bernoulli'``, whose mean is the share of values above 0.5, or
+            ``'normal'``.
+        temperature: Temperature of the prior, at first or for good; of a normal prior the standard
+            deviation. Above 0 and below 1.
+        temperature_penalty: Factor of the mean temperature in the loss. Normal priors have no such
+            term: it would draw them together to a constant.
+        hyper_std: Standard deviation of the hyper-prior.
+        grid: Rows and columns of the grid of the learned parameters.
+        min_samples: How many values a bin should have at least. With 1, no positions are pooled
+            unless there is padding.
+        warmup_iters: Over how many training passes the factor rises from 0 to ``loss_weight``.
+            They are counted in the buffer ``iterations``, which checkpoints keep.
+
+    Raises:
+        ValueError: An argument outside its range.
+    """
+
+    def __init__(
+        self,
+        target_coarse_ratio: float = 0.5,
+        loss_weight: float = 1.0,
+        generalised: bool = True,
+        prior: str = 'relaxed_bernoulli',
+        temperature: float = 0.4,
+        temperature_penalty: float = 0.1,
+        hyper_std: float = 0.1,
+        grid: tuple[int, int] = (7, 7),
+        min_samples: int = 16,
+        warmup_iters: int = 0,
+    ) -> None:
+        super().__init__(loss_weight, warmup_iters)
+        check_open_interval(target_coarse_ratio=target_coarse_ratio, temperature=temperature)
+        if prior not in PRIORS:
+            raise ValueError(f'prior must be one of {", ".join(PRIORS)}, got {prior!r}')
+        if not temperature_penalty >= 0:
+            raise ValueError(f'temperature_penalty must be 0 or more, got {temperature_penalty}')
+        if not hyper_std > 0:
+            raise ValueError(f'hyper_std must be above 0, got {hyper_std}')
+        if len(grid) != 2 or min(grid) < 1:
+            raise ValueError(f'grid must be two numbers of 1 or more, got {grid}')
+        if not min_samples >= 1:
+            raise ValueError(f'min_samples must be 1 or more, got {min_samples}')
+        self.target_coarse_ratio = target_coarse_ratio
+        self.generalised = generalised
+        self.prior = prior
+        self.temperature = temperature
+        self.temperature_penalty = temperature_penalty if prior == 'relaxed_bernoulli' else 0
+        self.hyper_std = hyper_std
+        self.min_samples = min_samples
+        if generalised:
+            mean, temperature = torch.tensor([target_coarse_ratio, temperature]).logit().tolist()
+            # Equal means would leave it to chance which the hyper-prior moves up and which down.
+            self.mean_logits = nn.Parameter(mean + 0.01 * torch.randn(*grid))
+            self.temperature_logits = nn.Parameter(torch.full(grid, temperature))
+
+    def forward(self, coarse: Tensor, real: Tensor | None = None) -> Tensor:
+        """Compare gates with the prior.
+
+        In distributed training all processes must call it, each with its own images, which may
+        have other sizes.
+
+        Args:
+            coarse: Probability that a region is coarse, ``(B, Hr, Wr)``.
+            real: Which regions count, bool, ``(B, Hr, Wr)``; None for all. Those that lie in the
+                padding of a batch should not.
+
+        Returns:
+            The loss, float32, ``()``; 0 if no region counts. It is computed in float32 or, of
+            float64, in that.
+
+        Raises:
+            ValueError: Shapes or types other than these.
+        """
+        real = check_regions(coarse, real)
+        coarse = coarse.to(torch.promote_types(coarse.dtype, torch.float32))
+        values, bins, shape = _pool(coarse, real, self.min_samples)
+        mean, temperature = (
+            F.interpolate(p[None, None], shape, mode='bilinear', antialias=True).flatten()
+            for p in self._parameters(coarse)
+        )
+        probability = PRIORS[self.prior](values, mean[bins], temperature[bins])
+        distances, sizes = batch_shaping(probability, bins, len(mean))
+        loss = distances.sum() / (sizes > 0).sum().clamp(min=1)
+        if self.generalised:
+            loss = loss + self._hyper_loss(coarse) * (len(values) > 0)
+        return (self._weight() * loss).float()
+
+    def _parameters(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and temperatures of the priors, on their own grid."""
+        if self.generalised:
+            logits = self.mean_logits, self.temperature_logits
+            return tuple(p.to(like.dtype).sigmoid() for p in logits)
+        constants = self.target_coarse_ratio, self.temperature
+        return tuple(like.new_full((1, 1), value) for value in constants)
+
+    def _hyper_loss(self, like: Tensor) -> Tensor:
+        """What keeps the priors from following the gates anywhere."""
+        mean, temperature = self._parameters(like)
+        probability = normal_cdf(mean.flatten(), self.target_coarse_ratio, self.hyper_std)
+        distance, _ = batch_shaping(probability)
+        return distance[0] + self.temperature_penalty * temperature.mean()
+
+
+def _pool(coarse: Tensor, real: Tensor, min_samples: int) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """Values of all processes that count, ``(N,)``, their bins, ``(N,)``, and the grid of bins."""
+    height, width = coarse.shape[1:]
+    own = torch.tensor([int(real.sum()), coarse.numel(), height, width], device=coarse.device)
+    batches = torch.stack(all_gather(own)).tolist()
+    shape = rows, columns = bin_grid(
+        [(n / max(h * w, 1), h, w) for n, _, h, w in batches], min_samples
+    )
+
+    row, column = (
+        torch.arange(regions, device=coarse.device) * bins // max(regions, 1)
+        for regions, bins in ((height, rows), (width, columns))
+    )
+    bins = (row[:, None] * columns + column).expand_as(coarse)
+    bins = bins.masked_fill(~real, -1).flatten()
+
+    # Processes gather tensors of one shape only.
+    missing = max(size for _, size, _, _ in batches) - coarse.numel()
+    values, bins = F.pad(coarse.flatten(), (0, missing)), F.pad(bins, (0, missing), value=-1)
+    all_values, all_bins = all_gather(values.detach()), torch.cat(all_gather(bins))
+    # The gradient comes from the values here alone, but for all processes: DDP takes the mean over
+    # them, which makes it the sum again.
+    all_values[get_rank()] = values.detach() + get_world_size() * (values - values.detach())
+    counts = all_bins >= 0
+    return torch.cat(all_values)[counts], all_bins[counts], shape

@@ -1,0 +1,89 @@
+"""A loss that holds the share of coarse regions to a target."""
+
+import torch
+from mmengine.dist import all_reduce, get_world_size
+from torch import Tensor
+
+from ..registry import MODELS
+from .warm_up import WarmUp
+
+
+@MODELS.register_module()
+class RateLoss(WarmUp):
+    """``loss_weight * (rate - target_coarse_ratio)**2``, rate being the mean of the soft gate.
+
+    The mean is that over the regions of all GPUs. This is the simple alternative to
+    :class:`BatchShapingLoss`, a penalty in the manner of L0: it asks nothing of single regions, so
+    the gate is free to choose the same for every image.
+
+    Args:
+        target_coarse_ratio: The share of coarse regions to aim for, above 0 and below 1.
+        loss_weight: Factor of the loss.
+        warmup_iters: Over how many training passes the factor rises from 0 to ``loss_weight``.
+            They are counted in the buffer ``iterations``, which checkpoints keep.
+
+    Raises:
+        ValueError: An argument outside its range.
+    """
+
+    def __init__(
+        self,
+        target_coarse_ratio: float = 0.5,
+        loss_weight: float = 1.0,
+        warmup_iters: int = 0,
+    ) -> None:
+        super().__init__(loss_weight, warmup_iters)
+        check_open_interval(target_coarse_ratio=target_coarse_ratio)
+        self.target_coarse_ratio = target_coarse_ratio
+
+    def forward(self, coarse: Tensor, real: Tensor | None = None) -> Tensor:
+        """Compare the rate of images with the target.
+
+        In distributed training all processes must call it, each with its own images.
+
+        Args:
+            coarse: Probability that a region is coarse, ``(B, Hr, Wr)``.
+            real: Which regions count, bool, ``(B, Hr, Wr)``; None for all. Those that lie in the
+                padding of a batch should not.
+
+        Returns:
+            The loss, float32, ``()``; 0 if no region counts.
+
+        Raises:
+            ValueError: Shapes or types other than these.
+        """
+        real = check_regions(coarse, real)
+        own = coarse.masked_fill(~real, 0).double().sum()
+        sums = torch.stack([own.detach(), real.sum().double()])
+        all_reduce(sums)
+        total, count = sums[0], sums[1].clamp(min=1)
+        # The gradient comes from the regions here alone, but for all processes: DDP takes the mean
+        # over them, which makes it the sum again.
+        share = get_world_size() * own / count
+        rate = total / count + (share - share.detach())
+        excess = (rate - self.target_coarse_ratio) * (sums[1] > 0)
+        return (self._weight() * excess**2).float()
+
+
+def check_open_interval(**values: float) -> None:
+    """Refuse, with ValueError, values that are not above 0 and below 1, by their names."""
+    for name, value in values.items():
+        if not 0 < value < 1:
+            raise ValueError(f'{name} must be above 0 and below 1, got {value}')
+
+
+def check_regions(coarse: Tensor, real: Tensor | None) -> Tensor:
+    """Which regions count, bool, ``(B, Hr, Wr)``; ValueError if the two do not fit together."""
+    if coarse.ndim != 3 or not coarse.is_floating_point():
+        raise ValueError(
+            'coarse must be floating point of shape (B, Hr, Wr), got '
+            f'{coarse.dtype} of shape {tuple(coarse.shape)}'
+        )
+    if real is None:
+        return torch.ones_like(coarse, dtype=torch.bool)
+    if real.shape != coarse.shape or real.dtype != torch.bool:
+        raise ValueError(
+            f'real must be torch.bool of the shape of coarse, {tuple(coarse.shape)}, got '
+            f'{real.dtype} of shape {tuple(real.shape)}'
+        )
+    return real

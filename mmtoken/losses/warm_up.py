@@ -1,0 +1,38 @@
+"""The weight of a loss, and how it sets in."""
+
+import torch
+from torch import Tensor, nn
+
+from ..tokens.sink import recomputing
+
+
+class WarmUp(nn.Module):
+    """Base of losses whose weight may rise linearly from 0.
+
+    Args:
+        loss_weight: Factor of the loss.
+        warmup_iters: Over how many training passes the factor rises from 0 to ``loss_weight``.
+            They are counted in the buffer ``iterations``, which checkpoints keep.
+
+    Raises:
+        ValueError: An argument below 0.
+    """
+
+    def __init__(self, loss_weight: float, warmup_iters: int) -> None:
+        super().__init__()
+        for name, value in dict(loss_weight=loss_weight, warmup_iters=warmup_iters).items():
+            if not value >= 0:
+                raise ValueError(f'{name} must be 0 or more, got {value}')
+        self.loss_weight = loss_weight
+        self.warmup_iters = warmup_iters
+        if warmup_iters:
+            self.register_buffer('iterations', torch.zeros((), dtype=torch.int64))
+
+    def _weight(self) -> Tensor | float:
+        """The factor in force; a training pass moves the warm-up on."""
+        if not self.warmup_iters:
+            return self.loss_weight
+        weight = self.loss_weight * (self.iterations / self.warmup_iters).clamp(max=1)
+        if self.training and torch.is_grad_enabled() and not recomputing():
+            self.iterations += 1
+        return weight
