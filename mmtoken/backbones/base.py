@@ -200,6 +200,19 @@ class PlainBackbone(TokenBackbone):
         self.cls_token = small_parameter(1, 1, embed_dims) if cls_token else None
         self.pos_embed = small_parameter(1, math.prod(self.pos_grid) + cls_token, embed_dims)
 
+    @classmethod
+    def resolve_arch(cls, arch: str | Mapping) -> dict:
+        """Look an architecture up in the zoo, or check a user's own.
+
+        Raises:
+            ValueError, TypeError: As for :func:`resolve_arch`; heads that do not divide channels.
+        """
+        arch = resolve_arch(arch, cls.arch_zoo, cls.arch_keys)
+        dims, heads = arch['embed_dims'], arch['num_heads']
+        if dims % heads:
+            raise ValueError(f'embed_dims={dims} is no multiple of num_heads={heads}')
+        return arch
+
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Embed the patches and add their positions.
 
@@ -277,13 +290,17 @@ def check_out_indices(out_indices: Iterable[int], num_stages: int) -> tuple[int,
 
 
 def check_out_type(
-    out_type: str, allowed: Iterable[str], out_indices: tuple[int, ...], last: int
+    out_type: str,
+    allowed: Iterable[str],
+    out_indices: tuple[int, ...],
+    last: int,
+    cls_token: bool = False,
 ) -> None:
     """Refuse unknown output types, and vectors of anything but the last stage.
 
     Raises:
         ValueError: ``out_type`` is not allowed, or is neither ``'map'`` nor ``'tokens'`` while
-            ``out_indices`` is not ``(last,)``.
+            ``out_indices`` is not ``(last,)``, or is a class token without ``cls_token``.
     """
     allowed = tuple(allowed)
     if out_type not in allowed:
@@ -292,3 +309,5 @@ def check_out_type(
         raise ValueError(
             f'out_type={out_type!r} is of the last stage, out_indices=({last},); got {out_indices}'
         )
+    if out_type == 'cls_token' and not cls_token:
+        raise ValueError("out_type='cls_token' needs cls_token=True")

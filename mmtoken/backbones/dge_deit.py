@@ -14,12 +14,12 @@ from torch import Tensor
 from ..layers.cross_block import NORM_EPS
 from ..layers.grained import GrainedBlock, TrainMode
 from ..layers.spatial_reduction import SpatialReductionAttention
-from ..layers.usage import BUDGET, publish_usage
+from ..layers.usage import BUDGET, build_budget, counted_pixels, publish_usage
 from ..registry import MODELS
 from ..tokens.maps import to_map
 from ..tokens.padding import padding_regions, valid_size
 from ..tokens.regions import lay_regions
-from .base import PlainBackbone, check_out_type, resolve_arch
+from .base import PlainBackbone, check_out_type
 from .dge_pvt import OutType
 
 
@@ -83,26 +83,20 @@ class DGEDeiT(PlainBackbone):
         with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
-        arch = resolve_arch(arch, self.arch_zoo, self.arch_keys)
+        arch = self.resolve_arch(arch)
         dims, depth, heads = arch['embed_dims'], arch['num_layers'], arch['num_heads']
-        if dims % heads:
-            raise ValueError(f'embed_dims={dims} is no multiple of num_heads={heads}')
         super().__init__(
             dims, depth, img_size, patch_size, in_channels,
             out_indices, frozen_stages, norm_eval, init_cfg, cls_token,
         )  # fmt: skip
-        check_out_type(out_type, get_args(OutType), self.out_indices, depth - 1)
-        if out_type == 'cls_token' and not cls_token:
-            raise ValueError("out_type='cls_token' needs cls_token=True")
+        check_out_type(out_type, get_args(OutType), self.out_indices, depth - 1, cls_token)
         self.out_type = out_type
         self.out_channels = (dims,) * len(self.out_indices)
         self.stride = patch_size
         self.in_channels = in_channels
         self.granularities = tuple(granularities)
         self.region_size = region_size
-        self.budget = None
-        if budget is not None and len(self.granularities) > 1:
-            self.budget = MODELS.build(budget)
+        self.budget = build_budget(budget, self.granularities)
         rates = torch.linspace(0, drop_path_rate, depth, device='cpu').tolist()
         self.blocks = nn.ModuleList(
             GrainedBlock(
@@ -169,8 +163,6 @@ class DGEDeiT(PlainBackbone):
         """
         if self.budget is None:
             return 0.0
-        pixels = valid.double().prod(dim=1)
-        if self.budget.legacy:  # the release takes channels times height for the area
-            pixels = self.in_channels * valid[:, 0].double()
+        pixels = counted_pixels(valid, self.in_channels, self.budget.legacy)
         dims = self.pos_embed.shape[-1]
         return self.in_channels * pixels * dims + dims * self.budget.num_classes

@@ -17,7 +17,7 @@ from ..layers.deformable import DeformableAttention
 from ..layers.grained import GrainedBlock, TrainMode
 from ..layers.grained_stage import GrainedStage
 from ..layers.spatial_reduction import SpatialReductionAttention
-from ..layers.usage import BUDGET, publish_usage
+from ..layers.usage import BUDGET, build_budget, counted_pixels, publish_usage
 from ..registry import MODELS
 from ..tokens.maps import to_map
 from ..tokens.padding import valid_size
@@ -103,9 +103,7 @@ class DGEPVT(TokenBackbone):
         )
         if not -1 <= frozen_stages <= len(dims):
             raise ValueError(f'frozen_stages must be from -1 to {len(dims)}, got {frozen_stages}')
-        check_out_type(out_type, get_args(OutType), self.out_indices, len(dims) - 1)
-        if out_type == 'cls_token' and not cls_token:
-            raise ValueError("out_type='cls_token' needs cls_token=True")
+        check_out_type(out_type, get_args(OutType), self.out_indices, len(dims) - 1, cls_token)
         self.out_type = out_type
         self.granularities = tuple(granularities)
         if cls_token and arch.get('sr_ratios', (1,))[-1] != 1:
@@ -114,9 +112,7 @@ class DGEPVT(TokenBackbone):
             )
         self.out_channels = tuple(dims[i] for i in self.out_indices)
         self.in_channels = in_channels
-        self.budget = None
-        if budget is not None and len(self.granularities) > 1:
-            self.budget = MODELS.build(budget)
+        self.budget = build_budget(budget, self.granularities)
 
         rates = torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist()
         self.layers = nn.ModuleList()
@@ -194,9 +190,7 @@ class DGEPVT(TokenBackbone):
         """
         if self.budget is None:
             return 0.0
-        pixels = valid.double().prod(dim=1)
-        if self.budget.legacy:  # the release takes channels times height for the area
-            pixels = self.in_channels * valid[:, 0].double()
+        pixels = counted_pixels(valid, self.in_channels, self.budget.legacy)
         dims = self.layers[-1].blocks[0].norm1.normalized_shape[0]
         total = torch.full_like(pixels, dims * self.budget.num_classes)
         for stage in self.layers:

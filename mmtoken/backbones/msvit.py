@@ -29,7 +29,7 @@ from ..tokens.regions import Regions, join_levels, lay_regions, pool_cells, take
 from ..tokens.routing import choose
 from ..tokens.sink import publish, wanted
 from ..tokens.tiles import tokenwise
-from .base import PlainBackbone, check_out_type, resolve_arch, small_parameter
+from .base import PlainBackbone, check_out_type, small_parameter
 
 OutType = Literal['map', 'tokens', 'cls_token', 'avg_featmap']
 TrainMode = Literal['masked', 'gathered']
@@ -131,10 +131,8 @@ class MSViT(PlainBackbone):
         with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
-        arch = resolve_arch(arch, self.arch_zoo, self.arch_keys)
+        arch = self.resolve_arch(arch)
         dims, depth, heads = arch['embed_dims'], arch['num_layers'], arch['num_heads']
-        if dims % heads:
-            raise ValueError(f'embed_dims={dims} is no multiple of num_heads={heads}')
         if coarse_size <= fine_size or coarse_size % fine_size:
             raise ValueError(
                 f'coarse_size must be a multiple of fine_size={fine_size}, from '
@@ -146,9 +144,7 @@ class MSViT(PlainBackbone):
             dims, depth, img_size, fine_size, in_channels,
             out_indices, frozen_stages, norm_eval, init_cfg, cls_token,
         )  # fmt: skip
-        check_out_type(out_type, get_args(OutType), self.out_indices, depth - 1)
-        if out_type == 'cls_token' and not cls_token:
-            raise ValueError("out_type='cls_token' needs cls_token=True")
+        check_out_type(out_type, get_args(OutType), self.out_indices, depth - 1, cls_token)
         self.out_type = out_type
         self.out_channels = (dims,) * len(self.out_indices)
         self.train_mode = train_mode

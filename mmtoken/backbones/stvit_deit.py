@@ -21,7 +21,7 @@ from ..layers.spatial_pooling import Pooling
 from ..registry import MODELS
 from ..tokens.maps import to_map
 from ..tokens.packed import SparseFeatures, pack_equal
-from .base import PlainBackbone, check_out_type, resolve_arch
+from .base import PlainBackbone, check_out_type
 
 OutType = Literal['map', 'tokens', 'avg_featmap']
 NUM_GENERATION_LAYERS = 2
@@ -104,10 +104,8 @@ class STViTDeiT(PlainBackbone):
         with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
-        arch = resolve_arch(arch, self.arch_zoo, self.arch_keys)
+        arch = self.resolve_arch(arch)
         dims, depth, heads = arch['embed_dims'], arch['num_layers'], arch['num_heads']
-        if dims % heads:
-            raise ValueError(f'embed_dims={dims} is no multiple of num_heads={heads}')
         if semantic_size is not None and not 0 <= base_layers <= depth - NUM_GENERATION_LAYERS:
             raise ValueError(
                 f'base_layers must be from 0 to {depth - NUM_GENERATION_LAYERS}, which leaves two '

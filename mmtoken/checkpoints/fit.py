@@ -116,6 +116,8 @@ def _free_registers(state: State, own: State, report: Report) -> None:
     elif is_square(length - behind):
         state['reg_token'] = registers + positions[:, first:behind]
         state['pos_embed'] = torch.cat([positions[:, :first], positions[:, behind:]], dim=1)
+    else:
+        return
     report.resized['pos_embed'] = (tuple(positions.shape), tuple(state['pos_embed'].shape))
 
 

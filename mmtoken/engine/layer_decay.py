@@ -75,7 +75,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         # Of a shared parameter, this has the name that comes first, as the groups have.
         names = {parameter: name for name, parameter in model.named_parameters()}
         merged: list[dict] = []
-        rows: dict[tuple[str, int], tuple[list[int], set[float]]] = {}
+        rows: dict[tuple[str | None, int], tuple[list[int], set[float]]] = {}
         done = set()
         for group in groups:
             [parameter] = group['params']
@@ -87,6 +87,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                     'set bypass_duplicate=True in paramwise_cfg if it should be'
                 )
             done.add(parameter)
+            # The first one is the outermost.
             start = next((start for start in layered if name.startswith(start)), None)
             depth, num_layers = 0, 1
             if start is not None:
@@ -102,16 +103,16 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
 
 def _layered_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The outermost modules that give depths, by what precedes the names of their parameters.
+    """Modules that give depths, outer ones first, by what precedes their parameters' names.
 
     Raises:
         TypeError: There is none.
     """
-    found = {}
-    for name, module in model.named_modules():
-        start = f'{name}.' if name else ''
-        if not any(start.startswith(outer) for outer in found) and _gives_depths(module):
-            found[start] = module
+    found = {
+        f'{name}.' if name else '': module
+        for name, module in model.named_modules()
+        if _gives_depths(module)
+    }
     if not found:
         raise TypeError(
             'layer-wise decay needs a model with a backbone that has a method '

@@ -6,10 +6,27 @@ from typing import NamedTuple
 import torch.nn as nn
 from torch import Tensor
 
+from ..registry import MODELS
 from ..tokens.sink import publish, wanted
 
 # What backbones and necks are held to if not told otherwise, as in the released code.
 BUDGET = dict(type='mmtoken.BudgetLoss', target=0.5, loss_weight=1.0)
+
+
+def build_budget(budget: dict | None, granularities: Sequence[int]) -> nn.Module | None:
+    """Build the loss that a network of these granularities is held to; None if it has no choice."""
+    return None if budget is None or len(granularities) == 1 else MODELS.build(budget)
+
+
+def counted_pixels(valid: Tensor, in_channels: int, legacy: bool) -> Tensor:
+    """Pixels of each image, as the budget counts them, float64, ``(B,)``.
+
+    Args:
+        valid: Sizes of the images, ``(B, 2)``, in pixels.
+        in_channels: Channels of the images.
+        legacy: Count as the release does, which takes channels times height for the area.
+    """
+    return in_channels * valid[:, 0].double() if legacy else valid.double().prod(dim=1)
 
 
 class Usage(NamedTuple):

@@ -203,7 +203,7 @@ class BatchShapingLoss(WarmUp):
         values, bins, shape = _pool(coarse, real, self.min_samples)
         mean, temperature = (
             F.interpolate(p[None, None], shape, mode='bilinear', antialias=True).flatten()
-            for p in self._parameters(coarse)
+            for p in self._priors(coarse)
         )
         probability = PRIORS[self.prior](values, mean[bins], temperature[bins])
         distances, sizes = batch_shaping(probability, bins, len(mean))
@@ -212,7 +212,7 @@ class BatchShapingLoss(WarmUp):
             loss = loss + self._hyper_loss(coarse) * (len(values) > 0)
         return (self._weight() * loss).float()
 
-    def _parameters(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _priors(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Means and temperatures of the priors, on their own grid."""
         if self.generalised:
             logits = self.mean_logits, self.temperature_logits
@@ -222,7 +222,7 @@ class BatchShapingLoss(WarmUp):
 
     def _hyper_loss(self, like: Tensor) -> Tensor:
         """What keeps the priors from following the gates anywhere."""
-        mean, temperature = self._parameters(like)
+        mean, temperature = self._priors(like)
         probability = normal_cdf(mean.flatten(), self.target_coarse_ratio, self.hyper_std)
         distance, _ = batch_shaping(probability)
         return distance[0] + self.temperature_penalty * temperature.mean()

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..layers.grained import GrainedBlock, TrainMode
 from ..layers.init import init_own
 from ..layers.spatial_reduction import SpatialReductionAttention
-from ..layers.usage import BUDGET, publish_usage
+from ..layers.usage import BUDGET, build_budget, publish_usage
 from ..registry import MODELS
 from ..tokens.maps import to_map
 from .simple_feature_pyramid import XAVIER, Norm, SimpleFeaturePyramid
@@ -104,9 +104,7 @@ class GrainUnpoolNeck(BaseModule):
             )
             for dims, count, ratio in zip(widths, heads, ratios, strict=True)
         )
-        self.budget = None
-        if budget is not None and len(tuple(granularities)) > 1:
-            self.budget = MODELS.build(budget)
+        self.budget = build_budget(budget, tuple(granularities))
         self.pyramid = None
         if isinstance(in_channels, int):
             self.pyramid = SimpleFeaturePyramid(

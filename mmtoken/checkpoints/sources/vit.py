@@ -60,16 +60,14 @@ def check_arguments(state: Mapping[str, Tensor], model: nn.Module) -> None:
         return
     name, arguments = type(model).__name__, inspect.signature(type(model)).parameters
 
-    def refuse(what: str, argument: str, value: float | None) -> None:
+    def refuse(what: str, argument: str, value: object) -> None:
         remedy = f'set {argument}={value}' if argument in arguments else f'it takes no {argument}'
         raise ValueError(f'{what}; {remedy}')
 
     scaled = any(key.endswith(('.ls1.gamma', '.attn.gamma1.weight')) for key in state)
     if scaled != ('blocks.0.ls1.gamma' in own):
-        who, value = ('its blocks', 1e-5) if scaled else (f'those of {name}', None)
-        refuse(
-            f'of its blocks and those of {name} only {who} have layer scale', 'layer_scale', value
-        )
+        with_it, without, value = ('it', name, '1e-5') if scaled else (name, 'it', None)
+        refuse(f'{with_it} has layer scale, {without} has none', 'layer_scale', value)
     registers = [t.shape[1] for key, t in state.items() if key.endswith(REGISTERS)]
     theirs, ours = (*registers, 0)[0], own['reg_token'].shape[1] if 'reg_token' in own else 0
     if theirs != ours:

@@ -1,0 +1,33 @@
+# MSViT from the weights of ViT: regions of 16 pixels become one token, or four of 8 pixels.
+_base_ = './mask-rcnn_vit-nano_sfp_1xb8-10e_shapes.py'
+
+load_from = 'work_dirs/mask-rcnn_vit-nano_sfp_1xb8-10e_shapes/epoch_10.pth'
+custom_hooks = [dict(type='mmtoken.TokenLossHook')]
+model = dict(
+    backbone=dict(
+        gate=dict(
+            loss=dict(
+                type='mmtoken.BatchShapingLoss',
+                target_coarse_ratio=0.5,
+                loss_weight=4.0,
+                warmup_iters=30,
+            )
+        ),
+        out_type='tokens',
+    ),
+    neck=dict(type='mmtoken.MixedScaleNeck'),
+)
+train_cfg = dict(max_epochs=3, val_interval=3)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=30),
+    dict(type='PolyLR', eta_min=0.0, power=1.0, begin=30, end=225, by_epoch=False),
+]
+optim_wrapper = dict(
+    optimizer=dict(lr=5e-4),
+    paramwise_cfg=dict(
+        custom_keys={
+            'backbone.gate': dict(lr_mult=10.0),
+            'backbone.gate_loss': dict(lr_mult=10.0, decay_mult=0.0),
+        }
+    ),
+)
