@@ -51,6 +51,12 @@ class MixedViT(nn.Module):
         return self.norm(x)
 
 
+class LenientViT(MixedViT):
+    """May lack what a ViT has not, so names of timm pass for its own."""
+
+    fresh_keys = r'(gate|gate_loss|patch_embed_coarse)\..*'
+
+
 def timm_vit(num_registers=0, **kwargs):
     registers = dict(reg_tokens=num_registers, no_embed_class=True) if num_registers else {}
     return TimmViT(**{**TIMM, 'init_values': 0.1, 'num_classes': 0, **registers, **kwargs})
@@ -152,11 +158,17 @@ def test_timm_computes_the_same(num_registers, save, wake):
         )
 
 
-def test_registers_with_positions_compute_the_same(save, wake):
-    theirs = wake(timm_vit(4, no_embed_class=False, init_values=None))
-    assert theirs.pos_embed.shape == (1, 21, 32)
-    ours = wake(MixedViT(layer_scale=False, num_registers=4))
-    assert load_into(ours, save(theirs.state_dict())).origin == 'vit (timm names)'
+@pytest.mark.parametrize('model', [MixedViT, LenientViT])
+@pytest.mark.parametrize('no_embed_class', [True, False])
+def test_registers_compute_the_same(model, no_embed_class, save, wake):
+    """With and without positions of their own; no layer scale, so this is a ViT of timm."""
+    theirs = wake(timm_vit(4, no_embed_class=no_embed_class, init_values=None))
+    length = theirs.pos_embed.shape[1]
+    assert length == (16 if no_embed_class else 21)
+    ours = wake(model(layer_scale=False, num_registers=4))
+    report = load_into(ours, save(theirs.state_dict()))
+    assert report.source == ('vit' if model is MixedViT else None)
+    assert report.resized == dict(pos_embed=((1, length, 32), (1, 17, 32)))
     image = torch.randn(2, 3, 56, 56)
     with torch.no_grad():
         torch.testing.assert_close(
@@ -217,8 +229,36 @@ def test_positions_and_patches_are_resampled(library, num_registers, cls_token, 
     }
 
 
+@pytest.mark.parametrize('cls_token', [True, False])
+@pytest.mark.parametrize('no_embed_class', [True, False])
+def test_positions_beside_registers_are_resampled(cls_token, no_embed_class, save):
+    kwargs = dict(class_token=cls_token, global_pool='avg', fc_norm=False, init_values=None)
+    state = timm_vit(4, no_embed_class=no_embed_class, **kwargs).state_dict()
+    state['reg_token'], position = torch.randn(1, 4, 32), state['pos_embed']
+    ours = MixedViT(False, 4, cls_token, pos_grid=(6, 8))
+    load_into(ours, save(state))
+    first = torch.zeros(1, cls_token, 32) if no_embed_class else position[:, :cls_token]
+    places = resample_abs_pos_embed(position[:, -16:], (6, 8), (4, 4), num_prefix_tokens=0)
+    assert torch.equal(ours.pos_embed, torch.cat([first, places], dim=1))
+    added = 0 if no_embed_class else position[:, cls_token : cls_token + 4]
+    assert torch.equal(ours.reg_token, state['reg_token'] + added)
+
+
+def test_grid_that_is_not_square_beside_registers(save):
+    """Our 4 x 6 places and a class token are as many as 5 x 5; of others they are refused."""
+    args = dict(num_registers=4, pos_grid=(4, 6))
+    saved, loaded = MixedViT(**args), MixedViT(**args)
+    nn.init.normal_(saved.pos_embed)
+    state = {name: t for name, t in saved.state_dict().items() if not name.startswith('gate')}
+    assert load_into(loaded, save(state)).source == 'dinov2'
+    assert torch.equal(loaded.pos_embed, saved.pos_embed)
+    state = timm_vit(4, img_size=(56, 84)).state_dict()
+    with pytest.raises(ValueError, match=r'pos_embed \(1, 24, 32\) instead of \(1, 17, 32\)'):
+        load_into(MixedViT(num_registers=4), save(state))
+
+
 def test_what_is_converted_is_known_again():
-    """A file of the tool, without a model, has the class token's position."""
+    """Official files have timm's names after that."""
     once = convert(official(4, chunked=True), 'dinov2')[0]
     assert set(once) == set(timm_vit(4).state_dict())
     again, report = convert(once, 'dinov2')
@@ -257,23 +297,27 @@ def test_gate_is_fresh_as_a_whole(layer_scale, save):
 @pytest.mark.parametrize(
     'file, args, message',
     [
-        ({}, dict(layer_scale=False), 'have layer scale, .* MixedViT have none; set its layer_s'),
+        (
+            {},
+            dict(layer_scale=False),
+            'it has layer scale, MixedViT has none; set layer_scale=1e-5',
+        ),
         (
             dict(num_registers=4),
             {},
-            'it has 4 register tokens, and MixedViT has 0; set its num_reg',
+            'it has 4 register tokens, MixedViT has 0; set num_registers=4',
         ),
         (
             dict(num_registers=4),
             dict(num_registers=2),
-            'has 4 register tokens, .* has 2; set its num',
+            'it has 4 register tokens, MixedViT has 2; set num_registers=4',
         ),
         (
             {},
             dict(num_registers=4),
-            'it has 0 register tokens, and MixedViT has 4; set its num_reg',
+            'it has 0 register tokens, MixedViT has 4; set num_registers=0',
         ),
-        (UNSCALED, {}, 'have no layer scale, and those of MixedViT have some; set its layer_scale'),
+        (UNSCALED, {}, 'MixedViT has layer scale, it has none; set layer_scale=None'),
     ],
 )
 def test_what_the_model_must_be_built_with(file, args, message, save):
@@ -287,7 +331,7 @@ def test_what_the_model_must_be_built_with(file, args, message, save):
 
 @pytest.mark.parametrize('model', [DGEDeiT, STViTDeiT])
 def test_backbones_without_layer_scale(model, save):
-    message = rf'layer scale, and those of {model.__name__} have none; it takes no layer_scale$'
+    message = f'it has layer scale, {model.__name__} has none; it takes no layer_scale$'
     args = dict(base_layers=1) if model is STViTDeiT else {}
     with pytest.raises(ValueError, match=message):
         load_into(model(ARCH, img_size=56, patch_size=14, **args), save(official()))
