@@ -91,10 +91,11 @@ def bin_grid(batches: Sequence[tuple[float, int, int]], min_samples: int) -> tup
     # The smallest bins have so many regions of each image.
     smallest = sum(images * (h // rows) * (w // columns) for images, h, w in batches)
     enough = (np.argwhere(smallest >= min_samples) + 1).tolist()
-    best = min(
-        enough, key=lambda g: (max(height / g[0], width / g[1]), -g[0] * g[1]), default=[1, 1]
-    )
-    return tuple(best)
+
+    def coarseness(grid: list[int]) -> tuple[float, int]:
+        return max(height / grid[0], width / grid[1]), -grid[0] * grid[1]
+
+    return tuple(min(enough, key=coarseness, default=[1, 1]))
 
 
 @MODELS.register_module()
@@ -117,7 +118,9 @@ class BatchShapingLoss(WarmUp):
     that of the bins, so images may have any size.
 
     The logits of the parameters, ``mean_logits`` and ``temperature_logits``, want a learning rate
-    above that of the network and no weight decay, which would draw means and temperatures to 0.5.
+    above that of the network, but not so high that they follow the gate faster than it follows
+    them: some four standard deviations away from the target, the hyper-prior has no gradient left
+    to call a mean back. They want no weight decay, which would draw means and temperatures to 0.5.
     The released loss starts with means and temperatures of 0.5; here means start at the target.
 
     Args:
@@ -129,8 +132,9 @@ class BatchShapingLoss(WarmUp):
             ``'normal'``.
         temperature: Temperature of the prior, at first or for good; of a normal prior the standard
             deviation. Above 0 and below 1.
-        temperature_penalty: Factor of the mean temperature in the loss. Normal priors have no such
-            term: it would draw them together to a constant.
+        temperature_penalty: Factor of the mean temperature in the loss. The higher it is, the more
+            decided the gates, and the further their mean comes out from the target towards 0.5.
+            Normal priors have no such term: it would draw them together to a constant.
         hyper_std: Standard deviation of the hyper-prior.
         grid: Rows and columns of the grid of the learned parameters.
         min_samples: How many values a bin should have at least. With 1, no positions are pooled
