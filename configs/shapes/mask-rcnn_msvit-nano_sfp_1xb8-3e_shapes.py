@@ -6,6 +6,7 @@ custom_hooks = [dict(type='mmtoken.TokenLossHook')]
 model = dict(
     backbone=dict(
         gate=dict(
+            _delete_=True,
             loss=dict(
                 type='mmtoken.BatchShapingLoss',
                 target_coarse_ratio=0.5,
@@ -27,7 +28,7 @@ optim_wrapper = dict(
     paramwise_cfg=dict(
         custom_keys={
             'backbone.gate': dict(lr_mult=10.0),
-            'backbone.gate_loss': dict(lr_mult=10.0, decay_mult=0.0),
+            'backbone.gate_loss': dict(decay_mult=0.0),
         }
     ),
 )
