@@ -91,8 +91,10 @@ def build(cfg: Config) -> torch.nn.Module:
     model.backbone.pop('init_cfg', None)
     # mmpretrain keeps it beside the model.
     model.setdefault('data_preprocessor', cfg.get('data_preprocessor'))
-    if model.data_preprocessor.get('size'):
-        model.data_preprocessor.size = (HEIGHT, WIDTH)
+    augments = model.data_preprocessor.get('batch_augments') or []
+    for part in (model.data_preprocessor, *augments):
+        if part.get('size'):
+            part.size = (HEIGHT, WIDTH)
     without_sync_bn(model)
     with_few_regions([model.get('train_cfg'), model.get('test_cfg')])
     init_default_scope(cfg.default_scope)

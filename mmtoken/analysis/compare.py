@@ -44,7 +44,7 @@ class Measurement:
     """What one network costs.
 
     Attributes:
-        cost: Of the forward pass of one image.
+        cost: Of the forward pass, for one image, the mean over the batch.
         times: Milliseconds a step, one for each round.
         peak_mb: Peak memory of a step; None where the system does not tell.
     """
@@ -81,7 +81,9 @@ def compare(
     for name, subject in subjects.items():
         network = subject.build().to(device)
         inside = subject.overriding
-        costs[name] = measure_cost(network, images[:1].float(), inside=inside)
+        costs[name] = measure_cost(
+            network, images.float(), batch_size=setting.batch_size, inside=inside
+        )
         check_routing(subject, costs[name])
         steps[name] = make_step(
             network, images, setting.train, setting.compiled, subject.mixed, inside

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..tokens.record import record_routing
 from ..tokens.reference import reference_path
-from ..visualization.decisions import query_ratio
+from ..visualization.decisions import coarse_ratio, query_ratio
 from .macs import count_macs, make_counter
 
 KINDS = ('linear', 'convolution', 'attention')
@@ -24,14 +24,16 @@ KINDS = ('linear', 'convolution', 'attention')
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one forward pass.
+    """Cost of one forward pass, for one image: the mean over a batch, rounded down.
 
     Attributes:
         macs: Multiply-accumulates on the reference path.
         executed: Multiply-accumulates that the fast path executes.
         parameters: Elements of all parameters.
         stages: Part of the model, such as ``'layers.2'``, to kind of work to its share of ``macs``.
-        query_ratio: Queries over tokens, of all blocks that choose; None if none does.
+        query_ratio: Queries over tokens, of all blocks that choose; None if none does. For MSViT,
+            tokens over fine ones.
+        coarse_ratio: Regions that chose the coarsest over regions, likewise.
     """
 
     macs: int
@@ -39,6 +41,7 @@ class Cost:
     parameters: int
     stages: dict[str, dict[str, int]]
     query_ratio: float | None = None
+    coarse_ratio: float | None = None
 
     def by_kind(self) -> dict[str, int]:
         """Multiply-accumulates of each kind of work."""
@@ -53,6 +56,7 @@ def measure_cost(
     module: nn.Module,
     *inputs,
     root: nn.Module | None = None,
+    batch_size: int = 1,
     inside: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Cost:
     """Count one forward pass on both paths.
@@ -61,28 +65,30 @@ def measure_cost(
         module: A model, in eval mode.
         inputs: What it is called with.
         root: The submodule whose parts are told apart in ``stages``, by default the module itself.
+        batch_size: Images in the inputs. The cost is that of one, the mean.
         inside: Makes a context that each path runs inside of.
     """
     with inside(), reference_path():
-        stages = macs_by_stage(module, *inputs, root=root)
+        stages = macs_by_stage(module, *inputs, root=root, batch_size=batch_size)
     with inside(), record_routing() as decisions:
         executed = count_macs(module, *inputs)
     return Cost(
         macs=sum(sum(kinds.values()) for kinds in stages.values()),
-        executed=executed,
+        executed=executed // batch_size,
         parameters=sum(p.numel() for p in module.parameters()),
         stages=stages,
         query_ratio=query_ratio(decisions) if decisions else None,
+        coarse_ratio=coarse_ratio(decisions) if decisions else None,
     )
 
 
 def macs_by_stage(
-    module: nn.Module, *inputs, root: nn.Module | None = None
+    module: nn.Module, *inputs, root: nn.Module | None = None, batch_size: int = 1
 ) -> dict[str, dict[str, int]]:
     """Multiply-accumulates of a forward pass by part of the model and kind of work.
 
     Args:
-        module, inputs, root: As for :func:`measure_cost`.
+        module, inputs, root, batch_size: As for :func:`measure_cost`.
 
     Returns:
         ``{part: {kind: macs}}``, in the order of :func:`stage_names`. Parts that do no such work
@@ -95,7 +101,7 @@ def macs_by_stage(
         part = next((p for p in parts if f'{name}.'.startswith(f'{p}.')), 'other')
         stages[part][kind] += flops
     return {
-        part: {kind: flops // 2 for kind, flops in kinds.items()}
+        part: {kind: flops // (2 * batch_size) for kind, flops in kinds.items()}
         for part, kinds in stages.items()
         if any(kinds.values())
     }

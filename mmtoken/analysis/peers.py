@@ -54,6 +54,20 @@ def _vit(arguments: dict) -> dict:
     )
 
 
+def _msvit(arguments: dict) -> dict | None:
+    # A plain ViT: without registers, windows, or the layer scale of DINOv2.
+    if arguments['num_registers'] or arguments['window_size'] or arguments['layer_scale']:
+        return None
+    out_type = arguments['out_type']
+    return _vit(
+        dict(
+            arguments,
+            patch_size=arguments['fine_size'],
+            out_type='map' if out_type == 'tokens' else out_type,  # tokens become a map in a neck
+        )
+    )
+
+
 def _pvt(arguments: dict) -> dict | None:
     arch = arguments['arch']
     dims, heads, stages = arch['embed_dims'], arch['num_heads'], len(arch['depths'])
@@ -81,4 +95,5 @@ PEERS = {
     'STViTDeiT': (('mmpretrain',), 'VisionTransformer', _vit),
     'DGEPVT': (('mmdet',), 'PyramidVisionTransformer', _pvt),
     'DGEDeiT': (('mmpretrain',), 'VisionTransformer', _vit),
+    'MSViT': (('mmpretrain',), 'VisionTransformer', _msvit),
 }

@@ -30,7 +30,8 @@ class Subject:
         scope: Library whose registries it is built from.
         part: The backbone alone, or the model up to its raw outputs (mode ``'tensor'``).
         imports: The config's ``custom_imports``.
-        routing: What to override its routers with, such as ``dict(query_ratio=0.5)``; see
+        routing: What to override its routers with, such as ``dict(query_ratio=0.5)`` or, for the
+            images of a batch in turn, ``dict(coarse_ratio=[0.2, 0.8])``; see
             :func:`mmtoken.routing_override`. Empty lets them choose.
     """
 

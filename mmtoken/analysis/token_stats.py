@@ -1,6 +1,8 @@
 """Where a trained network spends its queries: on objects, or on what is around them.
 
-Counted is queries per token, over all blocks whose regions choose. A region is on an object if at
+Counted is queries per token, over all blocks whose regions choose; of a network that chooses once,
+before its first block, tokens per fine patch. Beside it stands the share of regions that chose the
+coarsest of their granularities. A region is on an object if at
 least half of its pixels are, of those that belong to the image; otherwise it is background. Coarse
 stages have large regions, in which small objects count as background. Regions that the border of
 the grid cuts off count in the whole, but neither as objects nor as background: they have more
@@ -16,7 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..tokens.record import Decision
-from ..visualization.decisions import count_queries, image_ratios, real_regions, split_stages
+from ..visualization.decisions import (
+    coarse_regions,
+    count_queries,
+    image_coarse_ratios,
+    image_ratios,
+    ratio_unit,
+    real_regions,
+    split_stages,
+)
 from ..visualization.token_maps import stride_of
 from .watch import Watched
 
@@ -26,46 +36,63 @@ UNLABELLED = 255  # in label maps
 
 @dataclass
 class Count:
-    """Queries and tokens of the blocks of a stage: ``[all, background, objects]``.
+    """What the blocks of a stage chose: each ``[all, background, objects]``.
 
     Attributes:
         stride: Of the tokens, in pixels.
         queries, tokens: How many.
+        coarse, regions: How many chose the coarsest, and how many there are.
     """
 
     stride: int
     queries: list[int] = field(default_factory=lambda: [0, 0, 0])
     tokens: list[int] = field(default_factory=lambda: [0, 0, 0])
+    coarse: list[int] = field(default_factory=lambda: [0, 0, 0])
+    regions: list[int] = field(default_factory=lambda: [0, 0, 0])
 
     def add(self, decision: Decision, on_object: Tensor) -> None:
         """Count the regions of a block; ``on_object`` is ``(B, Hr, Wr)``."""
         queries, tokens = count_queries(decision)
         tokens, real = tokens.expand_as(queries), real_regions(decision)
+        coarse = coarse_regions(decision)
         whole = real & (tokens == decision.region_size**2)
         for i, where in enumerate((real, whole & ~on_object, whole & on_object)):
             self.queries[i] += int(queries[where].sum())
             self.tokens[i] += int(tokens[where].sum())
+            self.coarse[i] += int(coarse[where].sum())
+            self.regions[i] += int(where.sum())
 
     @property
     def ratios(self) -> list[float | None]:
         """Queries per token; None where there is no token."""
-        return [q / t if t else None for q, t in zip(self.queries, self.tokens, strict=True)]
+        return _divide(self.queries, self.tokens)
+
+    @property
+    def coarse_ratios(self) -> list[float | None]:
+        """Coarsest regions over regions; None where there is none."""
+        return _divide(self.coarse, self.regions)
 
     def to_dict(self) -> dict:
         """For JSON."""
         return dict(stride=self.stride) | summarise([self])
 
 
+def _divide(over: list[int], under: list[int]) -> list[float | None]:
+    return [a / b if b else None for a, b in zip(over, under, strict=True)]
+
+
 def summarise(stages: list[Count]) -> dict:
     """Queries per token of some stages, and how many times as many objects have.
 
     The latter compares with what the tokens on objects would have if background's ratio of the
-    same stage held for them, since objects have other shares of the tokens in other stages.
+    same stage held for them, since objects have other shares of the tokens in other stages. Beside
+    it, which shares of the regions are as coarse as can be.
     """
     whole = Count(0)
     for stage in stages:
-        whole.queries = [a + b for a, b in zip(whole.queries, stage.queries, strict=True)]
-        whole.tokens = [a + b for a, b in zip(whole.tokens, stage.tokens, strict=True)]
+        for name in ('queries', 'tokens', 'coarse', 'regions'):
+            pairs = zip(getattr(whole, name), getattr(stage, name), strict=True)
+            setattr(whole, name, [a + b for a, b in pairs])
     both = [stage for stage in stages if stage.tokens[1] and stage.tokens[2]]
     expected = sum(stage.tokens[2] * stage.ratios[1] for stage in both)
     query_ratio, background, objects = whole.ratios
@@ -74,6 +101,17 @@ def summarise(stages: list[Count]) -> dict:
         objects=objects,
         background=background,
         contrast=sum(stage.queries[2] for stage in both) / expected if both else None,
+        coarse_ratio=dict(zip(('all', 'background', 'objects'), whole.coarse_ratios, strict=True)),
+    )
+
+
+def spread(values: list[float]) -> dict:
+    """Mean, standard deviation (None of a single value), least and greatest."""
+    return dict(
+        mean=mean(values),
+        std=stdev(values) if len(values) > 1 else None,
+        min=min(values),
+        max=max(values),
     )
 
 
@@ -87,17 +125,22 @@ def collect(batches: Iterable[tuple[Watched, Tensor, Tensor]]) -> dict:
     Returns:
         For ``overall`` and each of ``stages``: ``query_ratio`` (queries per token), the same on
         ``objects`` and on ``background``, and ``contrast``, how many times as many objects have
-        (see :func:`summarise`), of sums over all images. ``images``: how many there were.
-        ``per_image``: mean, standard deviation, least and greatest of their query ratios.
+        (see :func:`summarise`), of sums over all images; ``coarse_ratio``, the share of regions
+        that are as coarse as can be, of ``all``, on ``objects`` and on ``background``. ``images``:
+        how many there were. ``per_image``: mean, standard deviation, least and greatest of their
+        query ratios, and under ``coarse_ratio`` of these. ``unit``: what query ratios count, in
+        words.
 
     Raises:
         ValueError: A network that chooses nothing, or no image.
     """
-    stages, ratios = [], []
+    stages, ratios, coarse, unit = [], [], [], ''
     for watched, objects, valid in batches:
         if not watched.decisions:
             raise ValueError('no part of the model chooses its tokens')
+        unit = ratio_unit(watched.decisions)
         ratios += image_ratios(watched.decisions).tolist()
+        coarse += image_coarse_ratios(watched.decisions).tolist()
         for i, blocks in enumerate(split_stages(watched.decisions)):
             stride = stride_of(tuple(watched.images.shape[2:]), blocks[0].grid)
             if i == len(stages):
@@ -109,12 +152,8 @@ def collect(batches: Iterable[tuple[Watched, Tensor, Tensor]]) -> dict:
         raise ValueError('there is no image in the validation set')
     return dict(
         images=len(ratios),
-        per_image=dict(
-            mean=mean(ratios),
-            std=stdev(ratios) if len(ratios) > 1 else None,
-            min=min(ratios),
-            max=max(ratios),
-        ),
+        unit=unit,
+        per_image=spread(ratios) | dict(coarse_ratio=spread(coarse)),
         overall=summarise(stages),
         stages=[stage.to_dict() for stage in stages],
     )

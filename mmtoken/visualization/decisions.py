@@ -1,6 +1,10 @@
-"""What routing decisions amount to: queries and tokens of regions, of stages, of networks."""
+"""What routing decisions amount to: queries and tokens of regions, of stages, of networks.
 
-from collections.abc import Iterable
+Of a network that chooses once, before its first block (MSViT), queries are the tokens it has, and
+tokens the fine ones there could be.
+"""
+
+from collections.abc import Iterable, Sized
 from itertools import groupby
 
 import torch
@@ -45,6 +49,35 @@ def image_ratios(decisions: Iterable[Decision]) -> Tensor:
 def query_ratio(decisions: Iterable[Decision]) -> float:
     """Queries over tokens, the mean over images."""
     return image_ratios(decisions).mean().item()
+
+
+def coarse_regions(decision: Decision) -> Tensor:
+    """Regions that are as coarse as can be, padding left out, ``(B, Hr, Wr)``, bool."""
+    coarsest = decision.sides.index(max(decision.sides))
+    return (decision.choice.cpu() == coarsest) & real_regions(decision)
+
+
+def image_coarse_ratios(decisions: Iterable[Decision]) -> Tensor:
+    """Coarsest regions over regions of each image, of all layers, without padding: ``(B,)``."""
+    coarse, real = 0, 0
+    for decision in decisions:
+        coarse = coarse + coarse_regions(decision).sum(dim=(1, 2)).double()
+        real = real + real_regions(decision).sum(dim=(1, 2)).double()
+    return coarse / real
+
+
+def coarse_ratio(decisions: Iterable[Decision]) -> float:
+    """Coarsest regions over regions, the mean over images."""
+    return image_coarse_ratios(decisions).mean().item()
+
+
+def ratio_unit(decisions: Sized) -> str:
+    """What a query ratio counts, in words: a network that chooses once chooses its tokens.
+
+    Args:
+        decisions: Of the whole network.
+    """
+    return 'tokens per fine patch' if len(decisions) == 1 else 'queries per token'
 
 
 def split_stages(decisions: Iterable[Decision]) -> list[list[Decision]]:

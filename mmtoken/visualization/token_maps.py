@@ -12,13 +12,22 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from ..tokens.record import Decision
-from .decisions import image_ratios, mean_density, real_regions, split_stages
+from .decisions import (
+    image_coarse_ratios,
+    image_ratios,
+    mean_density,
+    ratio_unit,
+    real_regions,
+    split_stages,
+)
 
 COLOURS = 'viridis'
 OVERLAY = 0.7  # opacity of the colours over the picture
+FAINT = 0.45  # where thick borders tell cells apart
 PALEST = 0.35  # what black becomes in the picture below them, of white 1
 MAX_COLUMNS = 6
 PANEL_AREA = 9.0  # square inches
+THIN, THICK = 0.3, 0.8  # lines between cells, in points
 MIN_CELL = 2.0  # side of a cell on the page, in points, below which its border is left out
 INCH = 72  # points
 
@@ -58,6 +67,24 @@ def draw_blocks(picture: np.ndarray, decisions: Sequence[Decision], image: int =
             _draw_cells(panel, picture, decision, image, stride)
             panel.set_title(f'stage {i}, block {j}\n{_ratio([decision], image)}', fontsize='medium')
     _draw_scale(figure, axes, decisions)
+    return figure
+
+
+def draw_tokens(picture: np.ndarray, decision: Decision, image: int = 0) -> Figure:
+    """The tokens of a network that chooses once, such as MSViT: their borders over the image.
+
+    Args:
+        picture, image: As for :func:`draw_stages`.
+        decision: The only one.
+    """
+    figure, (panel,) = _make_figure(picture, 2)
+    stride = stride_of(picture.shape[:2], decision.grid)
+    _draw_density(panel, picture, [decision], image, stride, FAINT)
+    _draw_cells(panel, picture, decision, image, stride, THICK)
+    coarse = image_coarse_ratios([decision])[image].item()
+    tokens = image_ratios([decision])[image].item()
+    panel.set_title(f'coarse {coarse:.2f}, {100 * tokens:.0f} % of the tokens', fontsize='medium')
+    _draw_scale(figure, [panel], [decision], FAINT)
     return figure
 
 
@@ -123,7 +150,12 @@ def _make_figure(picture: np.ndarray, number: int) -> tuple[Figure, list[Axes]]:
 
 
 def _draw_density(
-    ax: Axes, picture: np.ndarray, blocks: list[Decision], image: int, stride: int
+    ax: Axes,
+    picture: np.ndarray,
+    blocks: list[Decision],
+    image: int,
+    stride: int,
+    opacity: float = OVERLAY,
 ) -> None:
     height, width = picture.shape[:2]
     grey = picture.mean(axis=-1) / 255 * (1 - PALEST) + PALEST
@@ -132,7 +164,7 @@ def _draw_density(
     padding = ~real_regions(blocks[0])[image].numpy()
     side = blocks[0].region_size * stride  # of a region, in pixels
     ax.imshow(
-        np.ma.array(density, mask=padding), cmap=COLOURS, norm=_norm(blocks), alpha=OVERLAY,
+        np.ma.array(density, mask=padding), cmap=COLOURS, norm=_norm(blocks), alpha=opacity,
         extent=(-0.5, density.shape[1] * side - 0.5, density.shape[0] * side - 0.5, -0.5),
         interpolation='nearest',
     )  # fmt: skip
@@ -146,20 +178,29 @@ def _draw_density(
     ax.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
 
 
-def _draw_cells(ax: Axes, picture: np.ndarray, decision: Decision, image: int, stride: int) -> None:
-    """Borders of cells as thin lines, those of the finest cells brightest."""
+def _draw_cells(
+    ax: Axes,
+    picture: np.ndarray,
+    decision: Decision,
+    image: int,
+    stride: int,
+    width: float = THIN,
+) -> None:
+    """Borders of cells, ``width`` points wide, those of the finest cells brightest."""
     points_per_pixel = math.sqrt(PANEL_AREA / math.prod(picture.shape[:2])) * INCH
     for level, side in reversed(list(enumerate(decision.sides))):
         if side * stride * points_per_pixel >= MIN_CELL:
             borders = cell_borders(decision, image, level) * stride - 0.5
             brightness = 0.8 / (level + 1)
-            ax.add_collection(LineCollection(borders, color='white', lw=0.3, alpha=brightness))
+            ax.add_collection(LineCollection(borders, color='white', lw=width, alpha=brightness))
 
 
-def _draw_scale(figure: Figure, axes: list[Axes], decisions: Sequence[Decision]) -> None:
+def _draw_scale(
+    figure: Figure, axes: list[Axes], decisions: Sequence[Decision], opacity: float = OVERLAY
+) -> None:
     sides = sorted({side for decision in decisions for side in decision.sides})
     mappable = ScalarMappable(_norm(decisions), COLOURS)
-    bar = figure.colorbar(mappable, ax=axes, alpha=OVERLAY, label='queries per token', shrink=0.8)
+    bar = figure.colorbar(mappable, ax=axes, alpha=opacity, label=ratio_unit(decisions), shrink=0.8)
     bar.set_ticks([1 / side**2 for side in sides], minor=False)
     bar.set_ticks([], minor=True)
     bar.set_ticklabels([f'1/{side**2}' if side > 1 else '1' for side in sides])

@@ -70,6 +70,19 @@ def test_parts_of_a_submodule():
     assert not model[0].stem._forward_hooks and not model[0].stem._forward_pre_hooks
 
 
+class Growing(nn.Linear):
+    """The i-th image of a batch has i + 1 tokens."""
+
+    def forward(self, x):
+        return [super(Growing, self).forward(x.new_zeros(i + 1, 2)) for i in range(len(x))]
+
+
+def test_of_a_batch_the_mean_is_taken():
+    cost = measure_cost(nn.Sequential(Growing(2, 5)), torch.zeros(3, 3, 4, 4), batch_size=3)
+    assert cost.macs == cost.executed == 2 * 2 * 5
+    assert cost.stages['0']['linear'] == 2 * 2 * 5
+
+
 def test_of_a_backbone():
     from mmtoken.backbones import STViTRSwin
 

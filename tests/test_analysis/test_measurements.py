@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 from torch import nn
 
 from mmtoken.analysis import timing
 from mmtoken.analysis.compare import Setting, compare
 from mmtoken.analysis.memory import peak_mb_on_cpu
 from mmtoken.analysis.step import make_images, make_step
-from mmtoken.analysis.subject import Subject, twin_of
+from mmtoken.analysis.subject import Subject, make_subject, twin_of
 from mmtoken.analysis.timing import Spread, ratios, time_in_turn
+from mmtoken.backbones import MSViT
 
 CPU = torch.device('cpu')
 linux = pytest.mark.skipif(
@@ -129,6 +131,45 @@ def test_overrides_hold_for_the_sparse_network_alone(monkeypatch):
         compare(dict(a=replace(free, routing=dict(coarse_ratio=0.5))), setting)
     with pytest.raises(ValueError, match='dense twin has no routers'):
         compare(dict(a=replace(twin_of(free), routing=dict(query_ratio=0.5))), setting)
+
+
+MSVIT = dict(
+    type='mmtoken.MSViT', arch=dict(
+        embed_dims=16, num_layers=1, num_heads=2, feedforward_channels=16
+    ),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    'changes, dtype',
+    [
+        (dict(train_mode='masked'), 'float32'),
+        (dict(train_mode='gathered'), 'bfloat16'),
+        (dict(out_type='tokens', gate=dict(loss=None)), 'float32'),
+    ],
+)
+def test_training_steps_on_tokens_of_mixed_scale(changes, dtype, monkeypatch):
+    monkeypatch.setattr(timing, 'MIN_SECONDS', 0)
+    monkeypatch.setattr('mmtoken.analysis.compare.peak_mb_on_cpu', lambda subject, *args: None)
+    cfg = Config(dict(model=dict(backbone=MSVIT | changes), default_scope='mmseg'))
+    sparse = make_subject(cfg, 'backbone', dict(coarse_ratio=[0.25, 1.0]))
+    setting = Setting((64, 64), 2, rounds=1, train=True, dtype=getattr(torch, dtype))
+    free = replace(sparse, routing={})
+    measured = compare(dict(sparse=sparse, dense=twin_of(sparse), free=free), setting)
+    cost, dense = measured['sparse'].cost, measured['dense'].cost
+    assert cost.coarse_ratio == (0.25 + 1) / 2
+    assert cost.query_ratio == pytest.approx((13 / 16 + 4 / 16) / 2)
+    assert dense.query_ratio is None and dense.coarse_ratio is None
+    assert cost.macs < dense.macs < measured['free'].cost.macs
+    assert measured['free'].cost.coarse_ratio == 0  # untrained
+
+
+def test_training_publishes_the_loss_of_a_gate():
+    network = MSViT(MSVIT['arch'])
+    gradients = []
+    network.gate_loss.register_full_backward_hook(lambda *_: gradients.append(True))
+    make_step(network, make_images(2, (64, 64), torch.float32, CPU), train=True)()
+    assert gradients and network.gate.layers[-1].bias.grad is None
 
 
 @linux

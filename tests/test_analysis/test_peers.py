@@ -9,6 +9,7 @@ ARCHS = dict(
     STViTRSwin=dict(embed_dims=32, depths=(2, 2, 6, 2), num_heads=(1, 2, 4, 8)),
     STViTDeiT=dict(embed_dims=64, num_layers=8, num_heads=2, feedforward_channels=128),
     DGEDeiT=dict(embed_dims=64, num_layers=4, num_heads=2, feedforward_channels=128),
+    MSViT=dict(embed_dims=64, num_layers=4, num_heads=2, feedforward_channels=128),
     DGEPVT=dict(
         embed_dims=(32, 64, 128, 256),
         depths=(1, 2, 1, 1),
@@ -32,7 +33,7 @@ def test_peers_have_our_maps_and_nearly_our_parameters(name):
     assert counts[0] == pytest.approx(counts[1], rel=0.01)
 
 
-@pytest.mark.parametrize('name', ['DGEPVT', 'DGEDeiT'])
+@pytest.mark.parametrize('name', ['DGEPVT', 'DGEDeiT', 'MSViT'])
 def test_peers_have_exactly_our_parameters(name):
     cfg = dict(type=f'mmtoken.{name}', arch=ARCHS[name], qkv_bias=True)
     twin = OURS.build(cfg | OURS.get(name).twin_args)
@@ -52,6 +53,40 @@ def test_peers_have_exactly_our_parameters(name):
 def test_pyramids_that_mmdet_cannot_have(changes):
     cfg = dict(type='mmtoken.DGEPVT', arch=ARCHS['DGEPVT'])
     assert peer_config(cfg)['embed_dims'] == 32
+    assert peer_config(cfg | changes) is None
+
+
+def test_plain_vit_computes_what_a_dense_msvit_does():
+    cfg = dict(type='mmtoken.MSViT', arch=ARCHS['MSViT'], fine_size=8, coarse_size=16, img_size=64)
+    cfg.update(out_indices=[1, 3])
+    twin, peer = OURS.build(cfg | dict(gate=None)).eval(), MODELS.build(peer_config(cfg))
+    peer.eval()  # returns None
+    names = {
+        'patch_embed.proj': 'patch_embed.projection', 'blocks.': 'layers.', 'norm1': 'ln1',
+        'norm2': 'ln2', 'mlp.fc1': 'ffn.layers.0.0', 'mlp.fc2': 'ffn.layers.1',
+    }  # fmt: skip
+    state = {}
+    for name, value in twin.state_dict().items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        state['ln1' + name[4:] if name.startswith('norm.') else name] = value
+    peer.load_state_dict(state)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for ours, theirs in zip(twin(images), peer(images), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [dict(num_registers=4), dict(layer_scale=1e-5), dict(cls_token=False, window_size=4)],
+)
+def test_mixed_scale_vits_that_mmpretrain_cannot_have(changes):
+    cfg = dict(type='mmtoken.MSViT', arch='large', coarse_size=28, fine_size=14)
+    peer = peer_config(dict(cfg, out_type='tokens'))
+    assert peer['patch_size'] == 14 and peer['out_type'] == 'featmap' and peer['with_cls_token']
+    assert peer['arch']['embed_dims'] == 1024
+    assert peer_config(dict(cfg, out_type='cls_token'))['out_type'] == 'cls_token'
     assert peer_config(cfg | changes) is None
 
 

@@ -37,12 +37,39 @@ def test_statistics_by_stage_and_of_all():
     stats = collect([object_, background])
     assert stats['images'] == 2
     first, second = stats['stages']
+    coarse = first.pop('coarse_ratio')
     assert first == dict(stride=4, query_ratio=20 / 32, objects=1.0, background=0.25, contrast=4.0)
+    assert coarse == dict(all=0.0, objects=0.0, background=0.0)
     # Cut-off regions are neither objects nor background.
+    assert second.pop('coarse_ratio') == dict(all=0.0, objects=None, background=None)
     assert second == dict(stride=8, query_ratio=1 / 4, objects=None, background=None, contrast=None)
     assert stats['overall']['query_ratio'] == (16 + 1 + 4 + 1) / 40
     assert stats['overall']['contrast'] == 4
     assert stats['per_image']['max'] == 17 / 20 and stats['per_image']['min'] == 5 / 20
+
+
+def test_gates_that_choose_once():
+    """As MSViT does: fine or coarse, in regions of 2 x 2 patches of 4 pixels."""
+
+    def decide_once(*choice):
+        choice = torch.tensor([choice]).view(1, 2, 3)
+        padding = torch.zeros(1, 2, 3, dtype=torch.bool)
+        padding[0, :, 2] = True  # always coarse
+        return Decision(choice, (1, 2), 2, (4, 6), padding)
+
+    objects = torch.zeros(1, 16, 24, dtype=torch.bool)
+    objects[:, :8] = True
+    half = Watched(IMAGES, [], [decide_once(0, 0, 1, 1, 1, 1)])
+    most = Watched(IMAGES, [], [decide_once(0, 1, 1, 1, 1, 1)])
+    stats = collect((watched, objects, ~torch.zeros_like(objects)) for watched in (half, most))
+    assert stats['unit'] == 'tokens per fine patch'
+    assert stats['overall']['coarse_ratio'] == dict(all=5 / 8, objects=1 / 4, background=1.0)
+    assert stats['overall']['query_ratio'] == (10 + 7) / 32
+    assert stats['overall']['contrast'] == (3 * 4 + 1) / 4
+    spread = stats['per_image']['coarse_ratio']
+    assert (spread['mean'], spread['min'], spread['max']) == (5 / 8, 1 / 2, 3 / 4)
+    assert spread['std'] == pytest.approx(0.125 * 2**0.5)
+    assert stats['per_image']['mean'] == (10 + 7) / 32
 
 
 def test_contrast_of_all_is_within_stages():

@@ -49,6 +49,13 @@ def test_model_with_a_neck_that_restores(restoring_neck):
     assert restoring_neck['num_heads'] == 3
 
 
+def test_mixed_scales_with_a_neck_that_restores(restoring_neck):
+    backbone = dict(type='mmtoken.MSViT', arch='tiny', out_type='tokens', gate=dict(num_layers=2))
+    twin = mmtoken.dense_twin(dict(backbone=backbone, neck=restoring_neck))
+    assert twin['backbone'] == dict(backbone, gate=None, out_type='map')
+    assert twin['neck'] == dict(type='mmtoken.MapNeck', in_channels=96)
+
+
 NECK = dict(type='mmtoken.GrainUnpoolNeck', in_channels=[64, 128], num_heads=[1, 2])
 NECK_TWIN = dict(NECK, granularities=(1,), budget=None)
 

@@ -55,9 +55,51 @@ def test_who_chose_is_said(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / 'tools' / 'analysis'))
     from cli import routing_line
 
-    assert 'untrained routers chose 0.998' in routing_line({}, 0.998)
-    assert 'at random: 0.399' in routing_line(dict(query_ratio=0.4), 0.399)
-    assert routing_line({}, None) is None
+    assert 'untrained routers chose 0.998' in routing_line({}, 0.998, 0.0)
+    assert 'at random: 0.399' in routing_line(dict(query_ratio=0.4), 0.399, 0.2)
+    line = routing_line(dict(coarse_ratio=[0.5]), 0.625, 0.499)
+    assert 'at random: 0.499 of them coarse, 0.625' in line
+    assert routing_line({}, None, None) is None
+
+
+def test_ratios_in_words(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools' / 'analysis'))
+    from cli import routing_words
+
+    assert routing_words(dict(query_ratio=0.436, coarse_ratio=None)) == ['query ratio 0.436']
+    assert routing_words(dict(coarse_ratio=[0.5])) == ['coarse ratio 0.5']
+    assert routing_words(dict(coarse_ratio=[0.25, 1.0, 0.0])) == ['coarse ratio .25/1/0']
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Config of a small MSViT."""
+    path = tmp_path / 'msvit.py'
+    path.write_text("""
+default_scope = 'mmseg'
+arch = dict(embed_dims=16, num_layers=1, num_heads=2, feedforward_channels=16)
+model = dict(backbone=dict(type='mmtoken.MSViT', arch=arch))
+""")
+    return path
+
+
+def test_coarse_ratios_of_several_images(mixed, tmp_path):
+    args = (mixed, '--shape', 64, 64, '--coarse-ratio', 0.25, 1)
+    results, out = run_json('flops', tmp_path, *args)
+    assert results['coarse_ratio'] == [0.25, 1.0] and results['query_ratio'] is None
+    assert results['sparse']['coarse_ratio'] == 0.625
+    assert 'mean of 2 images of 64 x 64, coarse ratio .25/1' in ' '.join(out.split())
+    assert 'at random: 0.625 of them coarse, 0.531 tokens per fine patch' in out
+    result = run('benchmark', *args, '--batch-size', 3)
+    assert result.returncode == 1 and 'must be a multiple of 2, got 3' in result.stderr
+    counted = results['sparse']['macs']
+    results, out = run_json('benchmark', tmp_path, *args, '--batch-size', 2, '--rounds', 1)
+    assert results['macs_sparse'] == counted
+    assert results['coarse_ratio'] == [0.25, 1.0] and results['coarse_ratio_measured'] == 0.625
+    assert results['peer'] == 'mmpretrain.VisionTransformer'
+    assert 'coarse ratio .25/1' in ' '.join(out.split())
+    result = run('summary', tmp_path / 'out' / 'results.json')
+    assert result.returncode == 0 and '.25/1' in result.stdout
 
 
 def test_benchmark(tmp_path):

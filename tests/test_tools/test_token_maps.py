@@ -42,6 +42,44 @@ def test_maps_are_drawn(image, tmp_path):
     assert result.returncode == 1 and '--force' in result.stderr
 
 
+def test_maps_of_a_network_that_chooses_once(image, tmp_path):
+    config, ratios = tmp_path / 'msvit.py', tmp_path / 'ratios.json'
+    config.write_text(f"""
+_base_ = '{SEGMENTER}'
+arch = dict(embed_dims=32, num_layers=1, num_heads=2, feedforward_channels=32)
+model = dict(backbone=dict(_delete_=True, type='mmtoken.MSViT', arch=arch), neck=None)
+""")
+    result = run('token_maps', config, image, '--out', tmp_path, '--json', ratios, '--dpi', 40)
+    assert result.returncode == 0, result.stderr
+    assert '1.00 tokens per fine patch, 0.00 of the regions coarse' in result.stderr
+    assert Image.open(tmp_path / 'noise.png').width > 200
+    ratios = json.loads(ratios.read_text())[str(image)]
+    assert ratios == dict(query_ratio=1.0, coarse_ratio=0.0, stages=[1.0])
+
+
+def test_tables_of_statistics(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools' / 'analysis'))
+    from token_stats import report
+
+    spread = dict(mean=0.5, std=0.125, min=0.25, max=0.75)
+    shares = dict(all=0.456, objects=0.123, background=0.789)
+    stage = dict(
+        stride=8, query_ratio=0.654, objects=0.9, background=None, contrast=2.0,
+        coarse_ratio=shares,
+    )  # fmt: skip
+    report(
+        dict(
+            images=4, unit='tokens per fine patch', stages=[stage], overall=stage,
+            per_image=spread | dict(coarse_ratio=spread | dict(std=0.111)),
+        )
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert 'Tokens per fine patch, images: 4' in out and '0.5 ± 0.111' not in out
+    rows = [line.split() for line in out.splitlines() if line.startswith(' 1')]
+    assert rows == [['1', '8', '0.654', '0.900', '2.000'], ['1', '8', '0.456', '0.123', '0.789']]
+    assert '0.500 ± 0.111, from 0.250 to 0.750' in out
+
+
 def test_nothing_to_draw(image, tmp_path):
     result = run('token_maps', DENSE, image, '--out', tmp_path)
     assert result.returncode == 1

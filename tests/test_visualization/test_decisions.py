@@ -3,10 +3,13 @@ import torch
 
 from mmtoken.tokens.record import Decision
 from mmtoken.visualization.decisions import (
+    coarse_ratio,
     count_queries,
+    image_coarse_ratios,
     image_ratios,
     mean_density,
     query_ratio,
+    ratio_unit,
     real_regions,
     split_stages,
 )
@@ -35,6 +38,19 @@ def test_ratios_leave_padding_out():
 def test_ratios_are_of_tokens_not_of_blocks():
     fine, coarse = decide([[0] * 3] * 2), decide([[2]], grid=(4, 4))
     assert query_ratio([fine, coarse]) == pytest.approx((80 + 1) / (80 + 16))
+
+
+def test_coarse_ratios_are_of_regions_without_padding():
+    padding = torch.tensor([[[False, False, True]] * 2, [[False] * 3] * 2])
+    decision = decide([[0, 1, 2], [2, 2, 2]], [[0] * 3] * 2, padding=padding)
+    assert image_coarse_ratios([decision]).tolist() == [2 / 4, 0]
+    assert coarse_ratio([decision, decision]) == 1 / 4
+
+
+def test_units_are_said():
+    decision = decide([[0] * 3] * 2)
+    assert ratio_unit([decision]) == 'tokens per fine patch'
+    assert ratio_unit([decision] * 2) == 'queries per token'
 
 
 def test_density_is_the_mean_of_what_blocks_chose():

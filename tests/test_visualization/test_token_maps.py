@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from mmtoken.tokens.record import Decision
-from mmtoken.visualization.token_maps import cell_borders, draw_blocks, draw_stages, stride_of
+from mmtoken.visualization.token_maps import (
+    cell_borders,
+    draw_blocks,
+    draw_stages,
+    draw_tokens,
+    stride_of,
+)
 
 PICTURE = np.zeros((32, 40, 3), np.uint8)
 
@@ -54,6 +60,17 @@ def test_panels_of_stages_and_blocks():
         figure.savefig(io.BytesIO(), format='png', dpi=40)
     labels = [text.get_text() for text in figure.axes[-1].get_yticklabels()]
     assert labels == ['1', '1/4', '1/16']
+
+
+def test_tokens_of_a_network_that_chooses_once():
+    choice = torch.tensor([[[1] * 5] * 4, [[0, 0, 0, 1, 1]] * 4])
+    figure = draw_tokens(PICTURE, Decision(choice, (1, 2), 2, (8, 10), None), image=1)
+    panel, bar = figure.axes[1:]
+    assert panel.get_title() == 'coarse 0.40, 70 % of the tokens'
+    assert bar.get_ylabel() == 'tokens per fine patch'
+    coarse, fine = (len(lines.get_segments()) for lines in panel.collections[1:])
+    assert (coarse, fine) == (8 * 4, 12 * 6)  # a square each, or a square and a cross
+    figure.savefig(io.BytesIO(), format='png', dpi=40)
 
 
 def pixels(figure):

@@ -11,6 +11,7 @@ from cli import (
     quieten,
     routing_line,
     routing_of,
+    routing_words,
     write_json,
 )
 from rich.box import SIMPLE_HEAD
@@ -23,10 +24,11 @@ Time a sparse network, its dense twin and the library's own backbone of the same
 
 All run in one process and in turn, in each round in the opposite order of the one before. A
 speed-up is the median of the ratios within rounds, how much of the saved multiply-accumulates it
-makes good is `realised` = speed-up / MAC ratio. MACs are of a forward pass of one image, on the
-reference path; the ratio of what the fast paths execute is given beside. Weights are random and
-images are noise. What a network whose regions choose their granularity then costs depends on
---query-ratio, which holds for the sparse network alone.
+makes good is `realised` = speed-up / MAC ratio. MACs are of a forward pass, for one image (the
+mean over the batch), on the reference path; the ratio of what the fast paths execute is given
+beside. Weights are random and images are noise. What a network whose regions choose their
+granularity then costs depends on --query-ratio or --coarse-ratio, which hold for the sparse network
+alone.
 
 A step is a forward pass; with --train, forward, backward from the mean squares of the outputs, and
 release of the gradients, without an optimiser. Peak memory is that of one step above the weights:
@@ -45,12 +47,19 @@ examples:
   python tools/analysis/benchmark.py CFG --part model --against OTHER_CFG.py
   python tools/analysis/benchmark.py configs/dge/mask-rcnn_dge-pvt-s_fpn_8xb2-1x_coco.py \\
       --query-ratio 0.43
+  python tools/analysis/benchmark.py MSVIT_CFG --batch-size 4 --coarse-ratio 0.2 0.4 0.6 0.8
 """
 
 
 def main() -> int:
     """Measure, print a table; return 0, or 1 if nothing could be measured."""
     args = parse_args()
+    ratios = len(args.coarse_ratio or (None,))
+    if args.batch_size % ratios:
+        return fail(
+            f'--coarse-ratio gives {ratios} images one each: --batch-size must be a multiple of '
+            f'{ratios}, got {args.batch_size}'
+        )
     quieten()
     import torch  # after the arguments are known to be good
 
@@ -113,7 +122,7 @@ def parse_args():
     return parser.parse_args()
 
 
-def choose_subjects(cfg, part: str, against: list[str], routing: dict[str, float]) -> dict:
+def choose_subjects(cfg, part: str, against: list[str], routing: dict) -> dict:
     """The sparse network, its twin, the library's own and others, by the names results have.
 
     Raises:
@@ -149,6 +158,7 @@ def summarise(measured: dict, subjects: dict) -> dict:
         dense_ms=medians['dense'],
         speedup=speedup,
         query_ratio_measured=sparse.cost.query_ratio,
+        coarse_ratio_measured=sparse.cost.coarse_ratio,
         macs_sparse=sparse.cost.macs,
         macs_dense=dense.cost.macs,
         mac_ratio=mac_ratio,
@@ -203,9 +213,17 @@ def report(results: dict, measured: dict, subjects: dict) -> None:
     console = Console()
     height, width = results['shape']
     step = 'training step' if results['train'] else 'forward pass'
+    given = {name: results[name] for name in ('query_ratio', 'coarse_ratio')}
+    routing = {name: ratio for name, ratio in given.items() if ratio is not None}
+    title = [
+        results['part'].capitalize(),
+        f'{step} of {results["batch_size"]} x 3 x {height} x {width}',
+        results['dtype'],
+        *['compiled'] * results['compile'],
+        *routing_words(routing),
+    ]
     table = Table(
-        title=f'{results["part"].capitalize()}, {step} of {results["batch_size"]} x 3 x {height} x '
-        f'{width}, {results["dtype"]}' + ', compiled' * results['compile'],
+        title=', '.join(title),
         box=SIMPLE_HEAD,
         pad_edge=False,
     )
@@ -226,8 +244,7 @@ def report(results: dict, measured: dict, subjects: dict) -> None:
         f'MAC ratio {results["mac_ratio"]:.2f} (executed {results["executed_ratio"]:.2f}), '
         f'speed-up over the twin {results["speedup"]:.2f}, realised {results["realised"]:.2f}.'
     )
-    ratios = {name: results[name] for name in ('query_ratio', 'coarse_ratio') if results[name]}
-    line = routing_line(ratios, results['query_ratio_measured'])
+    line = routing_line(routing, results['query_ratio_measured'], results['coarse_ratio_measured'])
     if line:
         console.print(line)
     if results['peer']:

@@ -49,33 +49,56 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
     ratio.add_argument(
         '--coarse-ratio',
         type=float,
+        nargs='+',
         metavar='R',
-        help='coarse regions over regions, in [0, 1], in a random layout (MSViT)',
+        help='coarse regions over regions, in [0, 1], in a random layout, where regions are one '
+        'coarse token or several fine ones (MSViT); several numbers go to the images of a batch '
+        'in turn, as in --coarse-ratio 0.2 0.4 0.6 0.8',
     )
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures here as well')
     return parser
 
 
-def routing_of(args: argparse.Namespace) -> dict[str, float]:
-    """What to override routers with: the one ratio that is given, if any."""
+def routing_of(args: argparse.Namespace) -> dict[str, float | list[float]]:
+    """What to override routers with: the one kind of ratio that is given, if any."""
     ratios = dict(query_ratio=args.query_ratio, coarse_ratio=args.coarse_ratio)
     return {name: ratio for name, ratio in ratios.items() if ratio is not None}
 
 
-def routing_line(routing: dict[str, float], query_ratio: float | None) -> str | None:
+def routing_words(routing: dict[str, float | list[float] | None]) -> list[str]:
+    """``['coarse ratio 0.5']``, or of several ``['coarse ratio .2/.4']``, as in titles."""
+    words = []
+    for name, given in routing.items():
+        if isinstance(given, list) and len(given) > 1:
+            given = '/'.join(f'{ratio:g}'.removeprefix('0') or '0' for ratio in given)
+        elif isinstance(given, list):
+            (given,) = given
+        if given is not None:
+            words.append(f'{name.replace("_", " ")} {given}')
+    return words
+
+
+def routing_line(routing: dict, query_ratio: float | None, coarse_ratio: float) -> str | None:
     """Say who chose the tokens; None of a network that does not choose.
 
     Args:
         routing: From :func:`routing_of`.
-        query_ratio: Queries over tokens, as measured.
+        query_ratio: Queries over tokens, as measured; for MSViT, tokens over fine ones.
+        coarse_ratio: Regions that are as coarse as can be over regions, likewise.
     """
     if query_ratio is None:
         return None
+    if 'coarse_ratio' in routing:
+        return (
+            f'Regions choose at random: {coarse_ratio:.3f} of them coarse, '
+            f'{query_ratio:.3f} tokens per fine patch.'
+        )
     if routing:
         return f'Regions choose at random: {query_ratio:.3f} queries per token.'
     return (
-        f'The untrained routers chose {query_ratio:.3f} queries per token, nearly all there can '
-        "be; give a --query-ratio for a trained one's."
+        f'The untrained routers chose {query_ratio:.3f} of the tokens there can be '
+        f'({coarse_ratio:.3f} of the regions coarsest); give a --query-ratio (DGE) or '
+        "--coarse-ratio (MSViT) for a trained one's."
     )
 
 

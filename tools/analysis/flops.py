@@ -3,7 +3,16 @@
 import sys
 from pathlib import Path
 
-from cli import fail, figure, make_parser, quieten, routing_line, routing_of, write_json
+from cli import (
+    fail,
+    figure,
+    make_parser,
+    quieten,
+    routing_line,
+    routing_of,
+    routing_words,
+    write_json,
+)
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +25,9 @@ MAC is two of the operations that torch's flop counter counts.
 Counted is the reference path, which computes what the method says and no more. `executed` is what
 the fast path does instead: more where it computes pairs of tokens that a mask hides, less where it
 leaves padding out.
+
+Figures are of one image. With several coarse ratios there are as many images, and figures are
+their mean.
 """
 EXAMPLES = """\
 examples:
@@ -24,6 +36,7 @@ examples:
   python tools/analysis/flops.py CFG --part model
   python tools/analysis/flops.py configs/dge/mask-rcnn_dge-pvt-s_fpn_8xb2-1x_coco.py \\
       --query-ratio 0.43
+  python tools/analysis/flops.py MSVIT_CFG --coarse-ratio 0.2 0.4 0.6 0.8
 
 With --part model, the work of heads on proposals depends on how many an untrained detector makes.
 """
@@ -47,21 +60,27 @@ def main() -> int:
     except (OSError, ValueError) as error:
         return fail(error)
     shape = tuple(args.shape or default_shape(cfg))
-    images = torch.randn(1, 3, *shape)
+    batch_size = len(args.coarse_ratio or (None,))
+    images = torch.randn(batch_size, 3, *shape)
     costs = {}
     try:
         with Console(stderr=True).status('counting'):
             for name, subject in (('sparse', sparse), ('dense', twin_of(sparse))):
                 network = subject.build()
                 root = network.model if args.part == 'model' else network
-                costs[name] = measure_cost(network, images, root=root, inside=subject.overriding)
+                costs[name] = measure_cost(
+                    network, images, root=root, batch_size=batch_size, inside=subject.overriding
+                )
                 check_routing(subject, costs[name])
     except ValueError as error:
         if not sparse.routing:
             raise
         return fail(error)  # another kind of ratio
-    report(sparse.name, args.part, shape, **costs)
-    line = routing_line(sparse.routing, costs['sparse'].query_ratio)
+    number = 'one image' if batch_size == 1 else f'mean of {batch_size} images'
+    what = ', '.join([f'{number} of {shape[0]} x {shape[1]}', *routing_words(sparse.routing)])
+    report(sparse.name, args.part, what, **costs)
+    cost = costs['sparse']
+    line = routing_line(sparse.routing, cost.query_ratio, cost.coarse_ratio)
     if line:
         Console().print(line)
     write_json(
@@ -70,6 +89,7 @@ def main() -> int:
             config=Path(args.config).name,
             part=args.part,
             shape=list(shape),
+            batch_size=batch_size,
             query_ratio=args.query_ratio,
             coarse_ratio=args.coarse_ratio,
             mac_ratio=costs['dense'].macs / costs['sparse'].macs,
@@ -79,15 +99,15 @@ def main() -> int:
     return 0
 
 
-def report(name: str, part: str, shape: tuple[int, int], sparse, dense) -> None:
-    """Print the table."""
+def report(name: str, part: str, what: str, sparse, dense) -> None:
+    """Print the table; ``what`` was counted."""
     from mmtoken.analysis.cost import KINDS
 
     console = Console()
     unit, scale = ('G', 1e9) if dense.macs >= 1e10 else ('M', 1e6)
     whole = name if part == 'backbone' else f'Model with {name}'
     table = Table(
-        title=f'{whole} / dense twin: {unit} MACs, one image of {shape[0]} x {shape[1]}',
+        title=f'{whole} / dense twin: {unit} MACs, {what}',
         box=SIMPLE_HEAD,
         pad_edge=False,
     )
@@ -116,7 +136,7 @@ def _cells(sparse: dict[str, int], dense: dict[str, int], scale: float) -> list[
     """Sparse and dense MACs of each kind, of all, and their ratio."""
     pairs = [(sparse[kind], dense[kind]) for kind in sparse]
     pairs.append((sum(sparse.values()), sum(dense.values())))
-    ratio = f'{pairs[-1][1] / pairs[-1][0]:.2f}' if pairs[-1][0] else ''
+    ratio = f'{pairs[-1][1] / pairs[-1][0]:.2f}' if all(pairs[-1]) else ''
     cells = [f'{figure(a / scale)} / {figure(b / scale)}' if a or b else '' for a, b in pairs]
     return [*cells, ratio]
 

@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from statistics import median
 
-from cli import HelpFormatter, fail, figure
+from cli import HelpFormatter, fail, figure, routing_words
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -58,7 +59,7 @@ def main() -> int:
 def make_table(groups: list[list[dict]]) -> Table:
     """One row for each group of repetitions."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column('network, images')
+    table.add_column('network, images', overflow='fold')
     for column in ('ms (twin)', 'speed-up', 'MAC ratio', 'vs. library', 'MB (twin)', 'runs'):
         table.add_column(column, justify='right')
     for group in groups:
@@ -85,12 +86,14 @@ def middle(group: list[dict], field: str) -> float | None:
 def describe(run: dict) -> str:
     """What was run, in short."""
     height, width = run['shape']
-    head, backbone = run['config'].split('_')[:2]
-    whole = run['part'] == 'model'
-    words = [f'{head}_{backbone}' if whole else backbone]
+    head, *others = Path(run['config']).stem.split('_')
+    if not others or re.match(r'\d+xb\d+', others[0]):  # a classifier: name_16xb64_in1k
+        words = [head]
+    else:
+        words = [f'{head}_{others[0]}' if run['part'] == 'model' else others[0]]
     words += [f'{run["batch_size"]}x{height}x{width}'] + ['training'] * run['train']
     words += ['compiled'] * run['compile']
-    words += [f'{r.replace("_", " ")} {run[r]}' for r in RATIOS if run.get(r) is not None]
+    words += routing_words({name: run.get(name) for name in RATIOS})
     if run['device'] != 'cpu' or run['dtype'] != 'float32':
         words += [run['device'], run['dtype']]
     return ', '.join(words)

@@ -14,12 +14,16 @@ beside it a panel for each stage, with the mean over its blocks of queries per t
 finest, where every token is a query. With --per-block, a panel for each block, with the borders
 of its cells. Hatched is padding.
 
+A network that chooses once, before its first block (MSViT), has one panel, with the borders of its
+tokens: of a whole region where that is coarse, of its patches where not.
+
 Images go through the config's test pipeline, and are drawn as the network sees them.
 """
 EXAMPLES = """\
 examples:
   python tools/analysis/token_maps.py CFG work_dirs/NAME/epoch_12.pth a.jpg b.jpg --out maps
   python tools/analysis/token_maps.py CFG CKPT *.jpg --out maps --per-block --json ratios.json
+  python tools/analysis/token_maps.py MSVIT_CFG work_dirs/NAME/epoch_12.pth a.jpg --out maps
   python tools/analysis/token_maps.py CFG a.jpg --out maps      random weights: to try it out
 """
 CHECKPOINTS = ('.pth', '.pt')
@@ -42,8 +46,8 @@ def main() -> int:
     except (OSError, ValueError) as bad:
         return fail(bad)
     from mmtoken.analysis.watch import image_pipeline, load_image, load_model, to_picture, watch
-    from mmtoken.visualization.decisions import query_ratio, split_stages
-    from mmtoken.visualization.token_maps import draw_blocks, draw_stages
+    from mmtoken.visualization.decisions import coarse_ratio, query_ratio, ratio_unit, split_stages
+    from mmtoken.visualization.token_maps import draw_blocks, draw_stages, draw_tokens
 
     if checkpoint is None:
         print('No checkpoint is given: weights are random, and the pictures mean nothing.')
@@ -58,17 +62,25 @@ def main() -> int:
         watched = watch(model, load_image(pipeline, path))
         if not watched.decisions:
             return fail(f'no part of the model in {args.config} chooses its tokens')
-        figure = draw(to_picture(watched.images[0], model.data_preprocessor), watched.decisions)
+        picture = to_picture(watched.images[0], model.data_preprocessor)
+        if len(watched.decisions) == 1:
+            figure = draw_tokens(picture, *watched.decisions)
+        else:
+            figure = draw(picture, watched.decisions)
         figure.savefig(target, dpi=args.dpi)
-        ratios[str(path)] = dict(
+        ratios[str(path)] = one = dict(
             query_ratio=query_ratio(watched.decisions),
+            coarse_ratio=coarse_ratio(watched.decisions),
             stages=[query_ratio(stage) for stage in split_stages(watched.decisions)],
         )
-        stages = ' '.join(f'{ratio:.2f}' for ratio in ratios[str(path)]['stages'])
+        stages = ' '.join(f'{ratio:.2f}' for ratio in one['stages'])
         console.print(
-            f'{target}: {ratios[str(path)]["query_ratio"]:.2f} queries per token '
-            f'(by stage: {stages})', highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            f'{target}: {one["query_ratio"]:.2f} {ratio_unit(watched.decisions)}'
+            + f' (by stage: {stages})' * (len(one['stages']) > 1)
+            + f', {one["coarse_ratio"]:.2f} of the regions coarse',
+            highlight=False,
+            soft_wrap=True,
+        )
     write_json(args.json, ratios)
     return 0
 
@@ -83,12 +95,17 @@ def parse_args():
         help='checkpoint (.pth) of a training with this config, then images',
     )  # fmt: skip
     parser.add_argument('--out', type=Path, required=True, metavar='DIR', help='for the pictures')
-    parser.add_argument('--per-block', action='store_true', help='a panel for each block')
+    parser.add_argument(
+        '--per-block', action='store_true', help='a panel for each block, where several choose'
+    )
     parser.add_argument('--force', action='store_true', help='overwrite pictures that are there')
     parser.add_argument('--device', default='cpu', help='where to run')
     parser.add_argument('--dpi', type=int, default=150, metavar='N', help='dots per inch')
     parser.add_argument(
-        '--json', type=Path, metavar='FILE', help='write queries per token here, by image and stage'
+        '--json',
+        type=Path,
+        metavar='FILE',
+        help='write queries per token here, by image and stage, and shares of coarse regions',
     )
     return parser.parse_args()
 

@@ -12,7 +12,10 @@ from rich.table import Table
 
 DESCRIPTION = """\
 Run a trained network whose regions choose their granularity over its validation set, and count
-queries per token: of each stage, on objects and on background.
+queries per token: of each stage, on objects and on background. Of a network that chooses once,
+before its first block (MSViT), that is tokens per fine patch. A second table has the share of
+regions that are as coarse as can be, by image too: where it hardly differs between images, routers
+choose by place and not by what they see.
 
 A region is on an object if at least half of its pixels are; otherwise it is background. Coarse
 stages have large regions, in which small objects count as background. Objects are the instances
@@ -27,6 +30,7 @@ EXAMPLES = """\
 examples:
   python tools/analysis/token_stats.py DETECTOR_CFG work_dirs/NAME/epoch_12.pth
   python tools/analysis/token_stats.py SEGMENTER_CFG CKPT --background 0 --json stats.json
+  python tools/analysis/token_stats.py MSVIT_CFG work_dirs/NAME/epoch_12.pth --json gates.json
 """
 
 
@@ -82,25 +86,37 @@ def parse_args():
 
 
 def report(stats: dict) -> None:
-    """Print the table."""
-    table = Table(
-        title=f'Queries per token, images: {stats["images"]}', box=SIMPLE_HEAD, pad_edge=False
-    )
+    """Print the tables: of queries per token, and of the share of coarse regions."""
+    stages, images = stats['stages'], stats['images']
+    rows = [(str(i), stage) for i, stage in enumerate(stages, start=1)]
+    if len(stages) > 1:
+        rows.append(('all', stats['overall']))
+    keys = {'query_ratio': 'all', 'objects': 'on objects', 'background': 'on background'}
+    unit = stats['unit'].capitalize()
+    queries = {**keys, 'contrast': 'objects / background'}
+    _print_table(f'{unit}, images: {images}', queries, rows, stats['per_image'])
+    coarse = [(name, row | row['coarse_ratio']) for name, row in rows]
+    keys = {'all': 'all', 'objects': 'on objects', 'background': 'on background'}
+    title = 'Share of regions that are as coarse as can be'
+    _print_table(title, keys, coarse, stats['per_image']['coarse_ratio'])
+
+
+def _print_table(title: str, keys: dict[str, str], rows: list[tuple], spread: dict) -> None:
+    """A row for each stage, a column for each of ``keys``, and how images differ."""
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
     table.add_column('stage')
-    for column in ('stride', 'all', 'on objects', 'on background', 'objects / background'):
+    for column in ('stride', *keys.values()):
         table.add_column(column, justify='right')
-    rows = [(str(i), stage) for i, stage in enumerate(stats['stages'], start=1)]
-    for name, row in [*rows, ('all', stats['overall'])]:
+    for name, row in rows:
         if name == 'all':
             table.add_section()
-        ratios = (row[key] for key in ('query_ratio', 'objects', 'background', 'contrast'))
+        ratios = (row[key] for key in keys)
         table.add_row(
             name, str(row.get('stride', '')), *('' if r is None else f'{r:.3f}' for r in ratios),
             style='bold' if name == 'all' else None,
         )  # fmt: skip
     console = Console()
     console.print(table)
-    spread = stats['per_image']
     std = '' if spread['std'] is None else f' ± {spread["std"]:.3f}'
     console.print(
         f'By image: {spread["mean"]:.3f}{std}, from {spread["min"]:.3f} to {spread["max"]:.3f}.'
