@@ -6,7 +6,8 @@ with these. A neck that reduces tokens itself has ``twin_args``, like a backbone
 """
 
 from .grain_unpool import GrainUnpoolNeck
+from .mixed_scale import MixedScaleNeck
 from .semantic_recovery import SemanticRecoveryNeck
 from .simple_feature_pyramid import SimpleFeaturePyramid
 
-__all__ = ['GrainUnpoolNeck', 'SemanticRecoveryNeck', 'SimpleFeaturePyramid']
+__all__ = ['GrainUnpoolNeck', 'MixedScaleNeck', 'SemanticRecoveryNeck', 'SimpleFeaturePyramid']

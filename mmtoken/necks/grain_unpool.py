@@ -113,7 +113,8 @@ class GrainUnpoolNeck(BaseModule):
 
     def init_weights(self) -> None:
         super().init_weights()
-        init_own(self.stages)
+        if not (isinstance(self.init_cfg, dict) and self.init_cfg.get('type') == 'Pretrained'):
+            init_own(self.stages)
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Refine the maps.

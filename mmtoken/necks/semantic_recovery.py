@@ -9,13 +9,14 @@ from ..layers.recovery import SemanticRecovery
 from ..registry import MODELS
 from ..tokens.maps import to_map
 from ..tokens.packed import SparseFeatures, unpack_equal
-from .simple_feature_pyramid import SCALES, XAVIER, Norm, SimpleFeaturePyramid
+from .simple_feature_pyramid import SCALES, XAVIER, Norm
+from .token_pyramid import TokenPyramid
 
 INIT = [dict(type='TruncNormal', layer='Linear', std=0.02), XAVIER]
 
 
 @MODELS.register_module()
-class SemanticRecoveryNeck(SimpleFeaturePyramid):
+class SemanticRecoveryNeck(TokenPyramid):
     """The recovery of :class:`mmtoken.STViTDeiT` in the neck, for ``out_type='tokens'``.
 
     The layers are those the backbone has with ``out_type='map'``, one for each tap that is used,
@@ -29,7 +30,7 @@ class SemanticRecoveryNeck(SimpleFeaturePyramid):
         mlp_ratio: Hidden channels of the recovery's MLP over ``in_channels``.
         qkv_bias: Biases for queries, keys and values.
         recovery_scale: Initial LayerScale of the recovery; None for none.
-        out_channels, num_outs, multi_level, norm: The pyramid, see
+        out_channels, num_outs, multi_level, norm, scales: The pyramid, see
             :class:`mmtoken.SimpleFeaturePyramid`.
         init_cfg: MMEngine's initialisation config.
 
@@ -37,7 +38,6 @@ class SemanticRecoveryNeck(SimpleFeaturePyramid):
         ValueError: Bad argument values; the message says what is allowed.
     """
 
-    twin_type = 'mmtoken.SimpleFeaturePyramid'
     restore_args = ('num_heads', 'dense_taps', 'mlp_ratio', 'qkv_bias', 'recovery_scale')
 
     def __init__(
@@ -52,15 +52,15 @@ class SemanticRecoveryNeck(SimpleFeaturePyramid):
         num_outs: int = 5,
         multi_level: bool = False,
         norm: Norm = 'LN',
+        scales: Sequence[float] = SCALES,
         init_cfg: dict | list[dict] | None = INIT,
     ) -> None:
-        super().__init__(in_channels, out_channels, num_outs, multi_level, norm, init_cfg)
+        super().__init__(in_channels, out_channels, num_outs, multi_level, norm, scales, init_cfg)
         if in_channels % num_heads:
             raise ValueError(f'in_channels={in_channels} is no multiple of num_heads={num_heads}')
-        used_taps = len(SCALES) if multi_level else 1
-        if not 0 <= dense_taps <= used_taps:
+        if not 0 <= dense_taps <= self.num_taps:
             raise ValueError(
-                f'dense_taps must be from 0 to {used_taps}, the taps in use, got {dense_taps}'
+                f'dense_taps must be from 0 to {self.num_taps}, the taps in use, got {dense_taps}'
             )
         self.dense_taps = dense_taps
         self.recover = nn.ModuleList(
@@ -71,33 +71,21 @@ class SemanticRecoveryNeck(SimpleFeaturePyramid):
                 qkv_bias=qkv_bias,
                 layer_scale=recovery_scale,
             )
-            for _ in range(used_taps - dense_taps)
+            for _ in range(self.num_taps - dense_taps)
         )
 
-    def forward(self, inputs: Sequence[SparseFeatures]) -> tuple[Tensor, ...]:
-        """Recover the maps and build the pyramid.
-
-        Args:
-            inputs: The taps: four with ``multi_level``, otherwise one or more, of which the last is
-                used.
-
-        Returns:
-            As :class:`mmtoken.SimpleFeaturePyramid`.
+    def restore(self, index: int, features: SparseFeatures) -> Tensor:
+        """The map of one of the taps in use: ``(B, in_channels, H, W)``.
 
         Raises:
-            TypeError: Maps instead of tokens.
-            ValueError: Another number of taps, or taps that are dense where they should be sparse
-                or the other way round.
+            ValueError: The tap is dense where it should be sparse or the other way round, or has
+                tokens of another method.
         """
-        taps = list(inputs) if self.multi_level else [inputs[-1]]
-        return super().forward([self.restore(i, tap) for i, tap in enumerate(taps)])
-
-    def restore(self, index: int, features: SparseFeatures) -> Tensor:
-        """The map of one tap: ``(B, in_channels, H, W)``."""
-        if not isinstance(features, SparseFeatures):
-            raise TypeError(
-                f'{type(self).__name__} takes the SparseFeatures of a backbone with out_type='
-                f"'tokens', got {type(features).__name__}; for maps use {self.twin_type}"
+        if features.layout is not None:
+            raise ValueError(
+                f'{type(self).__name__} recovers from semantic tokens, those of mmtoken.STViTDeiT; '
+                f'tap {index} has a layout, as those of mmtoken.MSViT, which are for '
+                'mmtoken.MixedScaleNeck'
             )
         height, width = features.grid
         image = unpack_equal(features)

@@ -135,3 +135,13 @@ def test_behind_a_backbone_of_the_libraries(library):
         (1, 16, 16, 24), (1, 16, 8, 12), (1, 16, 4, 6), (1, 16, 2, 3)
     ]  # fmt: skip
     assert 'neck_loss_budget' in published
+
+
+def test_a_checkpoint_has_the_last_word(tmp_path):
+    source = stir(GrainUnpoolNeck(**ONE))
+    torch.save(source.state_dict(), tmp_path / 'neck.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'neck.pth'))
+    neck = GrainUnpoolNeck(**ONE, init_cfg=init_cfg)
+    neck.init_weights()
+    for name, value in neck.state_dict().items():
+        assert torch.equal(value, source.state_dict()[name]), name

@@ -5,7 +5,7 @@ import torch
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import nn
 
-from mmtoken.backbones import STViTDeiT
+from mmtoken.backbones import MSViT, STViTDeiT
 from mmtoken.necks import SemanticRecoveryNeck, SimpleFeaturePyramid
 
 VIT = dict(embed_dims=16, num_layers=6, num_heads=2, feedforward_channels=64)
@@ -26,6 +26,7 @@ def randomised(module):
         ((1,), dict(dense_taps=1)),
         ((1, 3, 4, 5), dict(multi_level=True, dense_taps=1)),
         ((2, 3, 4, 5), dict(multi_level=True, recovery_scale=0.1)),
+        ((1, 3, 5), dict(multi_level=True, dense_taps=1, scales=(2, 1, 0.5))),
     ],
 )
 def test_restoring_in_the_neck_equals_restoring_in_the_backbone(size, out_indices, neck_args):
@@ -37,9 +38,8 @@ def test_restoring_in_the_neck_equals_restoring_in_the_backbone(size, out_indice
     outer.load_state_dict(inner.state_dict(), strict=False)
     for ours, theirs in zip(neck.recover, inner.recover.values(), strict=True):
         ours.load_state_dict(theirs.state_dict())
-    pyramid = SimpleFeaturePyramid(
-        16, out_channels=8, multi_level=neck_args.get('multi_level', False)
-    ).eval()
+    pyramid_args = {k: v for k, v in neck_args.items() if k in ('multi_level', 'scales')}
+    pyramid = SimpleFeaturePyramid(16, out_channels=8, **pyramid_args).eval()
     pyramid.load_state_dict(neck.state_dict(), strict=False)
     images = torch.randn(2, 3, *size)
     with torch.no_grad():
@@ -81,6 +81,7 @@ def test_twin_is_built_from_the_remaining_arguments():
         (dict(num_heads=3), 'no multiple of num_heads=3'),
         (dict(dense_taps=2), 'from 0 to 1, the taps in use, got 2'),
         (dict(dense_taps=5, multi_level=True), 'from 0 to 4'),
+        (dict(dense_taps=4, multi_level=True, scales=(2, 1, 0.5)), 'from 0 to 3'),
     ],
 )
 def test_bad_arguments(bad, message):
@@ -97,3 +98,6 @@ def test_bad_inputs():
         SemanticRecoveryNeck(16, num_heads=2)(backbone(image))
     with pytest.raises(ValueError, match='takes 4 maps, got 1'):
         SemanticRecoveryNeck(16, num_heads=2, dense_taps=4, multi_level=True)(backbone(image))
+    mixed = MSViT(VIT, gate=dict(loss=None), img_size=64, out_type='tokens')
+    with pytest.raises(ValueError, match=r'has a layout, .* for mmtoken\.MixedScaleNeck'):
+        SemanticRecoveryNeck(16, num_heads=2)(mixed(image))

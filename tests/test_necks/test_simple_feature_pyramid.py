@@ -19,6 +19,28 @@ def test_shapes(norm, num_outs, grid):
         assert out.is_contiguous()
 
 
+@pytest.mark.parametrize('multi_level', [False, True])
+@pytest.mark.parametrize(
+    'scales, sides',
+    [
+        ((2, 1, 0.5), [(10, 14), (5, 7), (3, 4), (2, 2), (1, 1)]),
+        ([4, 1], [(20, 28), (5, 7), (3, 4), (2, 2), (1, 1)]),
+        ((0.5,), [(3, 4), (2, 2), (1, 1)]),
+    ],
+)
+def test_scales(scales, sides, multi_level):
+    neck = SimpleFeaturePyramid(8, 12, len(sides), multi_level, scales=scales).eval()
+    outs = neck(torch.randn(len(scales), 2, 8, 5, 7).unbind())
+    assert [tuple(out.shape) for out in outs] == [(2, 12, *side) for side in sides]
+    assert len(neck.levels) == len(scales)
+
+
+def test_fewer_outs_than_scales():
+    neck = SimpleFeaturePyramid(8, 12, num_outs=1, scales=(2, 1, 0.5))
+    (out,) = neck((torch.randn(1, 8, 5, 7),))
+    assert out.shape == (1, 12, 10, 14) and len(neck.levels) == 1
+
+
 def test_all_levels_are_of_the_last_map():
     neck, maps = SimpleFeaturePyramid(8).eval(), torch.randn(3, 1, 8, 4, 4)
     for ours, other in zip(neck(tuple(maps)), neck((maps[2],)), strict=True):
@@ -48,7 +70,15 @@ def test_gradients_reach_every_parameter(norm):
         (dict(in_channels=6), 'multiple of 4, got 6'),
         (dict(num_outs=0), 'at least 1, got 0'),
         (dict(num_outs=3, multi_level=True), 'at least 4 with multi_level, got 3'),
+        (
+            dict(num_outs=2, multi_level=True, scales=(2, 1, 0.5)),
+            'at least 3 with multi_level, got 2',
+        ),
         (dict(norm='GN'), "got 'GN'"),
+        (dict(scales=()), r'scales must be some of \(4.0, 2.0, 1.0, 0.5\), falling, got \(\)'),
+        (dict(scales=(1, 2)), r'falling, got \(1, 2\)'),
+        (dict(scales=[2, 2, 1]), r'got \(2, 2, 1\)'),
+        (dict(scales=(8, 4)), r'got \(8, 4\)'),
     ],
 )
 def test_bad_arguments(bad, message):
@@ -59,6 +89,8 @@ def test_bad_arguments(bad, message):
 def test_bad_inputs():
     with pytest.raises(ValueError, match='takes 4 maps, got 1'):
         SimpleFeaturePyramid(8, multi_level=True)([torch.randn(1, 8, 4, 4)])
+    with pytest.raises(ValueError, match='takes 3 maps, got 4'):
+        SimpleFeaturePyramid(8, multi_level=True, scales=(2, 1, 0.5))(torch.randn(4, 1, 8, 4, 4))
     arch = dict(embed_dims=8, num_layers=4, num_heads=2, feedforward_channels=8)
     tokens = STViTDeiT(arch, base_layers=1, out_type='tokens')(torch.randn(1, 3, 32, 32))
     with pytest.raises(TypeError, match='takes maps, got SparseFeatures'):

@@ -1,0 +1,50 @@
+"""What the necks that restore tokens have in common."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..tokens.packed import SparseFeatures
+from .simple_feature_pyramid import SimpleFeaturePyramid
+
+
+class TokenPyramid(SimpleFeaturePyramid):
+    """Restore the taps in use to maps, then build a pyramid from these.
+
+    Subclasses say how in :meth:`restore`, and in ``restore_args`` which arguments they have for it.
+    """
+
+    twin_type = 'mmtoken.SimpleFeaturePyramid'
+
+    @property
+    def num_taps(self) -> int:
+        """Taps in use."""
+        return len(self.levels) if self.multi_level else 1
+
+    def forward(self, inputs: Sequence[SparseFeatures]) -> tuple[Tensor, ...]:
+        """Restore the maps and build the pyramid.
+
+        Args:
+            inputs: The taps: as many as ``scales`` with ``multi_level``, otherwise one or more, of
+                which the last is used.
+
+        Returns:
+            As :class:`mmtoken.SimpleFeaturePyramid`.
+
+        Raises:
+            TypeError: Maps instead of tokens.
+            ValueError: Another number of taps, or taps that this neck does not restore.
+        """
+        taps = self.per_level(inputs) if self.multi_level else [inputs[-1]]
+        for tap in taps:
+            if not isinstance(tap, SparseFeatures):
+                raise TypeError(
+                    f'{type(self).__name__} takes the SparseFeatures of a backbone with out_type='
+                    f"'tokens', got {type(tap).__name__}; for maps use {self.twin_type}"
+                )
+        return super().forward([self.restore(i, tap) for i, tap in enumerate(taps)])
+
+    @abstractmethod
+    def restore(self, index: int, features: SparseFeatures) -> Tensor:
+        """The map of one of the taps in use: ``(B, in_channels, H, W)``."""
