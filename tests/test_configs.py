@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = smoke.all_configs()
 SIZES = ('', 't', 'tiny', 's', 'small', 'm', 'medium', 'b', 'base')
 SIZE = re.compile(rf'-({"|".join(SIZES[1:])})(?=-|_|$)')
-QUERY_RATIO = 0.436  # at which costs of routed backbones are listed
+# What routed backbones let regions choose by, and the ratio at which their costs are listed
+ROUTING = dict(granularities=dict(query_ratio=0.436), gate=dict(coarse_ratio=0.5))
 
 
 def kind(path):
@@ -73,8 +75,16 @@ def test_config(path):
 
 def is_routed(backbone):
     """Whether regions choose their granularity, so that shapes depend on values."""
-    dense = our_class(backbone).twin_args.get('granularities')
-    return dense is not None and backbone.get('granularities') != dense
+    return routing(backbone) is not None
+
+
+def routing(backbone):
+    """The ratio at which costs are listed; None if regions do not choose."""
+    dense = our_class(backbone).twin_args
+    for argument, ratio in ROUTING.items():
+        if argument in dense and backbone.get(argument, 'default') != dense[argument]:
+            return ratio
+    return None
 
 
 def images_per_gpu(name):
@@ -104,10 +114,13 @@ def test_one_iteration(path):
 
 
 @each([path for path in CONFIGS if path not in SMALLEST])
-def test_widths_fit(path):
+def test_widths_fit(path, monkeypatch):
+    # mmseg's mask transformer reads the values of its stochastic depth.
+    monkeypatch.setattr(torch, 'linspace', functools.partial(torch.linspace, device='cpu'))
     cfg = load(path)
     if is_routed(cfg.model.backbone):
         cfg = dense_twin(cfg)  # whose widths are the same
+    cfg.model.backbone.pop('window_size', None)  # what is in a window depends on values, too
     with torch.device('meta'):
         model = smoke.build(cfg).eval()
     images = torch.zeros(1, 3, smoke.HEIGHT, smoke.WIDTH, device='meta')
@@ -180,16 +193,18 @@ def test_listed_costs_are_counted():
 
 
 def count(backbone, shape):
-    """Parameters and multiply-accumulates; with routers, those of random choices."""
+    """Parameters and multiply-accumulates; where regions choose, those of random choices."""
     with torch.device('meta'):
         network, images = MODELS.build(backbone).eval(), torch.zeros(1, 3, *shape)
     parameters = sum(p.numel() for p in network.parameters())
-    if not is_routed(backbone):
+    ratio = routing(backbone)
+    if ratio is None and not backbone.get('window_size'):
         with reference_path():
             return parameters, count_macs(network, images)
-    # Choices need values, though not those of the weights.
+    # Choices and windows need values, though not those of the weights.
     network, images = network.to_empty(device='cpu'), torch.zeros(1, 3, *shape)
-    with routing_override(query_ratio=QUERY_RATIO), reference_path(), WithoutProducts():
+    choices = routing_override(**ratio) if ratio else nullcontext()
+    with choices, reference_path(), WithoutProducts():
         return parameters, count_macs(network, images)
 
 

@@ -12,7 +12,7 @@ model = dict(
                 target_coarse_ratio=0.5,
                 loss_weight=4.0,
                 warmup_iters=30,
-            )
+            ),
         ),
         out_type='tokens',
     ),

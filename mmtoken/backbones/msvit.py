@@ -93,10 +93,7 @@ class MSViT(PlainBackbone):
         TypeError: ``arch`` is neither a name nor a dict.
     """
 
-    stem_names = (
-        'patch_embed', 'patch_embed_coarse', 'cls_token', 'reg_token', 'pos_embed', 'gate',
-        'gate_loss',
-    )  # fmt: skip
+    stem_names = ('patch_embed', 'patch_embed_coarse', 'cls_token', 'reg_token', 'pos_embed')
     twin_args = dict(gate=None)
     unused_keys = (
         r'(head|head_dist|norm|fc_norm|gate|gate_loss|patch_embed_coarse)\..*|cls_token|dist_token'
@@ -242,6 +239,12 @@ class MSViT(PlainBackbone):
                 kernel = F.interpolate(fine.weight, scale_factor=self.ratio, mode='nearest')
                 coarse.weight.copy_(kernel / self.ratio**2)
                 coarse.bias.copy_(fine.bias)
+
+    def frozen_modules(self) -> list[nn.Module | nn.Parameter]:
+        """As for all backbones; the gate is fixed with the stem."""
+        gate = [part for part in (self.gate, self.gate_loss) if part is not None]
+        frozen = super().frozen_modules()
+        return frozen + gate if frozen else frozen
 
     def output_layers(self, index: int) -> list[nn.Module]:
         return [self.norm] if index == len(self.blocks) - 1 else []

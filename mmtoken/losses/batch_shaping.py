@@ -179,7 +179,9 @@ class BatchShapingLoss(WarmUp):
         self.hyper_std = hyper_std
         self.min_samples = min_samples
         if generalised:
-            mean, temperature = torch.tensor([target_coarse_ratio, temperature]).logit().tolist()
+            # On a CPU even if parameters are made without values, on the meta device.
+            start = torch.tensor([target_coarse_ratio, temperature], device='cpu')
+            mean, temperature = start.logit().tolist()
             # Equal means would leave it to chance which the hyper-prior moves up and which down.
             self.mean_logits = nn.Parameter(mean + 0.01 * torch.randn(*grid))
             self.temperature_logits = nn.Parameter(torch.full(grid, temperature))

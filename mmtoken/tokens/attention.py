@@ -147,8 +147,8 @@ def gated_attention(
     """:func:`packed_attention` in which each key counts ``gate`` times.
 
     Weights become ``exp(s_ij) gate_j / sum_n exp(s_in) gate_n``: a key whose gate is 0 might as
-    well not be there, but its gate still has a gradient. Written out, since no fused kernel gives
-    that; takes time and memory of the square of a length.
+    well not be there, but its gate still has a gradient. :func:`gated_attention_reference` says it
+    in plain arithmetic.
 
     Args:
         query, key, value: ``(M, heads, d)``.
@@ -158,17 +158,67 @@ def gated_attention(
     Returns:
         ``(M, heads, d)``.
     """
+    attend = gated_attention_reference if on_reference_path() else _GatedAttention.apply
     out = []
     for *packed, g in zip(*(t.split(lengths) for t in (query, key, value, gate)), strict=True):
         q, k, v = (t.transpose(0, 1) for t in packed)
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
-        # Relative to the keys that count; a hidden one may have a higher score.
-        highest = scores.masked_fill(g == 0, float('-inf')).amax(dim=-1, keepdim=True).detach()
-        weights = (scores - highest).clamp(max=MAX_EXPONENT).exp() * g
-        weights = (weights / weights.sum(dim=-1, keepdim=True)).to(v.dtype)
-        out.append((weights @ v).transpose(0, 1))
+        out.append(attend(q, k, v, g).transpose(0, 1))
     return torch.cat(out)
+
+
+def gated_attention_reference(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
+    """What :func:`gated_attention` computes, of one sequence.
+
+    Args:
+        query, key, value: ``(heads, L, d)``.
+        gate: ``(L,)``.
+
+    Returns:
+        ``(heads, L, d)``.
+    """
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    weights = _relative_to_kept(scores, gate)
+    return (weights * gate / (weights * gate).sum(dim=-1, keepdim=True)).to(value.dtype) @ value
+
+
+def _relative_to_kept(scores: Tensor, gate: Tensor) -> Tensor:
+    """Exponentials of scores, relative to the highest of the keys that count."""
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        scores = scores.float()
+    highest = scores.detach().masked_fill(gate == 0, float('-inf')).amax(dim=-1, keepdim=True)
+    return (scores - highest).clamp(max=MAX_EXPONENT).exp()
+
+
+class _GatedAttention(torch.autograd.Function):
+    """:func:`gated_attention_reference` with a fused kernel, and scores made again in backward.
+
+    With weights w_ij per unit of gate, of which hidden keys have some too, outputs o_i and their
+    gradients d_i, the gradient of gate_j is ``sum_i w_ij (d_i v_j - d_i o_i)``, and that of the
+    score s_ij its summand times gate_j.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, gate):
+        bias = gate.log().to(query.dtype)[None, None, None]
+        out = attention(query[None], key[None], value[None], bias)[0]
+        ctx.save_for_backward(query, key, value, gate, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, gate, out = ctx.saved_tensors
+        scale = query.shape[-1] ** -0.5
+        weights = _relative_to_kept((query * scale) @ key.transpose(-2, -1), gate)
+        weights /= weights @ gate.to(weights.dtype)[:, None]
+        change = (grad @ value.transpose(-2, -1)).to(weights.dtype)
+        change -= (grad * out).sum(dim=-1, keepdim=True).to(weights.dtype)
+        change *= weights
+        grad_gate = change.sum(dim=(0, 1)).to(gate.dtype)
+        grad_scores = (change * gate * scale).to(query.dtype)
+        grad_value = (weights * gate).to(grad.dtype).transpose(-2, -1) @ grad
+        return (
+            grad_scores @ key, grad_scores.transpose(-2, -1) @ query, grad_value, grad_gate,
+        )  # fmt: skip
 
 
 def kept_attention(

@@ -12,6 +12,7 @@ from torch import nn
 import mmtoken
 from mmtoken import backbones
 from mmtoken.layers.grained import GrainRouter
+from mmtoken.layers.scale_gate import ScaleGate
 from mmtoken.registry import MODELS
 
 SWIN = dict(embed_dims=16, depths=(2, 1, 6, 1), num_heads=(1, 2, 2, 4))
@@ -140,7 +141,37 @@ FAMILIES = {
             'norm.weight': -1,
         },
     ),
+    'MSViT': Family(
+        variants=[
+            dict(arch=VIT, img_size=80, out_indices=(1, 3, 4, 5), **kwargs)
+            for kwargs in (
+                {},
+                dict(train_mode='gathered', num_registers=2, layer_scale=1e-5, qkv_bias=False),
+                dict(cls_token=False, window_size=4, share_patch_embed=False),
+                dict(gate=None),
+            )
+        ],
+        num_stages=6,
+        strides=(16, 16, 16, 16),
+        stem=('patch_embed.', 'patch_embed_coarse.', 'pos_embed', 'cls_token', 'reg_token', 'gate'),
+        stage='blocks.{}.',
+        output=None,  # but for the last block, a norm
+        depths={
+            'patch_embed.proj.weight': 0,
+            'patch_embed_coarse.proj.weight': 0,
+            'pos_embed': 0,
+            'cls_token': 0,
+            'reg_token': 0,
+            'gate.layers.0.weight': -1,
+            'gate_loss.mean_logits': -1,
+            'blocks.0.norm1.weight': 1,
+            'blocks.5.norm1.weight': 6,
+            'norm.weight': -1,
+        },
+    ),
 }
+# Parameters that not every variant has
+OPTIONAL = ('router', 'cls_token', 'reg_token', 'gate', 'patch_embed_coarse')
 CASES = [
     pytest.param(dict(type=f'mmtoken.{name}', drop_path_rate=0.0, **kwargs), id=f'{name}-{i}')
     for name, family in FAMILIES.items()
@@ -161,7 +192,8 @@ def build(cfg, **kwargs):
 def wake(model):
     """Give every parameter a say, and every choice a chance.
 
-    LayerScale starts at 1e-5, norms at the identity, routers at the finest granularity.
+    LayerScale starts at 1e-5, norms at the identity, routers at the finest granularity, gates at
+    the fine scale.
     """
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
@@ -173,6 +205,12 @@ def wake(model):
             with torch.no_grad():
                 module.gate.weight.normal_(0, 0.3, generator=generator)
                 module.gate.bias.normal_(0, 0.1, generator=generator)
+        if isinstance(module, ScaleGate):
+            with torch.no_grad():
+                for layer in module.layers:
+                    if isinstance(layer, nn.Linear):
+                        layer.weight.normal_(0, 1, generator=generator)
+                        layer.bias.zero_()
 
 
 def train(model, images):
@@ -346,8 +384,8 @@ def test_layer_depth(cfg):
         assert num_layers - 1 in depths.values()
     assert set(depths.values()) | {num_layers - 1} == set(range(num_layers))
     for name, depth in family.depths.items():
-        if name not in depths and ('router' in name or 'cls_token' in name):
-            continue  # not every variant has them
+        if name not in depths and any(part in name for part in OPTIONAL):
+            continue
         assert depths[name] == depth % num_layers, name
     assert model.get_layer_depth('decode_head.conv.weight', 'backbone.')[0] == num_layers - 1
 

@@ -13,6 +13,7 @@ import mmtoken
 from mmtoken.backbones import DGEDPVT, DGEPVT
 from mmtoken.layers import grained
 from mmtoken.losses import BudgetLoss
+from mmtoken.tokens import routing
 from mmtoken.tokens.record import record_routing
 from mmtoken.tokens.routing import routing_override
 
@@ -84,7 +85,7 @@ def test_released_classifier(golden, monkeypatch):
     model = make(cls_token=True, out_type='cls_token', out_indices=(3,), budget=budget)
     model.load_state_dict(state, strict=True)
     x = torch.from_numpy(golden['x']).float()
-    monkeypatch.setattr(grained, 'gumbel_noise', torch.zeros_like)
+    monkeypatch.setattr(routing, 'gumbel_noise', torch.zeros_like)
     asked, logits = spy(model), torch.from_numpy(golden['logits'])
     for training, context in ((False, torch.no_grad()), (True, mmtoken.token_losses())):
         with context, record_routing() as record:

@@ -15,7 +15,7 @@ from mmengine.structures import PixelData
 from mmengine.utils import import_modules_from_strings
 
 from mmtoken.engine import token_loss_hook
-from mmtoken.layers import grained
+from mmtoken.tokens import routing
 
 SIDE, IMAGES, CLASSES = 64, 4, 5
 # Group norm: batch norm would see other images in each process.
@@ -81,7 +81,7 @@ def train_step(model, images):
 
 @pytest.fixture
 def without_noise(monkeypatch):
-    monkeypatch.setattr(grained, 'gumbel_noise', torch.zeros_like)
+    monkeypatch.setattr(routing, 'gumbel_noise', torch.zeros_like)
 
 
 def hook_up(model):
@@ -93,7 +93,7 @@ def hook_up(model):
 
 def work(folder, rank):
     """One of two processes."""
-    grained.gumbel_noise = torch.zeros_like
+    routing.gumbel_noise = torch.zeros_like
     dist.init_process_group('gloo', init_method=f'file://{folder}/init', rank=rank, world_size=2)
     model = MMDistributedDataParallel(make_model(), find_unused_parameters=False)
     hook_up(model)

@@ -5,15 +5,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmtoken.layers import grained
 from mmtoken.layers.deformable import DeformableAttention
-from mmtoken.layers.grained import GrainedBlock, GrainRouter, gates_of_cells
+from mmtoken.layers.grained import GrainedBlock, GrainRouter
 from mmtoken.layers.spatial_reduction import SpatialReductionAttention
-from mmtoken.tokens import tiles
+from mmtoken.tokens import routing, tiles
 from mmtoken.tokens.attention import attention_reference, join_heads, split_heads
 from mmtoken.tokens.record import record_routing
 from mmtoken.tokens.reference import reference_path
-from mmtoken.tokens.regions import lay_regions, pool_cells, repeat_cells
+from mmtoken.tokens.regions import (
+    all_cells,
+    gates_of_cells,
+    lay_regions,
+    pool_cells,
+    repeat_cells,
+)
 from mmtoken.tokens.routing import routing_override
 
 DATA = Path(__file__).parent.parent / 'data'
@@ -73,7 +78,7 @@ def test_released_inference(name, context):
 @pytest.mark.parametrize('with_cp', [False, True])
 def test_released_training(released, train_mode, with_cp, monkeypatch):
     block = released.block(train_mode=train_mode, with_cp=with_cp).train()
-    monkeypatch.setattr(grained, 'gumbel_noise', lambda scores: released['gumbel_noise'])
+    monkeypatch.setattr(routing, 'gumbel_noise', lambda scores: released['gumbel_noise'])
     path = 'sparse' if train_mode == 'sparse' else 'dense'
     x = released['x'].requires_grad_()
     with record_routing() as record:
@@ -209,7 +214,7 @@ def test_stochastic_depth_drops_images():
         kinds = out.detach().unique(dim=0)
     assert len(kinds) == 4
     keys = block.attn.keys(x[:1], block.norm1, (8, 8))
-    queries, cells = x[0], grained.all_cells(lay_regions((8, 8), (1,), 4), 1)
+    queries, cells = x[0], all_cells(lay_regions((8, 8), (1,), 4), 1)
     for attn in (0.0, 2.0):
         for mlp in (0.0, 2.0):
             kept = torch.tensor([[attn]]), torch.tensor([[mlp]])

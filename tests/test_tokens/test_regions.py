@@ -13,12 +13,16 @@ from mmtoken.tokens.regions import (
     Regions,
     add_unpooled,
     all_cells,
+    gates_of_cells,
+    join_levels,
     lay_regions,
     plan_regions,
     pool_all,
     pool_cells,
+    pool_parts,
     pool_regions,
     repeat_cells,
+    take_level,
     unpool_all,
     unpool_regions,
 )
@@ -228,6 +232,46 @@ def test_all_granularities_at_once(layout):
     torch.testing.assert_close(tokens, share.T @ weights)
     (grad,) = torch.autograd.grad(tokens, weights, x)
     torch.testing.assert_close(grad, share @ x)
+
+
+@settings(max_examples=40, deadline=None)
+@given(layouts())
+def test_levels_are_taken_and_joined(layout):
+    """Each embedded by itself, they come to the same row as if all had been made."""
+    regions, batch = layout.regions, len(layout.x)
+    queries = plan_regions(layout.choice, regions).queries
+    for cells in (queries, queries.others, all_cells(regions, batch)):
+        parts = pool_parts(layout.x, regions)
+        assert len(parts) == len(regions.granularities) + 1
+        levels = [take_level(part, k, cells) for k, part in enumerate(parts)]
+        assert [len(level) for level in levels] == [sum(n) for n in zip(*cells.counts, strict=True)]
+        expected = pool_all(layout.x, regions).flatten(0, 1)[cells.cells]
+        assert torch.equal(join_levels(levels, cells), expected)
+
+
+def test_levels_of_cells():
+    regions = lay_regions((2, 4), (1, 2), 2, num_extra=1)
+    cells = plan_regions(torch.tensor([[[1, 0]], [[0, 0]]]), regions).queries
+    parts = [(image, k, part, places.tolist()) for image, k, part, places in cells.levels()]
+    assert parts == [
+        (0, 0, slice(0, 1), [0]),
+        (0, 1, slice(1, 5), [2, 3, 6, 7]),
+        (0, 2, slice(5, 6), [0]),
+        (1, 0, slice(6, 7), [0]),
+        (1, 1, slice(7, 15), list(range(8))),
+        (1, 2, slice(15, 15), []),
+    ]
+
+
+@settings(max_examples=40, deadline=None)
+@given(layouts())
+def test_gates_of_cells_choose_the_queries(layout):
+    regions = layout.regions
+    gates = torch.nn.functional.one_hot(layout.choice, len(regions.granularities)).float()
+    chosen = gates_of_cells(gates, regions)
+    assert chosen.shape == (len(layout.x), regions.num_all, 1)
+    cells = plan_regions(layout.choice, regions).queries.cells
+    assert torch.equal(chosen.flatten().nonzero().flatten(), cells)
 
 
 @pytest.mark.parametrize('side', [1, 2, 3, 5])

@@ -1,6 +1,8 @@
 import math
 from itertools import product
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,9 +10,11 @@ from hypothesis import strategies as st
 
 from mmtoken.layers.grained import GrainedBlock
 from mmtoken.layers.spatial_reduction import SpatialReductionAttention
+from mmtoken.tokens import routing
 from mmtoken.tokens.regions import lay_regions
 from mmtoken.tokens.routing import (
     RoutingOverride,
+    choose,
     current_override,
     gumbel_noise,
     one_hot,
@@ -18,6 +22,8 @@ from mmtoken.tokens.routing import (
     straight_through,
     with_gradient_of,
 )
+
+DATA = Path(__file__).parent.parent / 'data'
 
 
 @pytest.mark.parametrize('scale', [1e-3, 1, 100])
@@ -120,12 +126,48 @@ def test_no_single_change_would_be_nearer(grid, ratio, seed):
 
 def test_layouts_differ_by_image_block_and_seed_alone():
     counts = lay_regions((32, 32), (1, 2, 4), 4).num_cells
-    first, again, other = (RoutingOverride('query_ratio', 0.5, seed) for seed in (0, 0, 1))
+    first, again, other = (RoutingOverride('query_ratio', (0.5,), seed) for seed in (0, 0, 1))
     draws = [(o.draw(counts, 2), o.draw(counts, 2)) for o in (first, again, other)]
     for a, b in zip(draws[0], draws[1], strict=True):
         assert torch.equal(a, b)
     layouts = {tuple(image.tolist()) for pair in (draws[0], draws[2]) for d in pair for image in d}
     assert len(layouts) == 8
+
+
+def drawn_coarse(ratios, num_regions, batch=1, seed=0):
+    counts = torch.tensor([[4, 1]] * num_regions)
+    return RoutingOverride('coarse_ratio', ratios, seed).draw(counts, batch)
+
+
+@pytest.mark.parametrize('num_regions', [1, 2, 7, 49, 100])
+def test_coarse_regions_are_as_many_as_asked_for(num_regions):
+    for ratio in torch.linspace(0, 1, 21).tolist():
+        choice = drawn_coarse((ratio,), num_regions, batch=3)
+        assert choice.shape == (3, num_regions) and choice.dtype == torch.long
+        assert choice.sum(dim=1).tolist() == [round(ratio * num_regions)] * 3
+
+
+def test_coarse_regions_are_the_last_choice_and_anywhere():
+    counts = torch.tensor([[16, 4, 1]] * 20)
+    choice = RoutingOverride('coarse_ratio', (0.3,), 0).draw(counts, 600)
+    assert set(choice.flatten().tolist()) == {0, 2}
+    assert ((choice == 2).sum(dim=1) == 6).all()
+    share = (choice == 2).double().mean(dim=0)
+    assert share.min() > 0.2 and share.max() < 0.4
+    assert torch.equal(drawn_coarse((0.5,), 30, 4, seed=3), drawn_coarse((0.5,), 30, 4, seed=3))
+    assert not torch.equal(drawn_coarse((0.5,), 30, seed=3), drawn_coarse((0.5,), 30, seed=4))
+
+
+def test_images_have_ratios_in_turn():
+    choice = drawn_coarse((0.1, 0.5, 1), 10, batch=5)
+    assert choice.sum(dim=1).tolist() == [1, 5, 10, 1, 5]
+    assert drawn_coarse((0.1, 0.5, 1), 10, batch=2).sum(dim=1).tolist() == [1, 5]
+    counts = lay_regions((32, 32), (1, 2, 4), 4).num_cells
+    choice = RoutingOverride('query_ratio', (0.25, 1), 0).draw(counts, 3)
+    totals = counts.expand(3, -1, -1).gather(2, choice[..., None]).sum((1, 2))
+    assert totals.tolist() == [256, 1024, 256]
+    with routing_override(coarse_ratio=[0, 0.5]):
+        assert current_override('coarse_ratio').ratios == (0, 0.5)
 
 
 def test_every_region_has_the_same_chances():
@@ -141,9 +183,9 @@ def test_overrides_nest_and_end():
     with routing_override(query_ratio=0.5):
         outer = current_override('query_ratio')
         with pytest.raises(KeyError), routing_override(coarse_ratio=0, seed=3):
-            assert current_override('coarse_ratio').ratio == 0
+            assert current_override('coarse_ratio').ratios == (0,)
             raise KeyError
-        assert current_override('query_ratio') is outer and outer.ratio == 0.5
+        assert current_override('query_ratio') is outer and outer.ratios == (0.5,)
     assert current_override('query_ratio') is None
 
 
@@ -157,6 +199,9 @@ def test_overrides_nest_and_end():
         (dict(coarse_ratio=-0.1), r'coarse_ratio must be in \[0, 1\], got -0.1'),
         (dict(coarse_ratio=2), r'coarse_ratio must be in \[0, 1\], got 2'),
         (dict(query_ratio=float('nan')), 'got nan'),
+        (dict(query_ratio=(0.5, 0)), r'query_ratio must be in \(0, 1\], got \(0.5, 0\)'),
+        (dict(coarse_ratio=[0, 1.5]), r'coarse_ratio must be in \[0, 1\], got \[0, 1.5\]'),
+        (dict(coarse_ratio=()), r'got \(\)'),
     ],
 )
 def test_bad_ratios(ratios, message):
@@ -195,3 +240,104 @@ def test_overridden_training(granularities, train_mode):
     for loss in (out.square().sum(), usage.dynamic.sum()):
         (grad,) = torch.autograd.grad(loss, weight, retain_graph=True)
         assert grad.abs().sum() > 0
+
+
+# Choices of all regions
+
+COUNTS = torch.tensor([[4, 1]] * 12)
+
+
+def choose_scales(scores, training=True, **kwargs):
+    return choose(scores, COUNTS, 'coarse_ratio', training, **kwargs)
+
+
+@pytest.mark.parametrize('temperature', [1.0, 0.5])
+def test_golden_samples(temperature, monkeypatch):
+    """The Gumbel-softmax of two scales is the sigmoid of logits with logistic noise."""
+    golden = {name: torch.from_numpy(v) for name, v in np.load(DATA / 'gbas_golden.npz').items()}
+    logits = golden['gsig_logits'].requires_grad_()
+    noise = golden['gsig_u'].logit()
+    scores = torch.stack([torch.zeros_like(logits), logits], dim=-1)[:, None]
+    both = torch.stack([torch.zeros_like(noise), noise], dim=-1)[:, None]
+    monkeypatch.setattr(routing, 'gumbel_noise', lambda scores: both)
+    gates = choose_scales(scores, temperature=temperature)[:, 0]
+    assert torch.equal(gates[..., 1], golden['gsig_hard_T1'].double())
+    assert torch.equal(gates.sum(dim=-1), torch.ones_like(noise))
+    # In its gradient the sigmoid shows itself.
+    soft = golden[f'gsig_T{temperature}']
+    weights = torch.randn_like(soft)
+    (grad,) = torch.autograd.grad((gates[..., 1] * weights).sum(), logits)
+    expected = weights * soft * (1 - soft) / temperature
+    torch.testing.assert_close(grad, expected, atol=1e-10, rtol=0)
+
+
+def test_difference_of_noise_is_logistic():
+    scores = torch.zeros(200_000, 2)
+    noise = gumbel_noise(scores)
+    difference = noise[:, 1] - noise[:, 0]
+    for q in (0.05, 0.3, 0.5, 0.9):
+        expected = math.log(q / (1 - q))
+        assert difference.quantile(q).item() == pytest.approx(expected, abs=0.03)
+
+
+def test_choices_outside_of_training():
+    scores = torch.randn(2, 3, 4, 2, requires_grad=True)
+    state = torch.get_rng_state()
+    gates = choose_scales(scores, training=False)
+    assert torch.equal(gates, one_hot(scores.argmax(-1), scores))
+    assert not gates.requires_grad and torch.equal(torch.get_rng_state(), state)
+
+
+def test_temperature_does_not_change_choices():
+    scores, gates, grads = torch.randn(2, 3, 4, 2, requires_grad=True), [], []
+    for temperature in (0.1, 1, 7):
+        torch.manual_seed(3)
+        gates.append(choose_scales(scores, temperature=temperature))
+        grads.append(torch.autograd.grad(gates[-1][..., 0].sum(), scores)[0])
+    assert torch.equal(gates[0], gates[1]) and torch.equal(gates[0], gates[2])
+    assert not torch.allclose(grads[0], grads[1]) and not torch.allclose(grads[1], grads[2])
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_padding_is_as_coarse_as_can_be(training):
+    scores = torch.randn(2, 3, 4, 2, requires_grad=True)
+    padding = torch.rand(2, 3, 4) < 0.4
+    for ratio in (None, 0):
+        torch.manual_seed(3)
+        if ratio is None:
+            gates = choose_scales(scores, training, padding=padding)
+            torch.manual_seed(3)
+            expected = choose_scales(scores, training).argmax(-1)
+        else:
+            with routing_override(coarse_ratio=ratio):
+                gates = choose_scales(scores, training, padding=padding)
+            expected = torch.zeros(2, 3, 4, dtype=torch.long)
+        assert torch.equal(gates.argmax(-1), torch.where(padding, 1, expected))
+        assert ((gates == 0) | (gates == 1)).all()
+        if training:
+            (grad,) = torch.autograd.grad((gates * torch.randn_like(gates)).sum(), scores)
+            assert torch.equal(grad.abs().sum(-1) == 0, padding)
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_override_replaces_the_choice_alone(training):
+    scores, weights = torch.randn(2, 3, 4, 2, requires_grad=True), torch.randn(2, 3, 4, 2)
+    with routing_override(coarse_ratio=(0.25, 1), seed=5):
+        gates = choose_scales(scores, training, temperature=0.3)
+    expected = RoutingOverride('coarse_ratio', (0.25, 1), 5).draw(COUNTS, 2).view(2, 3, 4)
+    assert torch.equal(gates.argmax(-1), expected)
+    assert gates[..., 1].sum((1, 2)).tolist() == [3, 12]
+    assert gates.requires_grad == training
+    if training:
+        grads = [
+            torch.autograd.grad((g * weights).sum(), scores)[0] for g in (gates, scores.softmax(-1))
+        ]
+        assert torch.equal(*grads)
+
+
+def test_choice_under_the_wrong_override():
+    with (
+        routing_override(query_ratio=0.5),
+        pytest.raises(ValueError, match=r'query_ratio=.* but this network has a coarse_ratio'),
+    ):
+        choose_scales(torch.randn(2, 3, 4, 2))
