@@ -27,6 +27,8 @@ SHAPES_DETECTOR = CONFIGS / 'shapes' / 'mask-rcnn_stvit-r-swin-nano_fpn_1xb8-7e_
 SHAPES_SEGMENTER = CONFIGS / 'shapes' / 'upernet_stvit-r-swin-nano_1xb16-750i_shapes-128x128.py'
 DGE_DETECTOR = CONFIGS / 'shapes' / 'mask-rcnn_dge-pvt-nano_fpn_1xb8-3e_shapes.py'
 DGE_SEGMENTER = CONFIGS / 'shapes' / 'fpn_dge-pvt-nano_1xb16-300i_shapes-128x128.py'
+MSVIT_DETECTOR = CONFIGS / 'shapes' / 'mask-rcnn_msvit-nano_sfp_1xb8-3e_shapes.py'
+MSVIT_SEGMENTER = CONFIGS / 'shapes' / 'fpn_msvit-nano_1xb16-300i_shapes-128x128.py'
 COCO = CONFIGS / 'stvit_r' / 'mask-rcnn_stvit-r-swin-t_fpn_8xb2-1x_coco.py'
 IMAGENET = CONFIGS / 'stvit_r' / 'stvit-r-swin-tiny_16xb64_in1k.py'
 ADE20K = CONFIGS / 'stvit_r' / 'upernet_stvit-r-swin-t_8xb2-160k_ade20k-512x512.py'
@@ -333,14 +335,29 @@ def test_grained_detector_resumes_and_is_tested(workspace, grained_detector):
     assert scores(tested, 'coco/bbox_mAP') == scores(output, 'coco/bbox_mAP')
 
 
-def test_grained_segmenter(workspace):
+@pytest.mark.parametrize('config', [DGE_SEGMENTER, MSVIT_SEGMENTER], ids=['dge', 'msvit'])
+def test_segmenter_that_chooses(workspace, config):
     options = [*ONE_PROCESS, *SHORT_SEGMENTATION, 'train_dataloader.batch_size=4', FROM_SCRATCH]
-    checkpoint, output = train(workspace, STOCK[mmseg] / 'train.py', DGE_SEGMENTER, options)
+    checkpoint, output = train(workspace, STOCK[mmseg] / 'train.py', config, options)
     assert scores(output, 'mIoU')
     output = run(
-        workspace, STOCK[mmseg] / 'test.py', DGE_SEGMENTER, checkpoint, '--tta', options=ONE_PROCESS
+        workspace, STOCK[mmseg] / 'test.py', config, checkpoint, '--tta', options=ONE_PROCESS
     )
     assert scores(output, 'mIoU')
+
+
+def test_mixed_scale_detector(workspace):
+    """Trained with learning rates by layer and averaged weights."""
+    options = [
+        *ONE_PROCESS, *SHORT_DETECTION, 'train_dataloader.batch_size=2', FROM_SCRATCH,
+        'default_hooks.logger.interval=1', 'default_hooks.ema.type=EMAHook',
+        'optim_wrapper.constructor=mmtoken.LayerDecayOptimWrapperConstructor',
+        'optim_wrapper.paramwise_cfg.layer_decay_rate=0.7',
+    ]  # fmt: skip
+    checkpoint, output = train(workspace, STOCK[mmdet] / 'train.py', MSVIT_DETECTOR, options)
+    assert 'backbone 7' in output and re.search(r'loss_gate: [\d.]+  coarse_ratio: [\d.]+', output)
+    tested = run(workspace, STOCK[mmdet] / 'test.py', MSVIT_DETECTOR, checkpoint, options=options)
+    assert scores(tested, 'coco/bbox_mAP') == scores(output, 'coco/bbox_mAP')
 
 
 def test_forgotten_hook_is_an_error(workspace):
