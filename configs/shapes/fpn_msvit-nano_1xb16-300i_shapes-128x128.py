@@ -11,12 +11,14 @@ model = dict(
                 type='mmtoken.BatchShapingLoss',
                 target_coarse_ratio=0.5,
                 loss_weight=4.0,
+                temperature=0.15,
                 warmup_iters=30,
             ),
         ),
+        share_patch_embed=False,
         out_type='tokens',
     ),
-    neck=dict(type='mmtoken.MixedScaleNeck'),
+    neck=dict(type='mmtoken.MixedScaleNeck', refine=True),
 )
 train_cfg = dict(max_iters=300, val_interval=300)
 param_scheduler = [

@@ -7,16 +7,21 @@ model = dict(
     backbone=dict(
         gate=dict(
             _delete_=True,
+            input='pixels',
+            hidden_channels=128,
+            start_ratio=0.5,
             loss=dict(
                 type='mmtoken.BatchShapingLoss',
                 target_coarse_ratio=0.5,
-                loss_weight=4.0,
-                warmup_iters=30,
+                loss_weight=6.0,
+                temperature=0.15,
+                warmup_iters=60,
             ),
         ),
+        share_patch_embed=False,
         out_type='tokens',
     ),
-    neck=dict(type='mmtoken.MixedScaleNeck'),
+    neck=dict(type='mmtoken.MixedScaleNeck', refine=True),
 )
 train_cfg = dict(max_epochs=3, val_interval=3)
 param_scheduler = [

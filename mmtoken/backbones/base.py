@@ -69,16 +69,11 @@ class TokenBackbone(BaseModule, metaclass=ABCMeta):
         init_cfg = self.init_cfg
         if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
             init_own(self)
-            report = load_into(self, init_cfg['checkpoint'], init_cfg.get('prefix'))
-            self.fill_fresh(report.fresh)
+            load_into(self, init_cfg['checkpoint'], init_cfg.get('prefix'))
             self.is_init = True
         else:
             super().init_weights()
             init_own(self)
-            self.fill_fresh(list(self.state_dict()))
-
-    def fill_fresh(self, names: Iterable[str]) -> None:
-        """Start those of the parameters ``names``, which no file gave, that depend on others."""
 
     def train(self, mode: bool = True) -> 'TokenBackbone':
         """As in torch, but frozen stages and, with ``norm_eval``, batch norms stay in eval mode."""

@@ -161,6 +161,12 @@ class MSViT(PlainBackbone):
         if gate is not None:
             if not share_patch_embed:
                 self.patch_embed_coarse = PatchEmbed(None, coarse_size, in_channels, dims)
+                self.patch_embed_coarse.proj.load_state_dict(
+                    dict(
+                        weight=self.enlarge(self.patch_embed.proj.weight),
+                        bias=self.patch_embed.proj.bias,
+                    )
+                )
             self.make_gate(gate, dims, in_channels * coarse_size**2)
 
         rates = torch.linspace(0, drop_path_rate, depth, device='cpu').tolist()
@@ -231,14 +237,22 @@ class MSViT(PlainBackbone):
             )
         return blocks
 
-    def fill_fresh(self, names: Iterable[str]) -> None:
-        """A coarse projection without weights does what the shared one would do."""
-        if 'patch_embed_coarse.proj.weight' in names:
-            fine, coarse = self.patch_embed.proj, self.patch_embed_coarse.proj
-            with torch.no_grad():
-                kernel = F.interpolate(fine.weight, scale_factor=self.ratio, mode='nearest')
-                coarse.weight.copy_(kernel / self.ratio**2)
-                coarse.bias.copy_(fine.bias)
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        """Weights without a coarse projection, as those of ViT, give one made of the fine one."""
+        name = f'{prefix}patch_embed.proj.weight'
+        coarse = f'{prefix}patch_embed_coarse.proj.'
+        if self.patch_embed_coarse is not None and name in state_dict:
+            state_dict.setdefault(f'{coarse}weight', self.enlarge(state_dict[name]))
+            if f'{prefix}patch_embed.proj.bias' in state_dict:
+                state_dict.setdefault(f'{coarse}bias', state_dict[f'{prefix}patch_embed.proj.bias'])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def enlarge(self, kernel: Tensor) -> Tensor:
+        """A projection of coarse patches that does what that of fine ones does to their means.
+
+        ``(C, in_channels, fine_size, fine_size) -> (C, in_channels, coarse_size, coarse_size)``.
+        """
+        return F.interpolate(kernel, scale_factor=self.ratio, mode='nearest') / self.ratio**2
 
     def frozen_modules(self) -> list[nn.Module | nn.Parameter]:
         """As for all backbones; the gate is fixed with the stem."""
