@@ -358,7 +358,9 @@ class MSViT(PlainBackbone):
             scores, regions.num_cells, 'coarse_ratio', training, padding, self.temperature
         )
         choice = gates.argmax(dim=-1)
-        note_decision(Decision(choice, self.granularities, self.ratio, regions.grid, padding))
+        note_decision(
+            Decision(choice, self.granularities, self.ratio, regions.grid, padding, once=True)
+        )
         if self.gate_loss is not None and wanted(training):
             real = ~padding
             loss = self.gate_loss(scores.softmax(dim=-1)[..., 1], real)

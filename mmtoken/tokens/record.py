@@ -16,6 +16,7 @@ class Decision(NamedTuple):
         region_size: Side of a region, in tokens of the grid.
         grid: ``(H, W)`` of the dense map, in tokens.
         padding: Regions that hold padding alone, ``(B, Hr, Wr)``; None if not looked for.
+        once: Whether it holds for the whole network; otherwise for one of its blocks.
     """
 
     choice: Tensor
@@ -23,6 +24,7 @@ class Decision(NamedTuple):
     region_size: int
     grid: tuple[int, int]
     padding: Tensor | None
+    once: bool = False
 
 
 _records: list[list[Decision]] = []

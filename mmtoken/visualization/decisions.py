@@ -4,7 +4,7 @@ Of a network that chooses once, before its first block (MSViT), queries are the 
 tokens the fine ones there could be.
 """
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from itertools import groupby
 
 import torch
@@ -71,13 +71,13 @@ def coarse_ratio(decisions: Iterable[Decision]) -> float:
     return image_coarse_ratios(decisions).mean().item()
 
 
-def ratio_unit(decisions: Sized) -> str:
+def ratio_unit(decisions: Iterable[Decision]) -> str:
     """What a query ratio counts, in words: a network that chooses once chooses its tokens.
 
     Args:
         decisions: Of the whole network.
     """
-    return 'tokens per fine patch' if len(decisions) == 1 else 'queries per token'
+    return 'tokens per fine patch' if all(d.once for d in decisions) else 'queries per token'
 
 
 def split_stages(decisions: Iterable[Decision]) -> list[list[Decision]]:

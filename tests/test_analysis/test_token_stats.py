@@ -55,7 +55,7 @@ def test_gates_that_choose_once():
         choice = torch.tensor([choice]).view(1, 2, 3)
         padding = torch.zeros(1, 2, 3, dtype=torch.bool)
         padding[0, :, 2] = True  # always coarse
-        return Decision(choice, (1, 2), 2, (4, 6), padding)
+        return Decision(choice, (1, 2), 2, (4, 6), padding, once=True)
 
     objects = torch.zeros(1, 16, 24, dtype=torch.bool)
     objects[:, :8] = True

@@ -49,8 +49,8 @@ def test_coarse_ratios_are_of_regions_without_padding():
 
 def test_units_are_said():
     decision = decide([[0] * 3] * 2)
-    assert ratio_unit([decision]) == 'tokens per fine patch'
-    assert ratio_unit([decision] * 2) == 'queries per token'
+    assert ratio_unit([decision]) == ratio_unit([decision] * 2) == 'queries per token'
+    assert ratio_unit([decision._replace(once=True)]) == 'tokens per fine patch'
 
 
 def test_density_is_the_mean_of_what_blocks_chose():

@@ -64,7 +64,7 @@ def test_panels_of_stages_and_blocks():
 
 def test_tokens_of_a_network_that_chooses_once():
     choice = torch.tensor([[[1] * 5] * 4, [[0, 0, 0, 1, 1]] * 4])
-    figure = draw_tokens(PICTURE, Decision(choice, (1, 2), 2, (8, 10), None), image=1)
+    figure = draw_tokens(PICTURE, Decision(choice, (1, 2), 2, (8, 10), None, True), image=1)
     panel, bar = figure.axes[1:]
     assert panel.get_title() == 'coarse 0.40, 70 % of the tokens'
     assert bar.get_ylabel() == 'tokens per fine patch'

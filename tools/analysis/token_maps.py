@@ -63,7 +63,7 @@ def main() -> int:
         if not watched.decisions:
             return fail(f'no part of the model in {args.config} chooses its tokens')
         picture = to_picture(watched.images[0], model.data_preprocessor)
-        if len(watched.decisions) == 1:
+        if watched.decisions[0].once:
             figure = draw_tokens(picture, *watched.decisions)
         else:
             figure = draw(picture, watched.decisions)
