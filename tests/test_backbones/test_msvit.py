@@ -603,7 +603,8 @@ def test_padding_is_not_counted():
         for training in (True, False):
             part = image[:, :, :height, :width]
             _, record, published = run(model.train(training), part)
-            ((choice, _, _, _, padding),) = record
+            (decision,) = record
+            choice, padding = decision.choice, decision.padding
             assert torch.equal(choice == 1, padding)
             assert not padding[:, :3, :2].any()
             assert padding.sum((1, 2)).tolist() == [height * width // 32**2 - 6] * 2
