@@ -13,7 +13,7 @@ model = dict(
             loss=dict(
                 type='mmtoken.BatchShapingLoss',
                 target_coarse_ratio=0.5,
-                loss_weight=12.0,
+                loss_weight=6.0,
                 temperature=0.15,
                 warmup_iters=60,
             ),
