@@ -210,6 +210,7 @@ def wake(model):
                 for layer in module.layers:
                     if isinstance(layer, nn.Linear):
                         layer.weight.normal_(0, 1, generator=generator)
+                    if not isinstance(layer, nn.GELU):
                         layer.bias.zero_()
 
 
