@@ -68,11 +68,13 @@ class Mixture(NamedTuple):
         gated = kept_attention if self.owner is not None else gated_attention
         return gated(query, key, value, self.gate, lengths)
 
+    def weigh(self, tokens: Tensor) -> Tensor:
+        """Multiply tokens ``(M, C)`` by their gates, which teaches the gates what maps need."""
+        return tokens if self.gate is None else tokens * self.gate.to(tokens.dtype)[:, None]
+
     def restore(self, tokens: Tensor) -> Tensor:
         """Copy tokens to all places they stand for: ``(M, C) -> (B, N, C)``, extra ones first."""
-        batch = len(self.lengths)
-        if self.gate is not None:
-            tokens = tokens * self.gate.to(tokens.dtype)[:, None]
+        batch, tokens = len(self.lengths), self.weigh(tokens)
         if self.owner is not None:
             return tokens.index_select(0, self.owner).unflatten(0, (batch, -1))
         if self.order is not None:
@@ -92,9 +94,7 @@ class Mixture(NamedTuple):
             tokens = tokens.flatten(0, 1)
             owner = torch.arange(len(tokens), device=tokens.device).view(batch, -1)
         else:
-            if self.gate is not None:
-                tokens = tokens * self.gate.to(tokens.dtype)[:, None]
-            lengths = self.lengths
+            tokens, lengths = self.weigh(tokens), self.lengths
             owner = self.owner.view(batch, -1)[:, regions.num_extra :]
         coarse = torch.zeros_like(owner)
         if self.choice is not None:

@@ -189,8 +189,8 @@ def routing_override(
         )
     ((kind, ratio),) = given.items()
     ratios = tuple(ratio) if isinstance(ratio, Sequence) else (ratio,)
-    least_allowed = not any(r == 0 for r in ratios) or kind == 'coarse_ratio'
-    if not ratios or not all(0 <= r <= 1 for r in ratios) or not least_allowed:
+    too_low = kind == 'query_ratio' and 0 in ratios
+    if not ratios or not all(0 <= r <= 1 for r in ratios) or too_low:
         raise ValueError(
             f'{kind} must be in {"(" if kind == "query_ratio" else "["}0, 1], got {ratio}'
         )
