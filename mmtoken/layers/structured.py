@@ -1,0 +1,132 @@
+"""Layers that mix channels along the structure inside a token, and tokens along that of the image.
+
+Source: SWAT, arXiv 2111.13677, sections 3.2 and 3.3; released code, github.com/kkahatapitiya/SWAT
+(MIT).
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..tokens.plan import cached_plan
+from ..tokens.planes import fold_planes, unfold_planes
+from ..tokens.reference import on_reference_path
+
+
+class StructuredLinear(nn.Module):
+    """The mean of a Linear layer and of a convolution inside the planes of each token.
+
+    Both are linear maps of the same channels, so together they are one: ``weight`` and ``bias`` are
+    those of the Linear layer that does the same. They are differentiable, and computing them costs
+    as much as a few tokens do, so training takes this path too; the plain form is
+    :meth:`forward_reference`.
+
+    Args:
+        embed_dims: Channels of a token, ``planes * side**2``.
+        out_dims: Output channels, a multiple of ``side**2``.
+        side: Side of a plane, in cells.
+        kernel_size: Of the convolution, odd.
+        bias: Whether both have biases.
+    """
+
+    def __init__(
+        self, embed_dims: int, out_dims: int, side: int, kernel_size: int, bias: bool = True
+    ) -> None:
+        super().__init__()
+        planes, out_planes = embed_dims // side**2, out_dims // side**2
+        self.side = side
+        self.linear = nn.Linear(embed_dims, out_dims, bias=bias)
+        self.conv = nn.Conv2d(planes, out_planes, kernel_size, padding=kernel_size // 2, bias=bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """``(out_dims, embed_dims)``."""
+        kernel = self.conv.weight
+        places = cell_offsets(self.side, kernel.shape[-1], kernel.device, kernel.dtype)
+        inside = torch.einsum('oik,kpq->opiq', kernel.flatten(2), places)
+        return (self.linear.weight + inside.reshape(self.linear.weight.shape)) / 2
+
+    @property
+    def bias(self) -> Tensor | None:
+        """``(out_dims,)``, or None."""
+        if self.linear.bias is None:
+            return None
+        return (self.linear.bias + self.conv.bias.repeat_interleave(self.side**2)) / 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., embed_dims) -> (..., out_dims)``."""
+        if on_reference_path():
+            return self.forward_reference(x)
+        return F.linear(x, self.weight, self.bias)
+
+    def forward_reference(self, x: Tensor) -> Tensor:
+        """:meth:`forward`, as the paper says it."""
+        planes = x.reshape(-1, self.conv.in_channels, self.side, self.side)
+        inside = self.conv(planes).flatten(1).view(*x.shape[:-1], -1)
+        return (self.linear(x) + inside) / 2
+
+
+@cached_plan
+def cell_offsets(side: int, kernel_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Which weight of a kernel leads from a cell of a plane to another.
+
+    Returns:
+        ``(kernel_size**2, side**2, side**2)``: 1 where the weight, row by row, is that between the
+        output cell and the input cell, else 0.
+    """
+    cell = torch.arange(side)
+    offset = cell[None, :] - cell[:, None] + kernel_size // 2  # (output, input)
+    along = (offset[None] == torch.arange(kernel_size)[:, None, None]).to(dtype)
+    places = torch.einsum('kpq,lrs->klprqs', along, along)
+    return places.reshape(kernel_size**2, side**2, side**2).to(device)
+
+
+class StructuredMlp(nn.Module):
+    """An MLP with a depth-wise convolution of the token grid between its layers.
+
+    Args:
+        embed_dims: Channels.
+        hidden_dims: Hidden channels.
+        kernel_size: Of the convolution, odd, in tokens.
+    """
+
+    def __init__(self, embed_dims: int, hidden_dims: int, kernel_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dims, hidden_dims)
+        self.dwconv = nn.Conv2d(
+            hidden_dims, hidden_dims, kernel_size, padding=kernel_size // 2, groups=hidden_dims
+        )
+        self.fc2 = nn.Linear(hidden_dims, embed_dims)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C) -> (B, H, W, C)``."""
+        x = F.gelu(self.fc1(x))
+        x = F.gelu(self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return self.fc2(x)
+
+
+class StructuredMerging(nn.Module):
+    """Convolve the planes of all tokens as one map, and fold them to half the grid.
+
+    Args:
+        embed_dims: Channels of a token.
+        side: Side of its planes, in cells.
+        kernel_size: Of the convolution, odd, in cells.
+    """
+
+    def __init__(self, embed_dims: int, side: int, kernel_size: int) -> None:
+        super().__init__()
+        planes = embed_dims // side**2
+        self.side = side
+        self.norm = nn.LayerNorm(planes)
+        self.reduction = nn.Conv2d(
+            planes, planes // 2, kernel_size, padding=kernel_size // 2, bias=False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2 * C)``."""
+        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        pixels = self.norm(unfold_planes(x, self.side, self.side))
+        pixels = self.reduction(pixels.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return fold_planes(pixels, 1, 2 * self.side)
