@@ -56,6 +56,7 @@ def _make_parser() -> argparse.ArgumentParser:
             'sources:\n'
             '  stvit-r  released STViT-R on Swin: classifiers and detectors\n'
             '  swin     Swin Transformer: Microsoft, mmdet/mmseg/mmpretrain, timm\n'
+            '  swat     SWAT on Swin and DeiT, by the released code\n'
             '  vtpack   DGE on DeiT and PVT, and deformable PVT, by the released code\n'
             '  pvt      PVT: released classifiers and detectors, mmdet\n'
             '  dinov2   DINOv2, with or without registers: Meta, timm, mmpretrain\n'

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 from timm.layers import to_2tuple
 
+from ..backbones.base import PlainBackbone
 from ..backbones.dge_pvt import PATCH_SIZES
 from .twin import our_class
 
@@ -54,6 +55,12 @@ def _vit(arguments: dict) -> dict:
     )
 
 
+def _swat_deit(arguments: dict) -> dict:
+    own = arguments['arch']
+    arch = {name: own[name] for name in PlainBackbone.arch_keys}
+    return _vit(dict(arguments, arch=arch, patch_size=own['patch_size']))
+
+
 def _msvit(arguments: dict) -> dict | None:
     # A plain ViT: without registers, windows, or the layer scale of DINOv2.
     if arguments['num_registers'] or arguments['window_size'] or arguments['layer_scale']:
@@ -96,4 +103,6 @@ PEERS = {
     'DGEPVT': (('mmdet',), 'PyramidVisionTransformer', _pvt),
     'DGEDeiT': (('mmpretrain',), 'VisionTransformer', _vit),
     'MSViT': (('mmpretrain',), 'VisionTransformer', _msvit),
+    'SWATSwin': (('mmdet', 'mmseg'), 'SwinTransformer', _swin),
+    'SWATDeiT': (('mmpretrain',), 'VisionTransformer', _swat_deit),
 }

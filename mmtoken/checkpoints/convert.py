@@ -18,8 +18,8 @@ def convert(
 
     Args:
         state_dict: Names and tensors.
-        source: ``'stvit-r'``, ``'swin'``, ``'vtpack'``, ``'pvt'``, ``'dinov2'``, ``'deit'`` or
-            ``'vit'``; the layout is recognised.
+        source: ``'stvit-r'``, ``'swat'``, ``'swin'``, ``'vtpack'``, ``'pvt'``, ``'dinov2'``,
+            ``'deit'`` or ``'vit'``; the layout is recognised.
         prefix: What precedes the backbone's names, see :func:`take_prefix`.
 
     Returns:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .report import Report
 from .sources.source import is_square
+from .structure import structure_layers
 
 BIAS_TABLE = 'relative_position_bias_table'
 # Learned tokens that are laid out on a grid, (1, H * W, C), and the attribute beside them that has
@@ -35,8 +36,11 @@ def fit(state: State, module: nn.Module, report: Report) -> State:
 
     * A classifier's ``norm`` becomes the one output norm of a model that has one. For several maps
       it is not used, as in the released detectors.
-    * ``attn.qkv`` is split where the model has ``attn.q`` and ``attn.kv``. Such a block attends
-      across token sets, where a bias table of windows means nothing: that is dropped.
+    * ``attn.qkv`` is split where the model has ``attn.q`` and ``attn.kv``, or ``attn.v`` alone.
+      Such a block attends across token sets or as another block does, where a bias table of windows
+      means nothing: that is dropped.
+    * Structured layers take the weights of plain ones and compute the same, see
+      :mod:`~mmtoken.checkpoints.structure`.
     * Position embeddings and bias tables are interpolated as timm does, and position embeddings of
       stages as PVT does. Where the model has no class token, its position is dropped; where the
       file has none, its position is zero.
@@ -49,11 +53,12 @@ def fit(state: State, module: nn.Module, report: Report) -> State:
     Args:
         state: Our names and tensors; not changed.
         module: The model.
-        report: Is brought up to date.
+        report: Is brought up to date; in ``fresh`` is what the model keeps in spite of the file.
     """
     state, own = dict(state), module.state_dict()
     _name_output_norm(state, own, report)
     _split_attention(state, own, report)
+    structure_layers(state, own, report)
     _free_registers(state, own, report)
     for name in [name for name in own if name in state]:
         old = tuple(state[name].shape)
@@ -83,13 +88,19 @@ def _name_output_norm(state: State, own: State, report: Report) -> None:
 def _split_attention(state: State, own: State, report: Report) -> None:
     for name in list(state):
         attn, _, kind = name.rpartition('qkv.')
-        query, key_value = f'{attn}q.{kind}', f'{attn}kv.{kind}'
-        if name in own or query not in own or key_value not in own:
+        query, key_value, value = (f'{attn}{part}.{kind}' for part in ('q', 'kv', 'v'))
+        crosses = query in own and key_value in own
+        if name in own or not (crosses or value in own):
             continue
         joint, old = state.pop(name), report.mapped.pop(name)
         channels = len(joint) // 3
-        state[query], state[key_value] = joint[:channels], joint[channels:]
-        report.mapped[query] = report.mapped[key_value] = old
+        if crosses:
+            parts = {query: joint[:channels], key_value: joint[channels:]}
+        else:
+            parts = {value: joint[2 * channels :]}
+            report.resized[value] = (tuple(joint.shape), tuple(parts[value].shape))
+        state |= parts
+        report.mapped |= dict.fromkeys(parts, old)
         report.split.append(old)
         if state.pop(attn + BIAS_TABLE, None) is not None:
             report.dropped.append(report.mapped.pop(attn + BIAS_TABLE))

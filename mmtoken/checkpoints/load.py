@@ -6,6 +6,7 @@ that the model or the file's source declares to be expendable.
 """
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 
 import torch.nn as nn
@@ -92,6 +93,7 @@ def _fit_to(
         groups = SOURCES[source].fresh
         fresh += [g for g in groups if not any(matches(g, name) for name in state)]
     state = fit(state, module, report)
+    fresh += map(re.escape, report.fresh)  # what fit has left to the model
 
     for name in [n for n in state if n not in own and _match_any(unused, n)]:
         del state[name]

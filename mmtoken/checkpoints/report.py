@@ -25,7 +25,9 @@ class Report:
         layout: Whose names the file had.
         mapped: Names of ours to names in the file.
         resized: Names of ours to the shape in the file and the new one.
-        split: Names in the file of joint projections that were split into query and key-value.
+        split: Names in the file of joint projections that were split into query and key-value, or
+            of which the model has the value only.
+        neutral: Names of ours that the file does not have, set so that its weights do as before.
         dropped: Names in the file that were left out.
         unknown: Names in the file that the layout does not know; they are kept as they are.
         fresh: Names of ours that the file does not have, and that keep their initial values.
@@ -36,6 +38,7 @@ class Report:
     mapped: dict[str, str] = field(default_factory=dict)
     resized: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
     split: list[str] = field(default_factory=list)
+    neutral: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
@@ -57,6 +60,7 @@ class Report:
             ('split', self.split),
             ('resized', self.resized),
             ('dropped', self.dropped),
+            ('neutral', self.neutral),
             ('fresh', self.fresh),
         ):
             if names:
@@ -77,6 +81,7 @@ class Report:
             ('resized', len(self.resized), _count_each(resized)),
             ('dropped', len(self.dropped), group_names(self.dropped)),
             ('unknown', len(self.unknown), group_names(self.unknown)),
+            ('neutral', len(self.neutral), group_names(self.neutral)),
             ('fresh', len(self.fresh), group_names(self.fresh)),
         ):
             if count:

@@ -10,6 +10,15 @@ ARCHS = dict(
     STViTDeiT=dict(embed_dims=64, num_layers=8, num_heads=2, feedforward_channels=128),
     DGEDeiT=dict(embed_dims=64, num_layers=4, num_heads=2, feedforward_channels=128),
     MSViT=dict(embed_dims=64, num_layers=4, num_heads=2, feedforward_channels=128),
+    SWATSwin=dict(embed_dims=32, depths=(2, 2, 6, 2), num_heads=(1, 2, 4, 8)),
+    SWATDeiT=dict(
+        embed_dims=64,
+        num_layers=4,
+        num_heads=2,
+        feedforward_channels=128,
+        patch_size=16,
+        mlp_kernel=5,
+    ),
     DGEPVT=dict(
         embed_dims=(32, 64, 128, 256),
         depths=(1, 2, 1, 1),
@@ -33,7 +42,7 @@ def test_peers_have_our_maps_and_nearly_our_parameters(name):
     assert counts[0] == pytest.approx(counts[1], rel=0.01)
 
 
-@pytest.mark.parametrize('name', ['DGEPVT', 'DGEDeiT', 'MSViT'])
+@pytest.mark.parametrize('name', ['DGEPVT', 'DGEDeiT', 'MSViT', 'SWATDeiT'])
 def test_peers_have_exactly_our_parameters(name):
     cfg = dict(type=f'mmtoken.{name}', arch=ARCHS[name], qkv_bias=True)
     twin = OURS.build(cfg | OURS.get(name).twin_args)

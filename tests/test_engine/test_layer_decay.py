@@ -35,6 +35,11 @@ BACKBONES = {
         )
     ),
     'DGEDeiT': dict(arch=VIT, img_size=64, out_indices=(1, 3), cls_token=True),
+    'SWATSwin': dict(arch=dict(embed_dims=32, depths=(2, 1, 2, 1), num_heads=(1, 2, 2, 4))),
+    'SWATDeiT': dict(
+        arch=dict(VIT, patch_size=16, mlp_kernel=3), plane_size=4, img_size=64, out_indices=(1, 3)
+    ),
+    'PSViT': dict(arch=dict(stages=[(16, 2, (2,)), (32, 2, (1, 2)), (48, 3, (1,))]), img_size=64),
 }
 
 

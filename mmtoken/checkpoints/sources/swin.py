@@ -1,7 +1,8 @@
 """Plain Swin (arXiv 2103.14030). Our names are Microsoft's.
 
 A dense twin with ``stem='patch'`` takes all of it. Semantic blocks take what they share with Swin
-blocks (norms, projections, MLPs), which is a warm start: their LayerScale is fresh.
+blocks (norms, projections, MLPs), which is a warm start: their LayerScale is fresh. Structured
+blocks begin as those of the file, see :mod:`~mmtoken.checkpoints.structure`.
 """
 
 import re
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from .source import Layout, Renamed, Source, rename_with
+from .vit import STRUCTURED_STEM
 
 PARAM = r'\.(weight|bias)'
 OUTPUT_NORMS = rf'norm\d?{PARAM}'  # of a classifier, or of the maps of a detector
@@ -76,5 +78,5 @@ SWIN = Source(
     ),
     names=NAMES,
     unused=f'{PATCH_STEM}|{OUTPUT_NORMS}',
-    fresh=(CONV_STEM, SEMANTIC),
+    fresh=(CONV_STEM, SEMANTIC, STRUCTURED_STEM),
 )

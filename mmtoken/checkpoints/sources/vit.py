@@ -27,6 +27,9 @@ PRETRAINING = (r'mask_token$|decoder_', None)
 # What our models of dynamic granularity have beyond a plain ViT or PVT, and those of mixed scale
 GRAINED = (rf'.*\.router\.gate{PARAM}', r'budget\..*')
 MIXED = (r'gate\..*', r'gate_loss\..*', r'patch_embed_coarse\..*')
+# The stem of structure-aware tokens, which has other layers than a projection of patches
+STRUCTURED_STEM = rf'patch_embed\.((conv|norm)[12]{PARAM}|plane_pos)'
+PATCH_STEM = rf'patch_embed\.proj{PARAM}'
 # Fine-tuned on the mean over tokens, an MAE has fc_norm behind the mean, and no norm for tokens.
 NORM = rf'norm{PARAM}'
 
@@ -101,7 +104,14 @@ LAYOUTS = (
     # Fitted to split projections before, or of a dense twin that has them
     Layout(OURS, (r'patch_embed\.proj\.weight', r'blocks\.0\.attn\.kv\.weight'), timm),
 )
+FRESH = (*GRAINED, *MIXED, STRUCTURED_STEM)
 DEIT = Source(
-    'deit', LAYOUTS, NAMES, fresh=(*GRAINED, *MIXED), sign='dist_token', check=check_arguments
+    'deit',
+    LAYOUTS,
+    NAMES,
+    unused=PATCH_STEM,
+    fresh=FRESH,
+    sign='dist_token',
+    check=check_arguments,
 )
-VIT = Source('vit', LAYOUTS, NAMES, fresh=(*GRAINED, *MIXED, NORM), check=check_arguments)
+VIT = Source('vit', LAYOUTS, NAMES, unused=PATCH_STEM, fresh=(*FRESH, NORM), check=check_arguments)
