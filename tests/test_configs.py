@@ -31,7 +31,7 @@ from mmtoken.tokens.reference import reference_path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = smoke.all_configs()
-SIZES = ('', 't', 'tiny', 's', 'small', 'm', 'medium', 'b', 'base')
+SIZES = ('', 't', 'tiny', 's', 'small', 'm', 'medium', 'b', 'base', 'base32')
 SIZE = re.compile(rf'-({"|".join(SIZES[1:])})(?=-|_|$)')
 # What routed backbones let regions choose by, and the ratio at which their costs are listed
 ROUTING = dict(granularities=dict(query_ratio=0.436), gate=dict(coarse_ratio=0.5))

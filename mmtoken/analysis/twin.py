@@ -2,7 +2,8 @@
 
 Backbones and necks say in ``twin_args`` which constructor arguments turn them into their twin. A
 neck that restores tokens says in ``twin_type`` which neck takes maps in its place, and in
-``restore_args`` which of its arguments that neck does not have.
+``restore_args`` which of its arguments that neck does not have. A neck for maps says in
+``dense_args`` what arguments of its that are for sparse backbones alone become behind a twin.
 """
 
 import copy
@@ -91,6 +92,7 @@ def _make_dense(cfg: dict) -> None:
             for name in cls.restore_args:
                 part.pop(name, None)
             part['type'] = cls.twin_type
+        part.update({k: v for k, v in getattr(cls, 'dense_args', {}).items() if k in part})
 
 
 def known_parts(base: type = TokenBackbone) -> list[str]:

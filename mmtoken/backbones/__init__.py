@@ -3,7 +3,20 @@
 from .dge_deit import DGEDeiT
 from .dge_pvt import DGEDPVT, DGEPVT
 from .msvit import MSViT
+from .psvit import PSViT
 from .stvit_deit import STViTDeiT
 from .stvit_r_swin import STViTRSwin
+from .swat_deit import SWATDeiT
+from .swat_swin import SWATSwin
 
-__all__ = ['DGEDPVT', 'DGEDeiT', 'DGEPVT', 'MSViT', 'STViTDeiT', 'STViTRSwin']
+__all__ = [
+    'DGEDPVT',
+    'DGEDeiT',
+    'DGEPVT',
+    'MSViT',
+    'PSViT',
+    'STViTDeiT',
+    'STViTRSwin',
+    'SWATDeiT',
+    'SWATSwin',
+]

@@ -140,7 +140,7 @@ class TokenBackbone(BaseModule, metaclass=ABCMeta):
 
 
 class PlainBackbone(TokenBackbone):
-    """A plain ViT: every block is a stage. Names are timm's.
+    """A plain ViT: every block is a stage, but where a subclass says otherwise. Names are timm's.
 
     This class makes the stem, ``patch_embed`` and ``pos_embed``; a subclass adds ``blocks``.
 
@@ -157,6 +157,7 @@ class PlainBackbone(TokenBackbone):
         norm_eval: Keep batch norms in eval mode while training.
         init_cfg: MMEngine's initialisation config.
         cls_token: Whether a class token goes first.
+        patch_embed: Another stem than timm's, for a subclass with its own ``embed_patches``.
 
     Raises:
         ValueError: ``out_indices`` or ``frozen_stages`` out of range.
@@ -183,6 +184,7 @@ class PlainBackbone(TokenBackbone):
         norm_eval: bool = False,
         init_cfg: dict | list[dict] | None = None,
         cls_token: bool = False,
+        patch_embed: nn.Module | None = None,
     ) -> None:
         super().__init__(
             check_out_indices(out_indices, num_layers), frozen_stages, norm_eval, init_cfg
@@ -190,7 +192,7 @@ class PlainBackbone(TokenBackbone):
         if not -1 <= frozen_stages <= num_layers:
             raise ValueError(f'frozen_stages must be from -1 to {num_layers}, got {frozen_stages}')
         self.patch_size = patch_size
-        self.patch_embed = PatchEmbed(None, patch_size, in_channels, embed_dims)
+        self.patch_embed = patch_embed or PatchEmbed(None, patch_size, in_channels, embed_dims)
         self.pos_grid = tuple(-(-side // patch_size) for side in to_2tuple(img_size))
         self.cls_token = small_parameter(1, 1, embed_dims) if cls_token else None
         self.pos_embed = small_parameter(1, math.prod(self.pos_grid) + cls_token, embed_dims)
@@ -219,12 +221,16 @@ class PlainBackbone(TokenBackbone):
             Tokens ``(B, H' * W', C)``, row by row, behind the class token if there is one, and
             their grid ``(H', W')``.
         """
-        x = project(patchify(x, self.patch_size), self.patch_embed.proj)
+        x = self.embed_patches(x)
         grid = (x.shape[1], x.shape[2])
         x = x.flatten(1, 2)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x), x], dim=1)
         return x + self.positions(grid), grid
+
+    def embed_patches(self, x: Tensor) -> Tensor:
+        """Images to the tokens of their patches: ``(B, in_channels, H, W) -> (B, H', W', C)``."""
+        return project(patchify(x, self.patch_size), self.patch_embed.proj)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """The position embedding of a grid, ``(1, N, C)``; that of a class token first."""

@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor
 
 from ..tokens.tiles import tokenwise
 from .cross_block import NORM_EPS
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[..., Tensor]
 
 
 class PackedAttention(nn.Module):
@@ -31,6 +32,12 @@ class PackedAttention(nn.Module):
         self.qkv = nn.Linear(embed_dims, 3 * embed_dims, bias=qkv_bias)
         self.proj = nn.Linear(embed_dims, embed_dims)
 
+    def project_value(self, x: Tensor) -> Tensor:
+        """The values alone, the last third of ``qkv``: ``(M, C) -> (M, C)``."""
+        rows = slice(2 * self.proj.in_features, None)
+        bias = None if self.qkv.bias is None else self.qkv.bias[rows]
+        return F.linear(x, self.qkv.weight[rows], bias)
+
 
 class PackedBlock(nn.Module):
     """Attention and MLP, each behind a LayerNorm and with a residual.
@@ -47,6 +54,8 @@ class PackedBlock(nn.Module):
         layer_scale: Initial value of a LayerScale behind attention and MLP; None for none.
     """
 
+    attention_type: type[nn.Module] = PackedAttention
+
     def __init__(
         self,
         embed_dims: int,
@@ -58,7 +67,7 @@ class PackedBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(embed_dims, NORM_EPS)
-        self.attn = PackedAttention(embed_dims, num_heads, qkv_bias)
+        self.attn = self.attention_type(embed_dims, num_heads, qkv_bias)
         self.norm2 = nn.LayerNorm(embed_dims, NORM_EPS)
         self.mlp = Mlp(embed_dims, feedforward_channels)
         self.drop_path = DropPath(drop_path)
@@ -66,24 +75,36 @@ class PackedBlock(nn.Module):
         self.ls1 = LayerScale(embed_dims, layer_scale) if scaled else nn.Identity()
         self.ls2 = LayerScale(embed_dims, layer_scale) if scaled else nn.Identity()
 
-    def forward(self, x: Tensor, attend: Attend, lengths: list[int]) -> Tensor:
+    def forward(
+        self, x: Tensor, attend: Attend, lengths: list[int], follow: bool = False
+    ) -> Tensor:
         """Update tokens.
 
         Args:
             x: Packed tokens, ``(M, C)``.
             attend: Attention of queries to keys and values, all ``(M, heads, d)``.
             lengths: Tokens of each image, which stochastic depth drops as a whole.
+            follow: The attention map is that of another block, and ``attend`` takes values alone.
 
         Returns:
             ``(M, C)``.
         """
-        training = self.training
-        qkv = tokenwise(lambda t: self.attn.qkv(self.norm1(t)), x, training=training)
-        query, key, value = qkv.unflatten(-1, (3, self.attn.num_heads, -1)).unbind(1)
-        attended = attend(query, key, value).flatten(1)
-        if training and self.drop_path.drop_prob:
+        projected = (self.project_value(x),) if follow else self.project(x)
+        attended = attend(*projected).flatten(1)
+        if self.training and self.drop_path.drop_prob:
             return self.mix(x, attended, *self.draw_kept(x, lengths))
-        return tokenwise(self.mix, x, attended, training=training)
+        return tokenwise(self.mix, x, attended, training=self.training)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values: ``(M, C)`` to ``(M, heads, d)`` each."""
+        qkv = tokenwise(lambda t: self.attn.qkv(self.norm1(t)), x, training=self.training)
+        return qkv.unflatten(-1, (3, self.attn.num_heads, -1)).unbind(1)
+
+    def project_value(self, x: Tensor) -> Tensor:
+        """Values: ``(M, C) -> (M, heads, d)``."""
+        project = self.attn.project_value
+        value = tokenwise(lambda t: project(self.norm1(t)), x, training=self.training)
+        return value.unflatten(-1, (self.attn.num_heads, -1))
 
     def mix(self, x: Tensor, attended: Tensor, *kept: Tensor) -> Tensor:
         """What follows attention, token by token; ``kept`` is from :meth:`draw_kept`, if at all."""

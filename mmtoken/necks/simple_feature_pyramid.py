@@ -1,10 +1,12 @@
 """A feature pyramid from the maps of a plain backbone.
 
-Source: ViTDet, arXiv 2203.16527, section 3 and appendix A.2.
+Source: ViTDet, arXiv 2203.16527, section 3 and appendix A.2. Finer levels may also be unfolded from
+the planes of structure-aware tokens, which are those of SWAT, arXiv 2111.13677; this use of them is
+ours.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch.nn as nn
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor
 
 from ..registry import MODELS
+from ..tokens.planes import unfold_planes
 
 Norm = Literal['LN', 'BN'] | None
 SCALES = (4.0, 2.0, 1.0, 0.5)
@@ -37,10 +40,17 @@ class SimpleFeaturePyramid(BaseModule):
         scales: How many times as high and wide as its map each level is, some of 4, 2, 1 and 0.5.
             Maps of stride 8 reach the usual strides with ``(2, 1, 0.5)``.
         init_cfg: MMEngine's initialisation config.
+        plane_size: Side of the planes in the channels of structure-aware tokens, in cells:
+            ``plane_size`` of :class:`mmtoken.SWATDeiT`. Finer levels then unfold these planes,
+            without parameters, in place of transposed convolutions. No number is lost, but a
+            quarter of the channels is left at scale 2 and a sixteenth at scale 4: with 384, the
+            1 x 1 convolution there sees 24 at each place, and not 96. None for other maps.
 
     Raises:
         ValueError: Bad argument values; the message says what is allowed.
     """
+
+    dense_args: ClassVar[dict] = dict(plane_size=None)  # behind a dense twin
 
     def __init__(
         self,
@@ -51,6 +61,7 @@ class SimpleFeaturePyramid(BaseModule):
         norm: Norm = 'LN',
         scales: Sequence[float] = SCALES,
         init_cfg: dict | list[dict] | None = XAVIER,
+        plane_size: int | None = None,
     ) -> None:
         super().__init__(init_cfg)
         falling = all(a > b for a, b in zip(scales, scales[1:], strict=False))
@@ -61,12 +72,15 @@ class SimpleFeaturePyramid(BaseModule):
         if num_outs < 1 or (multi_level and num_outs < len(scales)):
             least = f'at least {len(scales)} with multi_level' if multi_level else 'at least 1'
             raise ValueError(f'num_outs must be {least}, got {num_outs}')
+        if plane_size is not None:
+            _check_planes(plane_size, in_channels, int(max(scales)))
         if norm not in ('LN', 'BN', None):
             raise ValueError(f"norm must be 'LN', 'BN' or None, got {norm!r}")
         self.num_outs = num_outs
         self.multi_level = multi_level
         self.levels = nn.ModuleList(
-            _level(scale, in_channels, out_channels, norm) for scale in scales[:num_outs]
+            _level(scale, in_channels, out_channels, norm, plane_size)
+            for scale in scales[:num_outs]
         )
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -106,9 +120,50 @@ class SimpleFeaturePyramid(BaseModule):
         return list(inputs)
 
 
-def _level(scale: float, in_channels: int, out_channels: int, norm: Norm) -> nn.Sequential:
+class UnfoldPlanes(nn.Module):
+    """Cut the planes of a map of structure-aware tokens into a finer map.
+
+    Args:
+        side: Side of a plane, in cells.
+        scale: How many times as high and wide the finer map is.
+    """
+
+    def __init__(self, side: int, scale: int) -> None:
+        super().__init__()
+        self.side = side
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W) -> (B, C / scale**2, H * scale, W * scale)``."""
+        return unfold_planes(x.permute(0, 2, 3, 1), self.side, self.scale).permute(0, 3, 1, 2)
+
+    def extra_repr(self) -> str:
+        return f'side={self.side}, scale={self.scale}'
+
+
+def _check_planes(plane_size: int, in_channels: int, scale: int) -> None:
+    """Refuse planes that the map does not have, or that cannot be cut.
+
+    Raises:
+        ValueError: The message says what is allowed.
+    """
+    if plane_size < 1 or in_channels % plane_size**2:
+        raise ValueError(
+            'plane_size must be positive and in_channels a multiple of its square, got '
+            f'plane_size={plane_size}, in_channels={in_channels}'
+        )
+    if scale > 1 and plane_size % scale:
+        raise ValueError(f'plane_size must be a multiple of scale {scale}, got {plane_size}')
+
+
+def _level(
+    scale: float, in_channels: int, out_channels: int, norm: Norm, plane_size: int | None
+) -> nn.Sequential:
     half, quarter = in_channels // 2, in_channels // 4
-    if scale == 4:
+    if scale > 1 and plane_size is not None:
+        channels = in_channels // int(scale) ** 2
+        layers = [UnfoldPlanes(plane_size, int(scale))]
+    elif scale == 4:
         channels = quarter
         layers = [
             nn.ConvTranspose2d(in_channels, half, 2, stride=2),

@@ -48,9 +48,9 @@ def tokenwise(function: Callable[..., Tensor], *tensors: Tensor, training: bool)
     Returns:
         ``(..., C')``.
     """
-    if not works_in_tiles(tensors[0], training):
-        return function(*tensors)
     length = tile_length(max(t.shape[-1] for t in tensors))
+    if tensors[0].shape[:-1].numel() <= length or not works_in_tiles(tensors[0], training):
+        return function(*tensors)
     tiles = zip(*(t.reshape(-1, t.shape[-1]).split(length) for t in tensors), strict=True)
     out, start = None, 0
     for tile in tiles:

@@ -56,6 +56,14 @@ def test_mixed_scales_with_a_neck_that_restores(restoring_neck):
     assert twin['neck'] == dict(type='mmtoken.MapNeck', in_channels=96)
 
 
+def test_pyramid_of_planes_becomes_an_ordinary_one():
+    neck = dict(type='mmtoken.SimpleFeaturePyramid', in_channels=192, plane_size=8)
+    model = dict(backbone=dict(type='mmtoken.SWATDeiT', arch='tiny'), neck=neck)
+    twin = mmtoken.dense_twin(model)
+    assert twin['backbone'] == dict(model['backbone'], structured=False)
+    assert twin['neck'] == dict(neck, plane_size=None)
+
+
 NECK = dict(type='mmtoken.GrainUnpoolNeck', in_channels=[64, 128], num_heads=[1, 2])
 NECK_TWIN = dict(NECK, granularities=(1,), budget=None)
 

@@ -24,6 +24,9 @@ DPVT = dict(
     mlp_ratios=(4, 2, 2, 2),
 )
 PVT = dict(DPVT, sr_ratios=(8, 4, 2, 1))
+SWAT_SWIN = dict(embed_dims=32, depths=(2, 1, 3, 2), num_heads=(1, 2, 2, 4))
+SWAT_VIT = dict(VIT, patch_size=16, mlp_kernel=3)
+PSVIT = dict(stages=[(32, 2, (2,)), (48, 3, (2, 2, 1)), (64, 4, (1, 3))])
 
 
 class Family(NamedTuple):
@@ -166,6 +169,51 @@ FAMILIES = {
             'gate_loss.mean_logits': -1,
             'blocks.0.norm1.weight': 1,
             'blocks.5.norm1.weight': 6,
+            'norm.weight': -1,
+        },
+    ),
+    'PSViT': Family(
+        variants=[
+            dict(arch=PSVIT, img_size=80, window_sizes=(4, None, None), **kwargs)
+            for kwargs in (
+                {},
+                dict(sharing='query_key', pooling='mean', pool_kernel=1, qkv_bias=False),
+                dict(sharing='map', pooling='conv'),
+                dict(sharing=None),
+            )
+        ],
+        num_stages=3,
+        strides=(8, 16, 32),
+        stem=('patch_embed.', 'pos_embed'),
+        stage='layers.{}.',
+        output='norm{}.',
+        depths={
+            'patch_embed.proj.weight': 0,
+            'pos_embed': 0,
+            'layers.0.blocks.1.norm1.weight': 2,
+            'layers.1.pool.proj.weight': 3,
+            'layers.2.blocks.3.mlp.fc1.weight': 11,
+            'norm2.weight': -1,
+        },
+    ),
+    'SWATDeiT': Family(
+        variants=[
+            dict(img_size=80, out_indices=(1, 3, 4, 5), **kwargs)
+            for kwargs in (
+                dict(arch=SWAT_VIT, plane_size=4),
+                dict(arch=dict(SWAT_VIT, mlp_kernel=5), plane_size=2, qkv_bias=False),
+                dict(arch=SWAT_VIT, structured=False),
+            )
+        ],
+        num_stages=6,
+        strides=(16, 16, 16, 16),
+        stem=('patch_embed.', 'pos_embed'),
+        stage='blocks.{}.',
+        output=None,  # but for the last block, a norm
+        depths={
+            'pos_embed': 0,
+            'blocks.0.norm1.weight': 1,
+            'blocks.5.mlp.fc1.weight': 6,
             'norm.weight': -1,
         },
     ),

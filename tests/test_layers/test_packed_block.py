@@ -62,6 +62,18 @@ def test_inference_works_in_tiles(length, monkeypatch):
             torch.testing.assert_close(run(block, x, LENGTHS), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize('qkv_bias', [True, False])
+def test_values_alone(qkv_bias, monkeypatch):
+    """With another block's map only values are projected, and the rest is as ever."""
+    block, x = make(qkv_bias=qkv_bias).eval(), torch.randn(9, 24)
+    expected = block(x, lambda query, key, value: value.flip(0), [9])
+    torch.testing.assert_close(block(x, lambda value: value.flip(0), [9], follow=True), expected)
+    monkeypatch.setattr(tiles, 'TILE_ELEMENTS', 24 * 4)
+    with torch.no_grad():
+        out = block(x, lambda value: value.flip(0), [9], follow=True)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
 def attended(block, x):
     """What attention gives the tokens of one image."""
     parts = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, 3, -1)).unbind(1)

@@ -1,8 +1,15 @@
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from mmtoken.backbones import STViTDeiT
 from mmtoken.necks import SimpleFeaturePyramid
+from mmtoken.necks.simple_feature_pyramid import UnfoldPlanes
+
+GOLDEN = Path(__file__).parents[1] / 'data' / 'swat_ops_golden.npz'
 
 
 @pytest.mark.parametrize('norm', ['LN', 'BN', None])
@@ -64,9 +71,55 @@ def test_gradients_reach_every_parameter(norm):
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize('scale', [2, 4])
+def test_planes_are_unfolded_as_in_the_release(scale):
+    golden = np.load(GOLDEN)
+    unfold = UnfoldPlanes(side=4, scale=scale)
+    out = unfold(torch.from_numpy(golden['partial.in']))
+    assert torch.equal(out, torch.from_numpy(golden[f'partial.out_x{scale}']))
+
+
+@pytest.mark.parametrize('norm', ['LN', 'BN', None])
+@pytest.mark.parametrize('multi_level', [False, True])
+def test_structured_levels(norm, multi_level):
+    """Levels of scale 2 and 4 have convolutions of what is left of the channels; others stay."""
+    neck = SimpleFeaturePyramid(64, 12, 4, multi_level, norm, plane_size=8).eval()
+    plain = SimpleFeaturePyramid(64, 12, 4, multi_level, norm)
+    maps = [torch.randn(1, 64, 5, 7, requires_grad=True) for _ in range(4)]
+    outs = neck(maps)
+    for i, side in enumerate([(20, 28), (10, 14), (5, 7), (3, 4)]):
+        assert outs[i].shape == (1, 12, *side) and outs[i].is_contiguous()
+    assert not any(isinstance(m, nn.ConvTranspose2d) for m in neck.modules())
+    channels = [
+        next(m for m in level if isinstance(m, nn.Conv2d)).in_channels for level in neck.levels
+    ]
+    assert channels == [4, 16, 64, 64]
+    for level, other in zip(neck.levels[2:], plain.levels[2:], strict=True):
+        assert str(level) == str(other)
+    for i, out in enumerate(outs):
+        seen = maps[i if multi_level else 3]
+        assert torch.autograd.grad(out.square().sum(), seen)[0].abs().sum() > 0
+
+
+def test_a_cell_of_a_plane_is_a_place_of_the_finer_map():
+    neck = SimpleFeaturePyramid(64, 12, 1, norm=None, plane_size=8).eval()
+    map_ = torch.zeros(1, 64, 3, 3)
+    changed = map_.clone()
+    changed[0, 1 * 8 + 6, 1, 1] = 1  # row 1 and column 6 of 8 in the middle token
+    difference = (neck([changed])[0] - neck([map_])[0]).abs().sum(dim=1)[0]
+    # Rows 0 and 1 of a plane are row 0 of the token's four, columns 6 and 7 column 3; a 3 x 3
+    # convolution follows.
+    rows, columns = difference.nonzero().unbind(1)
+    assert rows.unique().tolist() == [3, 4, 5] and columns.unique().tolist() == [6, 7, 8]
+
+
 @pytest.mark.parametrize(
     'bad, message',
     [
+        (dict(plane_size=0), 'positive.*plane_size=0, in_channels=8'),
+        (dict(plane_size=4), 'multiple of its square.*plane_size=4, in_channels=8'),
+        (dict(plane_size=2), 'multiple of scale 4, got 2'),
+        (dict(plane_size=3, in_channels=36, scales=(2, 1)), 'multiple of scale 2, got 3'),
         (dict(in_channels=6), 'multiple of 4, got 6'),
         (dict(num_outs=0), 'at least 1, got 0'),
         (dict(num_outs=3, multi_level=True), 'at least 4 with multi_level, got 3'),
@@ -84,6 +137,12 @@ def test_gradients_reach_every_parameter(norm):
 def test_bad_arguments(bad, message):
     with pytest.raises(ValueError, match=message):
         SimpleFeaturePyramid(**{'in_channels': 8, **bad})
+
+
+def test_any_planes_do_where_none_are_unfolded():
+    neck = SimpleFeaturePyramid(36, 12, 2, scales=(1, 0.5), plane_size=3)
+    plain = SimpleFeaturePyramid(36, 12, 2, scales=(1, 0.5))
+    assert str(neck) == str(plain)
 
 
 def test_bad_inputs():

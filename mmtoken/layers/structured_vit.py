@@ -1,0 +1,108 @@
+"""ViT blocks that mix along the structure inside a token and along that of the token grid.
+
+Source: SWAT, arXiv 2111.13677, sections 3.2 and 3.3; released code, github.com/kkahatapitiya/SWAT
+(MIT).
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor
+
+from ..tokens.attention import attention, join_heads, packed_attention
+from ..tokens.reference import on_reference_path
+from ..tokens.tiles import tokenwise, works_in_tiles
+from .cross_block import NORM_EPS
+from .packed_block import PackedBlock
+from .structured import StructuredLinear, StructuredMlp
+
+
+class StructuredAttention(nn.Module):
+    """Multi-head self-attention of all tokens, with projections that see the planes inside them.
+
+    Args:
+        embed_dims: Channels of a token.
+        num_heads: Attention heads.
+        side: Side of the planes of a token, in cells.
+        kernel_size: Of the convolutions inside the planes.
+        qkv_bias: Biases for queries, keys and values.
+    """
+
+    def __init__(
+        self, embed_dims: int, num_heads: int, side: int, kernel_size: int, qkv_bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = StructuredLinear(embed_dims, 3 * embed_dims, side, kernel_size, qkv_bias)
+        self.proj = StructuredLinear(embed_dims, embed_dims, side, kernel_size)
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """``(B, H, W, 3 * C) -> (B, H, W, C)``."""
+        grid = qkv.shape[1:3]
+        heads = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return join_heads(attention(*heads)).unflatten(1, grid)
+
+
+class StructuredBlock(nn.Module):
+    """Attention and MLP, each behind a LayerNorm and with a residual.
+
+    Args:
+        embed_dims: Channels of a token.
+        num_heads: Attention heads.
+        feedforward_channels: Hidden channels of the MLP.
+        side: Side of the planes of a token, in cells.
+        kernel_size: Of the convolutions inside the planes, in cells.
+        mlp_kernel: Of the convolution of the token grid, in tokens.
+        qkv_bias: Biases for queries, keys and values.
+        drop_path: Stochastic depth rate.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        feedforward_channels: int,
+        side: int = 8,
+        kernel_size: int = 3,
+        mlp_kernel: int = 5,
+        qkv_bias: bool = True,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dims, NORM_EPS)
+        self.attn = StructuredAttention(embed_dims, num_heads, side, kernel_size, qkv_bias)
+        self.norm2 = nn.LayerNorm(embed_dims, NORM_EPS)
+        self.mlp = StructuredMlp(embed_dims, feedforward_channels, mlp_kernel)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C) -> (B, H, W, C)``."""
+        project, project_back = fold_once(self.attn.qkv), fold_once(self.attn.proj)
+        qkv = tokenwise(lambda t: project(self.norm1(t)), x, training=self.training)
+        attended = self.attn.attend(qkv)
+        x = tokenwise(
+            lambda t, a: t + self.drop_path(project_back(a)), x, attended, training=self.training
+        )
+        if works_in_tiles(x, self.training):
+            return self.mlp.add_in_strips(x, self.norm2)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def fold_once(layer: StructuredLinear) -> Callable[[Tensor], Tensor]:
+    """The layer as a function whose weight is folded now, and not again for each tile."""
+    if on_reference_path():
+        return layer
+    return partial(F.linear, weight=layer.weight, bias=layer.bias)
+
+
+class GridBlock(PackedBlock):
+    """A plain ViT block on the token grids of a batch, of the dense twin."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C) -> (B, H, W, C)``."""
+        lengths = [x.shape[1] * x.shape[2]] * len(x)
+        attend = partial(packed_attention, lengths=lengths)
+        return super().forward(x.flatten(0, 2), attend, lengths).view_as(x)
