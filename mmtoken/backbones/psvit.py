@@ -47,7 +47,8 @@ class PSViT(PlainBackbone):
             faster. ``None`` gives the dense twin: every layer has a map of its own.
         max_map_tokens: ``'map'`` refuses windows, or grids, of more tokens; see :meth:`map_bytes`.
         window_sizes: For each stage, the side of the windows that bound attention, in tokens, or
-            None for none. At the border of the grid windows are smaller.
+            None for none. At the border of the grid windows are smaller. By default the second
+            stage is one window in images of up to 512 pixels, and the third always is.
         img_size: Image that the position embedding is laid out for, in pixels: a side, or
             ``(H, W)``. Images of any size are accepted.
         patch_size: Side of a patch, in pixels; it is the first stage's stride.
@@ -88,7 +89,7 @@ class PSViT(PlainBackbone):
         pool_kernel: int = 3,
         sharing: Sharing | None = 'auto',
         max_map_tokens: int = 4096,
-        window_sizes: Sequence[int | None] = (14, None, None),
+        window_sizes: Sequence[int | None] = (14, 32, None),
         img_size: int | tuple[int, int] = 224,
         patch_size: int = 8,
         in_channels: int = 3,

@@ -9,16 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch.nn as nn
-from torch import Tensor
 
 from ..layers.semantic import UNIT_DEPTH, Windowing
 from ..layers.stages import SemanticStage, SwinStage, classification_unit, dense_unit
 from ..layers.stem import ConvStem, PatchStem
 from ..layers.swin import PatchMerging
 from ..registry import MODELS
-from ..tokens.maps import to_map
 from ..tokens.neighbourhood import PadMask
-from .base import TokenBackbone, check_out_indices, resolve_arch
+from .swin_base import SwinBackbone, stage_drop_rates
 
 Form = Literal['dense', 'classification']
 STEMS = dict(conv=ConvStem, patch=PatchStem)
@@ -26,7 +24,7 @@ SEMANTIC_STAGE = 2
 
 
 @MODELS.register_module()
-class STViTRSwin(TokenBackbone):
+class STViTRSwin(SwinBackbone):
     """Swin whose third stage works on semantic tokens and recovers the image tokens.
 
     The third stage, which has most of the blocks, is made of units of six
@@ -106,27 +104,19 @@ class STViTRSwin(TokenBackbone):
         with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
-        arch = resolve_arch(arch, self.arch_zoo, ('embed_dims', 'depths', 'num_heads'))
-        depths, num_heads = tuple(arch['depths']), tuple(arch['num_heads'])
-        _check_arguments(
-            arch['embed_dims'], depths, num_heads, window_size, semantic_size, key_sizes, pad_mask
-        )
+        arch = self.resolve_arch(arch)
+        depths, num_heads = arch['depths'], arch['num_heads']
+        if semantic_size is not None:
+            _check_semantics(depths, window_size, semantic_size, key_sizes, pad_mask)
         _check_form(form, stem, shortcut)
-        super().__init__(
-            check_out_indices(out_indices, len(depths)), frozen_stages, norm_eval, init_cfg
-        )
-        if not -1 <= frozen_stages <= len(depths):
-            raise ValueError(f'frozen_stages must be from -1 to {len(depths)}, got {frozen_stages}')
-        self.out_channels = tuple(arch['embed_dims'] * 2**i for i in range(len(depths)))
+        super().__init__(arch, out_indices, frozen_stages, norm_eval, init_cfg)
 
         windows = Windowing(window_size, semantic_size, pad_mask)
         self.patch_embed = STEMS[stem](arch['embed_dims'], in_channels)
         self.layers = nn.ModuleList()
-        for i, depth in enumerate(depths):
+        for i, rates in enumerate(stage_drop_rates(drop_path_rate, depths)):
             dims = self.out_channels[i]
-            start, last = sum(depths[:i]), max(sum(depths) - 1, 1)
             common = dict(embed_dims=dims, num_heads=num_heads[i], mlp_ratio=mlp_ratio)
-            rates = [drop_path_rate * (start + j) / last for j in range(depth)]
             downsample = PatchMerging(dims) if i + 1 < len(depths) else None
             if semantic_size and i == SEMANTIC_STAGE:
                 units = [
@@ -134,7 +124,7 @@ class STViTRSwin(TokenBackbone):
                     if form == 'dense'
                     else classification_unit(common, unit_rates, windows, conv_pos, bool(shortcut))
                     for unit_rates in (
-                        rates[j : j + UNIT_DEPTH] for j in range(0, depth, UNIT_DEPTH)
+                        rates[j : j + UNIT_DEPTH] for j in range(0, len(rates), UNIT_DEPTH)
                     )
                 ]
                 centers = dims if use_global else None
@@ -142,53 +132,17 @@ class STViTRSwin(TokenBackbone):
             else:
                 stage = SwinStage(common, rates, window_size, form == 'dense', downsample, with_cp)
             self.layers.append(stage)
-        for i in self.out_indices:
-            self.add_module(f'norm{i}', nn.LayerNorm(self.out_channels[i]))
+        self.add_norms()
         self.train()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Compute dense maps.
 
-        Args:
-            x: Images, ``(B, in_channels, H, W)``, any H and W.
-
-        Returns:
-            One ``(B, C_i, H_i, W_i)`` per index in ``out_indices``: ``C_i = embed_dims * 2 ** i``,
-            ``H_0 = ceil(H / 4)`` and then ``ceil(H_i / 2)``.
-        """
-        x = self.patch_embed(x)
-        maps = []
-        for i, stage in enumerate(self.layers):
-            x = stage(x)
-            if i in self.out_indices:
-                maps.append(to_map(getattr(self, f'norm{i}')(x)))
-            if i == self.out_indices[-1]:
-                break
-            x = stage.downsample(x)
-        return tuple(maps)
-
-
-def _check_arguments(
-    embed_dims: int,
+def _check_semantics(
     depths: tuple[int, ...],
-    num_heads: tuple[int, ...],
     window_size: int,
-    semantic_size: int | None,
+    semantic_size: int,
     key_sizes: Sequence[int],
     pad_mask: PadMask,
 ) -> None:
-    if not depths or len(depths) != len(num_heads):
-        raise ValueError(
-            f'depths and num_heads have one number a stage, got depths={depths}, '
-            f'num_heads={num_heads}'
-        )
-    for i, heads in enumerate(num_heads):
-        if embed_dims * 2**i % heads:
-            raise ValueError(
-                f'stage {i} has {embed_dims * 2**i} channels, no multiple of its {heads} heads'
-            )
-    if semantic_size is None:
-        return
     if not 1 <= semantic_size <= window_size:
         raise ValueError(
             f'semantic_size must be from 1 to window_size={window_size}, or None for the dense '

@@ -1,6 +1,6 @@
 """Stages of a Swin: blocks on a grid of one size, and the layer that leads to the next."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
@@ -34,6 +34,7 @@ class SwinStage(nn.Module):
         shift_always: Shift even a grid that is no larger than a window.
         downsample: Leads to the next stage; None after the last.
         with_cp: Recompute activations in backward, block by block.
+        blocks: What makes each block, :class:`~mmtoken.layers.swin.SwinBlock` by default.
     """
 
     def __init__(
@@ -44,18 +45,20 @@ class SwinStage(nn.Module):
         shift_always: bool,
         downsample: nn.Module | None,
         with_cp: bool,
+        blocks: Sequence[Callable[..., SwinBlock]] | None = None,
     ) -> None:
         super().__init__()
         self.with_cp = with_cp
+        blocks = blocks or [SwinBlock] * len(drop_path)
         self.blocks = nn.ModuleList(
-            SwinBlock(
+            block(
                 window_size=window_size,
                 shift=window_size // 2 * (j % 2),
                 shift_always=shift_always,
                 drop_path=rate,
                 **common,
             )
-            for j, rate in enumerate(drop_path)
+            for j, (block, rate) in enumerate(zip(blocks, drop_path, strict=True))
         )
         self.downsample = downsample
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..tokens.plan import cached_plan
 from ..tokens.planes import fold_planes, unfold_planes
 from ..tokens.reference import on_reference_path
+from ..tokens.tiles import tile_length, works_in_tiles
 
 
 class StructuredLinear(nn.Module):
@@ -19,7 +20,7 @@ class StructuredLinear(nn.Module):
 
     Both are linear maps of the same channels, so together they are one: ``weight`` and ``bias`` are
     those of the Linear layer that does the same. They are differentiable, and computing them costs
-    as much as a few tokens do, so training takes this path too; the plain form is
+    as much as a window of tokens does, so training takes this path too; the plain form is
     :meth:`forward_reference`.
 
     Args:
@@ -99,11 +100,63 @@ class StructuredMlp(nn.Module):
         )
         self.fc2 = nn.Linear(hidden_dims, embed_dims)
 
+    def init_weights(self) -> None:
+        """As torch starts convolutions, which both layers are in the release."""
+        self.fc1.reset_parameters()
+        self.fc2.reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C) -> (B, H, W, C)``."""
         x = F.gelu(self.fc1(x))
         x = F.gelu(self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         return self.fc2(x)
+
+    def add_in_strips(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """``x + self(norm(x))``, for inference, a few rows of tokens at a time.
+
+        The hidden rows that the next strip needs too are kept.
+
+        Args:
+            x: ``(B, H, W, C)``; it is overwritten.
+            norm: Applied token by token.
+
+        Returns:
+            ``x``.
+        """
+        _, height, width, channels = x.shape
+        length = tile_length(channels)
+        if height * width <= length:
+            for group in x.split(length // (height * width)):
+                group += self(norm(group))
+            return x
+        halo = self.dwconv.padding[0]
+        rows = max(1, 2 * halo, length // width)
+        for image in x:
+            # Row r of the hidden ones is row start - halo + r of the grid, zero outside of it.
+            hidden = self.fc1(image[:0]).new_zeros(rows + 2 * halo, width, self.fc1.out_features)
+            for start in range(0, height, rows):
+                stop = min(start + rows, height)
+                if start:
+                    hidden[: 2 * halo] = hidden[rows:]
+                new = image[start + halo if start else 0 : stop + halo]
+                first = 2 * halo if start else halo
+                last = first + len(new)
+                torch.ops.aten.gelu.out(self.fc1(norm(new)), out=hidden[first:last])
+                hidden[last:] = 0
+                image[start:stop] += self.reduce(hidden[: stop - start + 2 * halo])
+        return x
+
+    def reduce(self, hidden: Tensor) -> Tensor:
+        """Hidden rows to those that lie in their midst: ``(H + k - 1, W, hidden) -> (H, W, C)``."""
+        x = F.conv2d(
+            # Channels-last, where ``hidden.permute(2, 0, 1)[None]`` would be copied.
+            hidden[None].permute(0, 3, 1, 2),
+            self.dwconv.weight,
+            self.dwconv.bias,
+            padding=(0, self.dwconv.padding[1]),
+            groups=self.dwconv.groups,
+        )
+        return self.fc2(torch.ops.aten.gelu_(x.permute(0, 2, 3, 1)))[0]
 
 
 class StructuredMerging(nn.Module):
@@ -127,6 +180,30 @@ class StructuredMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2 * C)``."""
         x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        if works_in_tiles(x, self.training):
+            return self.forward_in_strips(x)
         pixels = self.norm(unfold_planes(x, self.side, self.side))
-        pixels = self.reduction(pixels.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return fold_planes(pixels, 1, 2 * self.side)
+        return self.reduce(pixels, self.reduction.padding)
+
+    def reduce(self, pixels: Tensor, padding: tuple[int, int]) -> Tensor:
+        """Convolve normalised cells and fold them, ``(B, rows, columns, planes)``."""
+        weight = self.reduction.weight
+        pixels = F.conv2d(pixels.permute(0, 3, 1, 2), weight, padding=padding)
+        return fold_planes(pixels.permute(0, 2, 3, 1), 1, 2 * self.side)
+
+    def forward_in_strips(self, x: Tensor) -> Tensor:
+        """:meth:`forward`, for inference, of a grid with even sides, a few rows at a time."""
+        batch, height, width, channels = x.shape
+        reach = self.reduction.padding[0]  # of the convolution, in cells
+        halo = -(-reach // self.side)  # in tokens
+        # As many numbers as the hidden tokens that an MLP has in a tile
+        rows = 2 * max(1, 2 * tile_length(channels) // (batch * width))
+        out = []
+        for start in range(0, height, rows):
+            stop = min(start + rows, height)
+            top, bottom = max(start - halo, 0), min(stop + halo, height)
+            pixels = self.norm(unfold_planes(x[:, top:bottom], self.side, self.side))
+            # Zeros outside of the grid; inside, whole tokens are cropped to what is in reach.
+            above, below = (reach - n * self.side for n in (start - top, bottom - stop))
+            out.append(self.reduce(F.pad(pixels, (0, 0, 0, 0, above, below)), (0, reach)))
+        return torch.cat(out, dim=1)

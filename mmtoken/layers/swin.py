@@ -3,7 +3,7 @@
 Source: Swin Transformer, arXiv 2103.14030, section 3. Parameter names are the official ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
@@ -28,9 +28,17 @@ class WindowAttention(nn.Module):
         embed_dims: Channels.
         num_heads: Attention heads.
         window_size: Window side, in tokens.
+        linear: Makes both projections, ``(embed_dims, out_dims)`` to a layer with the ``weight``
+            and ``bias`` of a Linear one.
     """
 
-    def __init__(self, embed_dims: int, num_heads: int, window_size: int) -> None:
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        window_size: int,
+        linear: Callable[[int, int], nn.Module] = nn.Linear,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.window_size = window_size
@@ -41,8 +49,8 @@ class WindowAttention(nn.Module):
         self.register_buffer(
             'relative_position_index', relative_position_index(window_size), persistent=False
         )
-        self.qkv = nn.Linear(embed_dims, 3 * embed_dims)
-        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.qkv = linear(embed_dims, 3 * embed_dims)
+        self.proj = linear(embed_dims, embed_dims)
 
     def forward(self, windows: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend inside each window.
@@ -90,6 +98,8 @@ class SwinBlock(nn.Module):
             and its classifiers do not.
         mlp_ratio: Hidden width of the MLP over ``embed_dims``.
         drop_path: Stochastic depth rate.
+        linear: Makes the projections of attention, see :class:`WindowAttention`.
+        mlp: Makes the MLP, ``(embed_dims, hidden_dims)`` to a layer.
     """
 
     def __init__(
@@ -101,16 +111,18 @@ class SwinBlock(nn.Module):
         shift_always: bool = True,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
+        linear: Callable[[int, int], nn.Module] = nn.Linear,
+        mlp: Callable[[int, int], nn.Module] = Mlp,
     ) -> None:
         super().__init__()
         self.window_size = window_size
         self.shift = shift
         self.shift_always = shift_always
         self.norm1 = nn.LayerNorm(embed_dims)
-        self.attn = WindowAttention(embed_dims, num_heads, window_size)
+        self.attn = WindowAttention(embed_dims, num_heads, window_size, linear)
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(embed_dims)
-        self.mlp = Mlp(embed_dims, int(embed_dims * mlp_ratio))
+        self.mlp = mlp(embed_dims, int(embed_dims * mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C) -> (B, H, W, C)``, any H and W.
@@ -142,9 +154,27 @@ class SwinBlock(nn.Module):
 
     def forward_in_tiles(self, x: Tensor) -> Tensor:
         """:meth:`forward`, for inference, a few windows at a time."""
+        return self.attend_in_tiles(x, self.add_mlp)
+
+    def add_mlp(self, x: Tensor) -> None:
+        """Add what the MLP makes of tokens ``(n, C)`` to them."""
+        x += self.mlp(self.norm2(x))
+
+    def attend_in_tiles(self, x: Tensor, then: Callable[[Tensor], None] | None = None) -> Tensor:
+        """Add what attention makes of tokens, for inference, a few windows at a time.
+
+        Args:
+            x: ``(B, H, W, C)``.
+            then: What else to do to the tokens of each tile, ``(n, C)``, in place.
+
+        Returns:
+            ``(B, H, W, C)``.
+        """
         tokens = x.reshape(-1, x.shape[-1])
         out = torch.empty_like(tokens)
-        qkv, bias = self.attn.qkv, self.attn.position_bias()
+        # Looked up once, for a weight may have to be computed.
+        qkv, proj = ((layer.weight, layer.bias) for layer in (self.attn.qkv, self.attn.proj))
+        bias = self.attn.position_bias()
         batch, *grid, channels = x.shape
         plan = plan_window_tiles(
             batch, tuple(grid), self.window_size, self.shift_on(grid), tile_length(channels)
@@ -152,11 +182,13 @@ class SwinBlock(nn.Module):
         for tile in plan:
             t = tokens.index_select(0, tile.tokens)
             # Padding is zero before the projection, so it is the projection's bias behind it.
-            windows = tile.to_windows(qkv(self.norm1(t)), qkv.bias)
+            windows = tile.to_windows(F.linear(self.norm1(t), *qkv), qkv[1])
             windows = windows.view(-1, self.window_size**2, windows.shape[-1])
             mask = bias if tile.apart is None else bias.masked_fill(tile.apart, float('-inf'))
-            t += self.attn.proj(tile.to_tokens(self.attn.attend(windows, mask).flatten(0, 1)))
-            t += self.mlp(self.norm2(t))
+            attended = self.attn.attend(windows, mask).flatten(0, 1)
+            t += F.linear(tile.to_tokens(attended), *proj)
+            if then is not None:
+                then(t)
             out.index_copy_(0, tile.tokens, t)
         return out.view_as(x)
 

@@ -196,6 +196,25 @@ FAMILIES = {
             'norm2.weight': -1,
         },
     ),
+    'SWATSwin': Family(
+        variants=[
+            dict(arch=SWAT_SWIN),
+            dict(arch=SWAT_SWIN, window_size=4, mlp_ratio=2.0),
+            dict(arch=SWAT_SWIN, structured=False),
+        ],
+        num_stages=4,
+        strides=(4, 8, 16, 32),
+        stem=('patch_embed.',),
+        stage='layers.{}.',
+        output='norm{}.',
+        depths={
+            'patch_embed.conv1.weight': 0,
+            'patch_embed.norm.weight': 0,
+            'layers.0.blocks.1.norm1.weight': 2,
+            'layers.0.downsample.norm.weight': 2,
+            'norm3.weight': -1,
+        },
+    ),
     'SWATDeiT': Family(
         variants=[
             dict(img_size=80, out_indices=(1, 3, 4, 5), **kwargs)
@@ -219,7 +238,7 @@ FAMILIES = {
     ),
 }
 # Parameters that not every variant has
-OPTIONAL = ('router', 'cls_token', 'reg_token', 'gate', 'patch_embed_coarse')
+OPTIONAL = ('router', 'cls_token', 'reg_token', 'gate', 'patch_embed_coarse', 'patch_embed.')
 CASES = [
     pytest.param(dict(type=f'mmtoken.{name}', drop_path_rate=0.0, **kwargs), id=f'{name}-{i}')
     for name, family in FAMILIES.items()

@@ -1,0 +1,3 @@
+_base_ = './swat-deit-tiny_8xb256-310e_in1k.py'
+
+model = dict(backbone=dict(arch='base32'), head=dict(in_channels=768))

@@ -1,0 +1,171 @@
+"""SWAT on Swin: structure-aware tokens, for classification and for dense prediction.
+
+Source: SWAT, arXiv 2111.13677; released code, github.com/kkahatapitiya/SWAT (MIT), which works at
+224 pixels only and finds the settings of a stage by the size of its grid.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch.nn as nn
+
+from ..layers.stages import SwinStage
+from ..layers.stem import PatchStem
+from ..layers.structured import StructuredMerging
+from ..layers.structured_stem import StructuredStem
+from ..layers.structured_swin import StructuredSwinBlock
+from ..layers.swin import PatchMerging
+from ..registry import MODELS
+from .swin_base import SwinBackbone, stage_drop_rates
+
+PATCH_SIZE = 4
+
+
+class Structure(NamedTuple):
+    """What the tokens of a stage look like, and how far their convolutions reach.
+
+    Attributes:
+        side: Side of the planes, in cells of two pixels.
+        attn_kernel_size: Of the convolutions inside the tokens, in cells.
+        mlp_kernel_size: Of the convolutions of the token grid, in tokens.
+        merging_kernel_size: Of the convolution that leads to the next stage, in cells.
+        everywhere: Whether blocks with shifted windows have convolutions inside the tokens too.
+    """
+
+    side: int
+    attn_kernel_size: int
+    mlp_kernel_size: int
+    merging_kernel_size: int | None
+    everywhere: bool
+
+
+# In the release shifted blocks have no convolutions inside the tokens; at 224 pixels the last grid
+# is as large as a window, so that no block shifts there. Weights tell which kind a block is.
+STRUCTURES = (
+    Structure(2, 1, 5, 3, everywhere=False),
+    Structure(4, 1, 5, 5, everywhere=False),
+    Structure(8, 3, 5, 9, everywhere=False),
+    Structure(16, 5, 3, None, everywhere=True),
+)
+
+
+@MODELS.register_module()
+class SWATSwin(SwinBackbone):
+    """Swin whose tokens keep the spatial structure of their patches.
+
+    A token holds planes of cells of 2 x 2 pixels, and half as many, four times as large ones in
+    each further stage. Convolutions mix the channels of a token along its planes (beside the
+    projections of attention), tokens along their grid (in the MLP), and all cells as one map where
+    stages meet. The maps have strides 4, 8, 16 and 32, and any image size is accepted.
+
+    As in the release, windows are not shifted on a grid that is no larger than a window.
+
+    Args:
+        arch: ``'tiny'``, ``'small'``, or a dict with the keys ``embed_dims``, ``depths`` and
+            ``num_heads`` (one number a stage, at most four stages). With n stages ``embed_dims``
+            is a multiple of ``4 * 2**(n - 1)``, which leaves the last stage a plane.
+        structured: ``False`` gives the dense twin: plain Swin.
+        in_channels: Channels of the image.
+        window_size: Side of an attention window, in tokens.
+        mlp_ratio: Hidden width of the MLPs over the channels.
+        drop_path_rate: Stochastic depth of the last block, rising linearly from 0.
+        out_indices: Stages whose maps are returned.
+        frozen_stages: Stages kept fixed, counted from the stem; -1 freezes nothing.
+        norm_eval: Of no effect here, since there is no batch norm.
+        with_cp: Recompute the activations of each block in backward.
+        init_cfg: MMEngine's initialisation config.
+
+    Raises:
+        ValueError: Bad argument values; the message says what is allowed.
+        TypeError: ``arch`` is neither a name nor a dict.
+    """
+
+    arch_zoo = dict(
+        tiny=dict(embed_dims=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+        small=dict(embed_dims=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
+    )
+
+    twin_args = dict(structured=False)
+
+    # A classifier has the last of the output norms only.
+    unused_keys = r'norm\d\..*'
+    fresh_keys = r'norm\d\..*'
+
+    def __init__(
+        self,
+        arch: str | Mapping = 'tiny',
+        structured: bool = True,
+        in_channels: int = 3,
+        window_size: int = 7,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.2,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        arch = self.resolve_arch(arch)
+        super().__init__(arch, out_indices, frozen_stages, norm_eval, init_cfg)
+        depths, num_heads = arch['depths'], arch['num_heads']
+
+        if structured:
+            self.patch_embed = StructuredStem(
+                arch['embed_dims'], PATCH_SIZE, STRUCTURES[0].side, 2, in_channels, norm=True
+            )
+        else:
+            self.patch_embed = PatchStem(arch['embed_dims'], in_channels, PATCH_SIZE)
+        self.layers = nn.ModuleList()
+        for i, rates in enumerate(stage_drop_rates(drop_path_rate, depths)):
+            dims, structure = self.out_channels[i], STRUCTURES[i]
+            common = dict(embed_dims=dims, num_heads=num_heads[i], mlp_ratio=mlp_ratio)
+            blocks = downsample = None
+            if structured:
+                blocks = structured_blocks(len(rates), structure)
+            if i + 1 < len(depths):
+                downsample = (
+                    StructuredMerging(dims, structure.side, structure.merging_kernel_size)
+                    if structured
+                    else PatchMerging(dims)
+                )
+            self.layers.append(
+                SwinStage(common, rates, window_size, False, downsample, with_cp, blocks)
+            )
+        self.add_norms()
+        self.train()
+
+    @classmethod
+    def resolve_arch(cls, arch: str | Mapping) -> dict:
+        """Look an architecture up in the zoo, or check a user's own.
+
+        Raises:
+            ValueError, TypeError: As for Swin; more than four stages, or channels that are no whole
+                planes in the last.
+        """
+        arch = super().resolve_arch(arch)
+        embed_dims, stages = arch['embed_dims'], len(arch['depths'])
+        if stages > len(STRUCTURES):
+            raise ValueError(f'there are at most {len(STRUCTURES)} stages, got {stages} depths')
+        multiple = STRUCTURES[0].side ** 2 * 2 ** (stages - 1)
+        if embed_dims % multiple:
+            raise ValueError(
+                f'embed_dims={embed_dims} is no multiple of {multiple}, so that stage '
+                f'{stages - 1} would not have whole planes'
+            )
+        return arch
+
+
+def structured_blocks(depth: int, structure: Structure) -> list[partial]:
+    """What makes each block of a stage; blocks with odd indices are those that shift."""
+    return [
+        partial(
+            StructuredSwinBlock,
+            side=structure.side,
+            attn_kernel_size=structure.attn_kernel_size
+            if structure.everywhere or j % 2 == 0
+            else None,
+            mlp_kernel_size=structure.mlp_kernel_size,
+        )
+        for j in range(depth)
+    ]
