@@ -29,6 +29,10 @@ DGE_DETECTOR = CONFIGS / 'shapes' / 'mask-rcnn_dge-pvt-nano_fpn_1xb8-3e_shapes.p
 DGE_SEGMENTER = CONFIGS / 'shapes' / 'fpn_dge-pvt-nano_1xb16-300i_shapes-128x128.py'
 MSVIT_DETECTOR = CONFIGS / 'shapes' / 'mask-rcnn_msvit-nano_sfp_1xb8-3e_shapes.py'
 MSVIT_SEGMENTER = CONFIGS / 'shapes' / 'fpn_msvit-nano_1xb16-300i_shapes-128x128.py'
+SWAT_DETECTOR = CONFIGS / 'shapes' / 'mask-rcnn_swat-swin-nano_fpn_1xb8-5e_shapes.py'
+SWAT_SEGMENTER = CONFIGS / 'shapes' / 'fpn_swat-deit-nano_1xb16-500i_shapes-128x128.py'
+PSVIT_DETECTOR = CONFIGS / 'shapes' / 'mask-rcnn_psvit-nano_fpn_1xb8-5e_shapes.py'
+PSVIT_SEGMENTER = CONFIGS / 'shapes' / 'fpn_psvit-nano_1xb16-500i_shapes-128x128.py'
 COCO = CONFIGS / 'stvit_r' / 'mask-rcnn_stvit-r-swin-t_fpn_8xb2-1x_coco.py'
 IMAGENET = CONFIGS / 'stvit_r' / 'stvit-r-swin-tiny_16xb64_in1k.py'
 ADE20K = CONFIGS / 'stvit_r' / 'upernet_stvit-r-swin-t_8xb2-160k_ade20k-512x512.py'
@@ -335,8 +339,12 @@ def test_grained_detector_resumes_and_is_tested(workspace, grained_detector):
     assert scores(tested, 'coco/bbox_mAP') == scores(output, 'coco/bbox_mAP')
 
 
-@pytest.mark.parametrize('config', [DGE_SEGMENTER, MSVIT_SEGMENTER], ids=['dge', 'msvit'])
-def test_segmenter_that_chooses(workspace, config):
+@pytest.mark.parametrize(
+    'config',
+    [DGE_SEGMENTER, MSVIT_SEGMENTER, SWAT_SEGMENTER, PSVIT_SEGMENTER],
+    ids=['dge', 'msvit', 'swat', 'psvit'],
+)
+def test_other_segmenters(workspace, config):
     options = [*ONE_PROCESS, *SHORT_SEGMENTATION, 'train_dataloader.batch_size=4', FROM_SCRATCH]
     checkpoint, output = train(workspace, STOCK[mmseg] / 'train.py', config, options)
     assert scores(output, 'mIoU')
@@ -358,6 +366,14 @@ def test_mixed_scale_detector(workspace):
     assert 'backbone 7' in output and re.search(r'loss_gate: [\d.]+  coarse_ratio: [\d.]+', output)
     tested = run(workspace, STOCK[mmdet] / 'test.py', MSVIT_DETECTOR, checkpoint, options=options)
     assert scores(tested, 'coco/bbox_mAP') == scores(output, 'coco/bbox_mAP')
+
+
+@pytest.mark.parametrize('config', [SWAT_DETECTOR, PSVIT_DETECTOR], ids=['swat', 'psvit'])
+def test_detectors_without_losses_of_tokens(workspace, config):
+    options = [*ONE_PROCESS, *SHORT_DETECTION, 'train_dataloader.batch_size=4']
+    checkpoint, output = train(workspace, STOCK[mmdet] / 'train.py', config, options)
+    tested = run(workspace, STOCK[mmdet] / 'test.py', config, checkpoint, options=options)
+    assert scores(tested, 'coco/segm_mAP') == scores(output, 'coco/segm_mAP') != []
 
 
 def test_forgotten_hook_is_an_error(workspace):
