@@ -12,7 +12,8 @@ demo: setup  ## Train, test and measure small models on synthetic scenes; QUICK=
 	.venv/bin/python tools/demo.py $(if $(QUICK),--quick)
 
 test: setup lint  ## Lint, then run all tests
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest \
+		--numprocesses auto --maxprocesses 4 --dist loadgroup
 
 lint: setup  ## Check style and formatting of Python and shell code
 	.venv/bin/ruff check .

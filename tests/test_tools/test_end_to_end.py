@@ -18,7 +18,8 @@ from shapes import CLASS_IDS
 
 from mmtoken.backbones import STViTRSwin
 
-pytestmark = pytest.mark.e2e
+# In one process, since they share what they train
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group('e2e')]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIGS = ROOT / 'configs'
