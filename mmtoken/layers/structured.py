@@ -141,6 +141,7 @@ class StructuredMlp(nn.Module):
                 new = image[start + halo if start else 0 : stop + halo]
                 first = 2 * halo if start else halo
                 last = first + len(new)
+                # Into whole rows of one image: to strided memory it writes wrong numbers in fp32.
                 torch.ops.aten.gelu.out(self.fc1(norm(new)), out=hidden[first:last])
                 hidden[last:] = 0
                 image[start:stop] += self.reduce(hidden[: stop - start + 2 * halo])
