@@ -24,12 +24,17 @@ class TokenBackbone(BaseModule, metaclass=ABCMeta):
     with a flat list ``blocks``, in a plain one (:class:`PlainBackbone`) a single block.
 
     Args:
-        out_indices: Stages whose maps are returned, in rising order.
+        num_stages: Stages there are.
+        out_indices: Stages whose maps are returned, in rising order; negative ones count from the
+            end.
         frozen_stages: Stages kept fixed, counted from the stem: 0 freezes the stem, 1 the stem and
             the first stage, and so on; -1 freezes nothing.
         norm_eval: Keep batch norms in eval mode while training.
         init_cfg: MMEngine's initialisation config, for example
             ``dict(type='Pretrained', checkpoint=..., prefix='backbone.')``.
+
+    Raises:
+        ValueError: ``out_indices`` or ``frozen_stages`` out of range.
     """
 
     stem_names: ClassVar[tuple[str, ...]] = ('patch_embed',)  # what precedes the first block
@@ -40,13 +45,16 @@ class TokenBackbone(BaseModule, metaclass=ABCMeta):
 
     def __init__(
         self,
+        num_stages: int,
         out_indices: Iterable[int],
         frozen_stages: int = -1,
         norm_eval: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg)
-        self.out_indices = tuple(out_indices)
+        self.out_indices = check_out_indices(out_indices, num_stages)
+        if not -1 <= frozen_stages <= num_stages:
+            raise ValueError(f'frozen_stages must be from -1 to {num_stages}, got {frozen_stages}')
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
 
@@ -186,11 +194,7 @@ class PlainBackbone(TokenBackbone):
         cls_token: bool = False,
         patch_embed: nn.Module | None = None,
     ) -> None:
-        super().__init__(
-            check_out_indices(out_indices, num_layers), frozen_stages, norm_eval, init_cfg
-        )
-        if not -1 <= frozen_stages <= num_layers:
-            raise ValueError(f'frozen_stages must be from -1 to {num_layers}, got {frozen_stages}')
+        super().__init__(num_layers, out_indices, frozen_stages, norm_eval, init_cfg)
         self.patch_size = patch_size
         self.patch_embed = patch_embed or PatchEmbed(None, patch_size, in_channels, embed_dims)
         self.pos_grid = tuple(-(-side // patch_size) for side in to_2tuple(img_size))

@@ -21,7 +21,7 @@ from ..layers.usage import BUDGET, build_budget, counted_pixels, publish_usage
 from ..registry import MODELS
 from ..tokens.maps import to_map
 from ..tokens.padding import valid_size
-from .base import TokenBackbone, check_out_indices, check_out_type, resolve_arch
+from .base import TokenBackbone, check_out_type, resolve_arch
 
 OutType = Literal['map', 'cls_token', 'avg_featmap']
 
@@ -98,11 +98,7 @@ class DGEPVT(TokenBackbone):
     ) -> None:
         arch = check_stages(resolve_arch(arch, self.arch_zoo, self.arch_keys))
         dims, depths = arch['embed_dims'], arch['depths']
-        super().__init__(
-            check_out_indices(out_indices, len(dims)), frozen_stages, norm_eval, init_cfg
-        )
-        if not -1 <= frozen_stages <= len(dims):
-            raise ValueError(f'frozen_stages must be from -1 to {len(dims)}, got {frozen_stages}')
+        super().__init__(len(dims), out_indices, frozen_stages, norm_eval, init_cfg)
         check_out_type(out_type, get_args(OutType), self.out_indices, len(dims) - 1, cls_token)
         self.out_type = out_type
         self.granularities = tuple(granularities)

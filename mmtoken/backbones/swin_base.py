@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..tokens.maps import to_map
-from .base import TokenBackbone, check_out_indices, resolve_arch
+from .base import TokenBackbone, resolve_arch
 
 
 class SwinBackbone(TokenBackbone):
@@ -42,9 +42,7 @@ class SwinBackbone(TokenBackbone):
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         stages = len(arch['depths'])
-        super().__init__(check_out_indices(out_indices, stages), frozen_stages, norm_eval, init_cfg)
-        if not -1 <= frozen_stages <= stages:
-            raise ValueError(f'frozen_stages must be from -1 to {stages}, got {frozen_stages}')
+        super().__init__(stages, out_indices, frozen_stages, norm_eval, init_cfg)
         self.out_channels = tuple(arch['embed_dims'] * 2**i for i in range(stages))
 
     @classmethod

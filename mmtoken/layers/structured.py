@@ -4,6 +4,9 @@ Source: SWAT, arXiv 2111.13677, sections 3.2 and 3.3; released code, github.com/
 (MIT).
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -57,9 +60,13 @@ class StructuredLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., embed_dims) -> (..., out_dims)``."""
+        return self.fold()(x)
+
+    def fold(self) -> Callable[[Tensor], Tensor]:
+        """:meth:`forward` as a function whose weight is computed now, and not at each call."""
         if on_reference_path():
-            return self.forward_reference(x)
-        return F.linear(x, self.weight, self.bias)
+            return self.forward_reference
+        return partial(F.linear, weight=self.weight, bias=self.bias)
 
     def forward_reference(self, x: Tensor) -> Tensor:
         """:meth:`forward`, as the paper says it."""

@@ -4,16 +4,13 @@ Source: SWAT, arXiv 2111.13677, sections 3.2 and 3.3; released code, github.com/
 (MIT).
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor
 
 from ..tokens.attention import attention, join_heads, packed_attention
-from ..tokens.reference import on_reference_path
 from ..tokens.tiles import tokenwise, works_in_tiles
 from .cross_block import NORM_EPS
 from .packed_block import PackedBlock
@@ -80,7 +77,7 @@ class StructuredBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C) -> (B, H, W, C)``."""
-        project, project_back = fold_once(self.attn.qkv), fold_once(self.attn.proj)
+        project, project_back = self.attn.qkv.fold(), self.attn.proj.fold()
         qkv = tokenwise(lambda t: project(self.norm1(t)), x, training=self.training)
         attended = self.attn.attend(qkv)
         x = tokenwise(
@@ -89,13 +86,6 @@ class StructuredBlock(nn.Module):
         if works_in_tiles(x, self.training):
             return self.mlp.add_in_strips(x, self.norm2)
         return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-def fold_once(layer: StructuredLinear) -> Callable[[Tensor], Tensor]:
-    """The layer as a function whose weight is folded now, and not again for each tile."""
-    if on_reference_path():
-        return layer
-    return partial(F.linear, weight=layer.weight, bias=layer.bias)
 
 
 class GridBlock(PackedBlock):
