@@ -1,32 +1,35 @@
 """What every backbone of the package has in common."""
 
 import math
-from abc import ABCMeta, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import ClassVar
 
 import torch
 import torch.nn as nn
-from mmengine.model import BaseModule
 from timm.layers import PatchEmbed, resample_abs_pos_embed, to_2tuple, trunc_normal_
 from torch import Tensor
 
-from ..checkpoints import load_into
+from ..arguments import as_tuple
+from ..checkpoints.module import CheckpointedBackbone
 from ..layers.init import init_own
 from ..layers.stem import patchify, project
 
+MAX_STAGES = 10  # of a hierarchical architecture
 
-class TokenBackbone(BaseModule, metaclass=ABCMeta):
+
+class TokenBackbone(CheckpointedBackbone):
     """Freezing, initialisation and layer depths of a backbone: a stem, then stages in a row.
 
     A stage is what ``out_indices`` and ``frozen_stages`` count: in a hierarchical backbone a module
-    with a flat list ``blocks``, in a plain one (:class:`PlainBackbone`) a single block.
+    with a flat list ``blocks``, in a plain one (:class:`PlainBackbone`) a single block. Stages
+    behind the last of ``out_indices`` are not built, since nothing would use them.
 
     Args:
-        num_stages: Stages there are.
-        out_indices: Stages whose maps are returned, in rising order; negative ones count from the
-            end.
+        num_stages: Stages of the architecture.
+        out_indices: Stages whose maps are returned, in rising order, or one; negative ones count
+            from the end.
         frozen_stages: Stages kept fixed, counted from the stem: 0 freezes the stem, 1 the stem and
             the first stage, and so on; -1 freezes nothing.
         norm_eval: Keep batch norms in eval mode while training.
@@ -52,36 +55,35 @@ class TokenBackbone(BaseModule, metaclass=ABCMeta):
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg)
+        self.num_stages = num_stages
         self.out_indices = check_out_indices(out_indices, num_stages)
         if not -1 <= frozen_stages <= num_stages:
             raise ValueError(f'frozen_stages must be from -1 to {num_stages}, got {frozen_stages}')
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
 
+    @property
+    def num_built(self) -> int:
+        """Stages that are built: up to the last whose map is returned."""
+        return self.out_indices[-1] + 1
+
+    @property
+    def unbuilt_keys(self) -> str:
+        """Names of what a checkpoint may have behind the last stage (regular expression)."""
+        return rf'{self.stages_name}\.({"|".join(map(str, range(self.num_built, MAX_STAGES)))})\..*'
+
     @abstractmethod
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """``(B, 3, H, W)`` to one ``(B, C_i, H_i, W_i)`` per index in ``out_indices``."""
 
-    def init_weights(self) -> None:
+    def init_fresh(self) -> None:
         """Truncated-normal Linear layers, then whatever ``init_cfg`` says.
 
         Layers with an ``init_weights`` of their own have the last word, before a checkpoint.
-
-        Raises:
-            ValueError: A ``Pretrained`` checkpoint that does not fit; see
-                :func:`~mmtoken.checkpoints.load_into`.
         """
-        if self.is_init:
-            return
         self.apply(_init_linear)
-        init_cfg = self.init_cfg
-        if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
-            init_own(self)
-            load_into(self, init_cfg['checkpoint'], init_cfg.get('prefix'))
-            self.is_init = True
-        else:
-            super().init_weights()
-            init_own(self)
+        super().init_fresh()
+        init_own(self)
 
     def train(self, mode: bool = True) -> 'TokenBackbone':
         """As in torch, but frozen stages and, with ``norm_eval``, batch norms stay in eval mode."""
@@ -201,6 +203,12 @@ class PlainBackbone(TokenBackbone):
         self.cls_token = small_parameter(1, 1, embed_dims) if cls_token else None
         self.pos_embed = small_parameter(1, math.prod(self.pos_grid) + cls_token, embed_dims)
 
+    @property
+    def unbuilt_keys(self) -> str | None:
+        """As in other backbones, but blocks beyond those of the architecture are a mistake."""
+        unbuilt = '|'.join(map(str, range(self.num_built, self.num_stages)))
+        return rf'{self.stages_name}\.({unbuilt})\..*' if unbuilt else None
+
     @classmethod
     def resolve_arch(cls, arch: str | Mapping) -> dict:
         """Look an architecture up in the zoo, or check a user's own.
@@ -255,6 +263,9 @@ def _init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+SHORT_NAMES = dict(t='tiny', s='small', m='medium', b='base', l='large')  # as in mmpretrain
+
+
 def resolve_arch(arch: str | Mapping, zoo: Mapping[str, dict], keys: Iterable[str]) -> dict:
     """Look an architecture up in a zoo, or check a user's own.
 
@@ -268,6 +279,7 @@ def resolve_arch(arch: str | Mapping, zoo: Mapping[str, dict], keys: Iterable[st
         TypeError: Neither a name nor a mapping.
     """
     if isinstance(arch, str):
+        arch = SHORT_NAMES.get(arch, arch)
         if arch not in zoo:
             raise ValueError(f'arch is {arch!r}; known are {sorted(zoo)}, or a dict')
         return dict(zoo[arch])
@@ -278,13 +290,13 @@ def resolve_arch(arch: str | Mapping, zoo: Mapping[str, dict], keys: Iterable[st
     return dict(arch)
 
 
-def check_out_indices(out_indices: Iterable[int], num_stages: int) -> tuple[int, ...]:
+def check_out_indices(out_indices: int | Iterable[int], num_stages: int) -> tuple[int, ...]:
     """Rising indices of stages in ``[0, num_stages)``; negative ones count from the end.
 
     Raises:
         ValueError: Empty, repeated, unordered or out of range.
     """
-    given = tuple(out_indices)
+    given = as_tuple(out_indices)
     indices = tuple(i + num_stages if i < 0 else i for i in given)
     rising = all(a < b for a, b in zip(indices, indices[1:], strict=False))
     if not indices or not rising or not all(0 <= i < num_stages for i in indices):

@@ -16,7 +16,7 @@ from ..layers.grained import GrainedBlock, TrainMode
 from ..layers.spatial_reduction import SpatialReductionAttention
 from ..layers.usage import BUDGET, build_budget, counted_pixels, publish_usage
 from ..registry import MODELS
-from ..tokens.maps import to_map
+from ..tokens.maps import join_maps, to_map
 from ..tokens.padding import padding_regions, valid_size
 from ..tokens.regions import lay_regions
 from .base import PlainBackbone, check_out_type
@@ -104,7 +104,7 @@ class DGEDeiT(PlainBackbone):
                 arch['feedforward_channels'], granularities, region_size, train_mode, rate,
                 NORM_EPS, with_cp,
             )
-            for rate in rates
+            for rate in rates[: self.num_built]
         )  # fmt: skip
         # Only where something uses it, since DDP refuses parameters without a gradient.
         normed = depth - 1 in self.out_indices
@@ -112,7 +112,7 @@ class DGEDeiT(PlainBackbone):
         self.train()
 
     def output_layers(self, index: int) -> list[nn.Module]:
-        return [self.norm] if index == len(self.blocks) - 1 else []
+        return [self.norm] if index == self.num_stages - 1 else []
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute the taps.
@@ -133,17 +133,17 @@ class DGEDeiT(PlainBackbone):
             regions = lay_regions(grid, self.granularities, self.region_size, num_extra, x.device)
             padding = padding_regions(valid, self.stride, regions)
         taps, usages = [], []
-        for i, block in enumerate(self.blocks[: self.out_indices[-1] + 1]):
+        for i, block in enumerate(self.blocks):
             x, usage = block(x, grid, padding)
             usages.append(usage)
             if i in self.out_indices:
                 taps.append(self._tap(i, x, grid))
         if routed:
             publish_usage([usages], self.constant_complexity(valid), self.budget, self.training)
-        return tuple(taps)
+        return join_maps(taps)
 
     def _tap(self, index: int, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        if index == len(self.blocks) - 1:
+        if index == self.num_stages - 1:
             x = self.norm(x)
         if self.out_type == 'cls_token':
             return x[:, 0]

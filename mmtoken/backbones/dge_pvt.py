@@ -19,7 +19,7 @@ from ..layers.grained_stage import GrainedStage
 from ..layers.spatial_reduction import SpatialReductionAttention
 from ..layers.usage import BUDGET, build_budget, counted_pixels, publish_usage
 from ..registry import MODELS
-from ..tokens.maps import to_map
+from ..tokens.maps import join_maps, to_map
 from ..tokens.padding import valid_size
 from .base import TokenBackbone, check_out_type, resolve_arch
 
@@ -113,7 +113,7 @@ class DGEPVT(TokenBackbone):
         rates = torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist()
         self.layers = nn.ModuleList()
         side, stride = to_2tuple(pretrain_img_size), 1
-        for i, patch_size in enumerate(PATCH_SIZES[: len(dims)]):
+        for i, patch_size in enumerate(PATCH_SIZES[: self.num_built]):
             side, stride = tuple(-(-s // patch_size) for s in side), stride * patch_size
             blocks = [
                 GrainedBlock(
@@ -158,7 +158,7 @@ class DGEPVT(TokenBackbone):
         routed = len(self.granularities) > 1
         valid = valid_size(x) if routed else None
         maps, usages = [], []
-        for i, stage in enumerate(self.layers[: self.out_indices[-1] + 1]):
+        for i, stage in enumerate(self.layers):
             tokens, cls_token, used = stage(x, valid)
             usages.append(used)
             x = tokens.permute(0, 3, 1, 2)
@@ -166,7 +166,7 @@ class DGEPVT(TokenBackbone):
                 maps.append(self._output(tokens, cls_token))
         if routed:
             publish_usage(usages, self.constant_complexity(valid), self.budget, self.training)
-        return tuple(maps)
+        return join_maps(maps)
 
     def _output(self, tokens: Tensor, cls_token: Tensor) -> Tensor:
         if self.out_type == 'map':

@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from torch import Tensor
 
+from ..checkpoints.fit import enlarge
 from ..layers.cross_block import NORM_EPS
 from ..layers.packed_block import PackedBlock
 from ..layers.recompute import run_block
 from ..layers.scale_gate import ScaleGate
 from ..layers.stem import pad_to_stride, patchify, project
 from ..registry import MODELS
-from ..tokens.maps import to_map
+from ..tokens.maps import join_maps, to_map
 from ..tokens.mixed_scale import Mixture, mix_all, mix_scales
 from ..tokens.packed import SparseFeatures
 from ..tokens.padding import padding_regions, valid_size
@@ -163,7 +164,7 @@ class MSViT(PlainBackbone):
                 self.patch_embed_coarse = PatchEmbed(None, coarse_size, in_channels, dims)
                 self.patch_embed_coarse.proj.load_state_dict(
                     dict(
-                        weight=self.enlarge(self.patch_embed.proj.weight),
+                        weight=enlarge(self.patch_embed.proj.weight, self.ratio),
                         bias=self.patch_embed.proj.bias,
                     )
                 )
@@ -172,7 +173,7 @@ class MSViT(PlainBackbone):
         rates = torch.linspace(0, drop_path_rate, depth, device='cpu').tolist()
         self.blocks = nn.ModuleList(
             PackedBlock(dims, heads, arch['feedforward_channels'], qkv_bias, rate, layer_scale)
-            for rate in rates
+            for rate in rates[: self.num_built]
         )
         # Only where something uses it, since DDP refuses parameters without a gradient.
         normed = depth - 1 in self.out_indices
@@ -237,23 +238,6 @@ class MSViT(PlainBackbone):
             )
         return blocks
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        """Weights without a coarse projection, as those of ViT, give one made of the fine one."""
-        name = f'{prefix}patch_embed.proj.weight'
-        coarse = f'{prefix}patch_embed_coarse.proj.'
-        if self.patch_embed_coarse is not None and name in state_dict:
-            state_dict.setdefault(f'{coarse}weight', self.enlarge(state_dict[name]))
-            if f'{prefix}patch_embed.proj.bias' in state_dict:
-                state_dict.setdefault(f'{coarse}bias', state_dict[f'{prefix}patch_embed.proj.bias'])
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def enlarge(self, kernel: Tensor) -> Tensor:
-        """A projection of coarse patches that does what that of fine ones does to their means.
-
-        ``(C, in_channels, fine_size, fine_size) -> (C, in_channels, coarse_size, coarse_size)``.
-        """
-        return F.interpolate(kernel, scale_factor=self.ratio, mode='nearest') / self.ratio**2
-
     def frozen_modules(self) -> list[nn.Module | nn.Parameter]:
         """As for all backbones; the gate is fixed with the stem."""
         gate = [part for part in (self.gate, self.gate_loss) if part is not None]
@@ -261,7 +245,7 @@ class MSViT(PlainBackbone):
         return frozen + gate if frozen else frozen
 
     def output_layers(self, index: int) -> list[nn.Module]:
-        return [self.norm] if index == len(self.blocks) - 1 else []
+        return [self.norm] if index == self.num_stages - 1 else []
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...] | tuple[SparseFeatures, ...]:
         """Compute the taps.
@@ -275,12 +259,12 @@ class MSViT(PlainBackbone):
         """
         tokens, mixture = self.embed_mixed(x)
         taps = []
-        for i, block in enumerate(self.blocks[: self.out_indices[-1] + 1]):
+        for i, block in enumerate(self.blocks):
             attend = partial(mixture.attend, windowed=i not in self.global_blocks)
             tokens = run_block(block, tokens, attend, mixture.lengths, recompute=self.with_cp)
             if i in self.out_indices:
                 taps.append(self._tap(i, tokens, mixture))
-        return tuple(taps)
+        return join_maps(taps)
 
     def embed_mixed(self, x: Tensor) -> tuple[Tensor, Mixture]:
         """Choose a scale for each region and embed it.
@@ -370,7 +354,7 @@ class MSViT(PlainBackbone):
 
     def _tap(self, index: int, tokens: Tensor, mixture: Mixture) -> Tensor | SparseFeatures:
         """The output behind one block."""
-        if index == len(self.blocks) - 1:
+        if index == self.num_stages - 1:
             tokens = tokenwise(self.norm, tokens, training=self.training)
         if self.out_type == 'cls_token':
             return torch.stack([image[0] for image in tokens.split(mixture.lengths)])

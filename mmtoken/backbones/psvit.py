@@ -15,7 +15,7 @@ from ..layers.cross_block import NORM_EPS
 from ..layers.sharing_stage import SharingStage
 from ..layers.token_pooling import Pooling, TokenPooling
 from ..registry import MODELS
-from ..tokens.maps import to_map
+from ..tokens.maps import join_maps, to_map
 from ..tokens.shared_attention import Sharing
 from ..tokens.tiles import tokenwise
 from .base import PlainBackbone, resolve_arch
@@ -113,7 +113,7 @@ class PSViT(PlainBackbone):
         depths = [sum(groups) for _, _, groups in stages]
         rates = torch.linspace(0, drop_path_rate, sum(depths), device='cpu').split(depths)
         self.layers = nn.ModuleList()
-        for i, (dims, heads, groups) in enumerate(stages):
+        for i, (dims, heads, groups) in enumerate(stages[: self.num_built]):
             before = TokenPooling(stages[i - 1][0], dims, pooling, pool_kernel) if i else None
             self.layers.append(
                 SharingStage(
@@ -192,7 +192,7 @@ class PSViT(PlainBackbone):
         tokens, grid = self.embed(x)
         tokens = tokens.unflatten(1, grid)
         maps = []
-        for i, stage in enumerate(self.layers[: self.out_indices[-1] + 1]):
+        for i, stage in enumerate(self.layers):
             tokens = stage(tokens)
             if i in self.out_indices:
                 norm = getattr(self, f'norm{i}')
@@ -201,7 +201,7 @@ class PSViT(PlainBackbone):
             stride = self.patch_size // 2
             finest = self.finest(maps[0])[:, :, : -(-height // stride), : -(-width // stride)]
             maps.insert(0, finest.contiguous())
-        return tuple(maps)
+        return join_maps(maps)
 
     def set_layout(self, layout: Sequence[Sequence[int]] | None) -> None:
         """Run the first layers of each stage in other groups, until told otherwise.

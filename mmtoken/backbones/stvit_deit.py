@@ -19,7 +19,7 @@ from ..layers.recompute import run_block
 from ..layers.recovery import SemanticRecovery
 from ..layers.spatial_pooling import Pooling
 from ..registry import MODELS
-from ..tokens.maps import to_map
+from ..tokens.maps import join_maps, to_map
 from ..tokens.packed import SparseFeatures, pack_equal
 from .base import PlainBackbone, check_out_type
 
@@ -80,7 +80,7 @@ class STViTDeiT(PlainBackbone):
 
     twin_args = dict(semantic_size=None)
 
-    unused_keys = r'(head|head_dist|norm|fc_norm)\..*|cls_token|dist_token'
+    unused_keys = r'(head|head_dist|norm|fc_norm|recover)\..*|cls_token|dist_token'
     fresh_keys = r'blocks\.\d+\.(pool\..*|centers)|recover\..*'
 
     def __init__(
@@ -127,7 +127,7 @@ class STViTDeiT(PlainBackbone):
         # The layer that pools; behind the last block, so nowhere, in the dense twin.
         self.pool_index = depth if semantic_size is None else base_layers
         self.blocks = nn.ModuleList()
-        for i in range(depth):
+        for i in range(self.num_built):
             rate = drop_path_rate * i / max(last, 1)
             if i == self.pool_index:
                 block = PoolLayer(dims, semantic_size, pooling, drop_path=rate, **cross)
@@ -161,7 +161,7 @@ class STViTDeiT(PlainBackbone):
         layers = []
         if self.out_type == 'map' and index >= self.pool_index:
             layers.append(self.recover[str(index)])
-        if index == len(self.blocks) - 1:
+        if index == self.num_stages - 1:
             layers.append(self.norm)
         return layers
 
@@ -187,15 +187,13 @@ class STViTDeiT(PlainBackbone):
                 tokens = self._run(block, tokens)
             if i in self.out_indices:
                 taps.append(self._tap(i, tokens, image, grid))
-            if i == self.out_indices[-1]:
-                break
-        return tuple(taps)
+        return join_maps(taps)
 
     def _tap(
         self, index: int, tokens: Tensor, image: Tensor | None, grid: tuple[int, int]
     ) -> Tensor | SparseFeatures:
         """The output behind one block; without ``image`` its tokens are the image tokens."""
-        if index == len(self.blocks) - 1:
+        if index == self.num_stages - 1:
             tokens = self.norm(tokens)
         if self.out_type == 'avg_featmap':
             return tokens.mean(dim=1)

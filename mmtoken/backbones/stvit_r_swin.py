@@ -114,10 +114,10 @@ class STViTRSwin(SwinBackbone):
         windows = Windowing(window_size, semantic_size, pad_mask)
         self.patch_embed = STEMS[stem](arch['embed_dims'], in_channels)
         self.layers = nn.ModuleList()
-        for i, rates in enumerate(stage_drop_rates(drop_path_rate, depths)):
+        for i, rates in enumerate(stage_drop_rates(drop_path_rate, depths)[: self.num_built]):
             dims = self.out_channels[i]
             common = dict(embed_dims=dims, num_heads=num_heads[i], mlp_ratio=mlp_ratio)
-            downsample = PatchMerging(dims) if i + 1 < len(depths) else None
+            downsample = PatchMerging(dims) if i + 1 < self.num_built else None
             if semantic_size and i == SEMANTIC_STAGE:
                 units = [
                     dense_unit(common, unit_rates, windows, key_sizes, conv_pos)

@@ -16,7 +16,7 @@ from ..layers.recompute import run_block
 from ..layers.structured_stem import STRIDE, StructuredStem
 from ..layers.structured_vit import GridBlock, StructuredBlock
 from ..registry import MODELS
-from ..tokens.maps import to_map
+from ..tokens.maps import join_maps, to_map
 from ..tokens.tiles import tokenwise
 from .base import PlainBackbone, check_out_type
 
@@ -115,7 +115,7 @@ class SWATDeiT(PlainBackbone):
             StructuredBlock(side=plane_size, mlp_kernel=arch['mlp_kernel'], drop_path=r, **common)
             if structured
             else GridBlock(drop_path=r, **common)
-            for r in rates
+            for r in rates[: self.num_built]
         )
         # Only where something uses it, since DDP refuses parameters without a gradient.
         normed = depth - 1 in self.out_indices
@@ -127,7 +127,7 @@ class SWATDeiT(PlainBackbone):
         return self.patch_embed(x) if self.structured else super().embed_patches(x)
 
     def output_layers(self, index: int) -> list[nn.Module]:
-        return [self.norm] if index == len(self.blocks) - 1 else []
+        return [self.norm] if index == self.num_stages - 1 else []
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute the taps.
@@ -141,15 +141,15 @@ class SWATDeiT(PlainBackbone):
         """
         x, grid = self.embed(x)
         x, taps = x.unflatten(1, grid), []
-        for i, block in enumerate(self.blocks[: self.out_indices[-1] + 1]):
+        for i, block in enumerate(self.blocks):
             x = run_block(block, x, recompute=self.with_cp)
             if i in self.out_indices:
                 taps.append(self._tap(i, x))
-        return tuple(taps)
+        return join_maps(taps)
 
     def _tap(self, index: int, x: Tensor) -> Tensor:
         """The output behind one block."""
-        if index == len(self.blocks) - 1:
+        if index == self.num_stages - 1:
             x = tokenwise(self.norm, x, training=self.training)
         return to_map(x) if self.out_type == 'map' else x.mean(dim=(1, 2))
 

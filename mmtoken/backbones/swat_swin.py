@@ -117,13 +117,13 @@ class SWATSwin(SwinBackbone):
         else:
             self.patch_embed = PatchStem(arch['embed_dims'], in_channels, PATCH_SIZE)
         self.layers = nn.ModuleList()
-        for i, rates in enumerate(stage_drop_rates(drop_path_rate, depths)):
+        for i, rates in enumerate(stage_drop_rates(drop_path_rate, depths)[: self.num_built]):
             dims, structure = self.out_channels[i], STRUCTURES[i]
             common = dict(embed_dims=dims, num_heads=num_heads[i], mlp_ratio=mlp_ratio)
             blocks = downsample = None
             if structured:
                 blocks = structured_blocks(len(rates), structure)
-            if i + 1 < len(depths):
+            if i + 1 < self.num_built:
                 downsample = (
                     StructuredMerging(dims, structure.side, structure.merging_kernel_size)
                     if structured

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch.nn as nn
 from torch import Tensor
 
-from ..tokens.maps import to_map
+from ..tokens.maps import join_maps, to_map
 from .base import TokenBackbone, resolve_arch
 
 
@@ -66,6 +66,10 @@ class SwinBackbone(TokenBackbone):
                 raise ValueError(f'stage {i} has {dims} channels, no multiple of its {heads} heads')
         return dict(arch, depths=depths, num_heads=num_heads)
 
+    @property
+    def unbuilt_keys(self) -> str:
+        return rf'{super().unbuilt_keys}|{self.stages_name}\.{self.num_built - 1}\.downsample\..*'
+
     def add_norms(self) -> None:
         """Make a norm for each map that is returned."""
         for i in self.out_indices:
@@ -87,10 +91,9 @@ class SwinBackbone(TokenBackbone):
             x = stage(x)
             if i in self.out_indices:
                 maps.append(to_map(getattr(self, f'norm{i}')(x)))
-            if i == self.out_indices[-1]:
-                break
-            x = stage.downsample(x)
-        return tuple(maps)
+            if stage.downsample is not None:
+                x = stage.downsample(x)
+        return join_maps(maps)
 
 
 def stage_drop_rates(rate: float, depths: Iterable[int]) -> list[list[float]]:

@@ -89,14 +89,15 @@ def check_source(source: str) -> None:
 
 
 def take_prefix(
-    state: Mapping[str, Tensor], prefix: str | None = None
+    state: Mapping[str, Tensor], prefix: str | None = None, usual: str = 'backbone.'
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Keep what starts with ``prefix``, without it; ``'module.'`` in front of names is dropped.
 
     Args:
         state: Names and tensors.
-        prefix: With or without the dot at its end. None takes ``'backbone.'`` if any name starts
-            with it, and otherwise everything.
+        prefix: With or without the dot at its end. None takes ``usual`` if any name starts with it,
+            and otherwise everything.
+        usual: What precedes the names of such a module in a whole model.
 
     Returns:
         Names and tensors that were kept, and the other names.
@@ -106,7 +107,7 @@ def take_prefix(
     """
     state = {name.removeprefix('module.'): tensor for name, tensor in state.items()}
     if prefix is None:
-        prefix = 'backbone.' if any(name.startswith('backbone.') for name in state) else ''
+        prefix = usual if any(name.startswith(usual) for name in state) else ''
     elif prefix and not prefix.endswith('.'):
         prefix += '.'
     taken = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}

@@ -3,15 +3,18 @@
 import math
 import re
 import warnings
+from collections.abc import Mapping
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import (
     resample_abs_pos_embed,
     resample_patch_embed,
     resize_rel_pos_bias_table,
     to_2tuple,
 )
+from timm.models import adapt_input_conv
 from torch import Tensor
 
 from .report import Report
@@ -22,11 +25,12 @@ BIAS_TABLE = 'relative_position_bias_table'
 # Learned tokens that are laid out on a grid, (1, H * W, C), and the attribute beside them that has
 # (H, W); without it, the grid is square.
 GRIDS = dict(pos_embed='pos_grid', centers='center_grid', semantic_token2='center_grid')
-# The position embedding of a stage is PVT's, and resized as PVT does; at the root it is a ViT's.
-PVT_RESAMPLING = dict(interpolation='bilinear', antialias=False)
 # Tokens before those of the patches, in the position embedding beside them too; registers are not.
 PREFIX_TOKENS = ('cls_token', 'dist_token')
 PATCHES = 'patch_embed.proj.weight'  # of a ViT
+
+COARSE_AND_FINE = ('patch_embed_coarse', 'patch_embed')  # of MSViT
+RGB = 3
 
 State = dict[str, Tensor]
 
@@ -41,21 +45,27 @@ def fit(state: State, module: nn.Module, report: Report) -> State:
       means nothing: that is dropped.
     * Structured layers take the weights of plain ones and compute the same, see
       :mod:`~mmtoken.checkpoints.structure`.
-    * Position embeddings and bias tables are interpolated as timm does, and position embeddings of
-      stages as PVT does. Where the model has no class token, its position is dropped; where the
-      file has none, its position is zero.
+    * Bias tables are interpolated as timm does. Position embeddings are not: the module takes their
+      grid over (:func:`adopt_grids`), and resamples them once, to the grid in use. Where the model
+      has no class token, its position is dropped; where the file has none, its position is zero.
     * Registers have no position: those of a file are added to them.
     * The patch embedding of a ViT is resampled as in FlexiViT (arXiv 2212.08013): a patch that is
       enlarged to the model's size is embedded as before.
+    * A projection of coarse patches that a file lacks does to them what its projection of fine ones
+      does to their means.
+    * An image of 1, 2, 4 or more channels is embedded by weights for 3 as in timm: one channel by
+      their sum; otherwise they are repeated and scaled, so that their sum stays.
 
     What cannot be fitted stays as it is.
 
     Args:
         state: Our names and tensors; not changed.
         module: The model.
-        report: Is brought up to date; in ``fresh`` is what the model keeps in spite of the file.
+        report: Is brought up to date; in ``fresh`` is what the model keeps in spite of the file,
+            in ``grids`` are those of positions that are laid out otherwise than in the model.
     """
     state, own = dict(state), module.state_dict()
+    stem = tuple(f'{name}.' for name in getattr(module, 'stem_names', ('patch_embed',)))
     _name_output_norm(state, own, report)
     _split_attention(state, own, report)
     structure_layers(state, own, report)
@@ -68,9 +78,12 @@ def fit(state: State, module: nn.Module, report: Report) -> State:
             state[name] = _resize_grid(name, state, own, module, report)
         elif name == PATCHES and 'pos_embed' in own:
             state[name] = _resize_patches(state[name], own[name])
+        if name.startswith(stem) and state[name].ndim == 4:
+            state[name] = _adapt_channels(state[name], own[name].shape, report)
         if old != tuple(state[name].shape):
             in_file = report.resized.get(name, (old,))[0]
             report.resized[name] = (in_file, tuple(state[name].shape))
+    _enlarge_patches(state, own, report)
     return state
 
 
@@ -148,7 +161,38 @@ def _resize_patches(weight: Tensor, own: Tensor) -> Tensor:
     return resample_patch_embed(weight, list(own.shape[2:]))
 
 
+def _enlarge_patches(state: State, own: State, report: Report) -> None:
+    """Give a projection of coarse patches what that of fine ones has, where a file has no own."""
+    for kind in ('weight', 'bias'):
+        fine, coarse = f'patch_embed.proj.{kind}', f'patch_embed_coarse.proj.{kind}'
+        if fine in state and coarse in own and coarse not in state:
+            sides = [own[f'{name}.proj.weight'].shape[-1] for name in COARSE_AND_FINE]
+            if sides[0] % sides[1]:
+                continue
+            ratio = sides[0] // sides[1]
+            state[coarse] = enlarge(state[fine], ratio) if kind == 'weight' else state[fine]
+            report.mapped[coarse] = report.mapped[fine]
+
+
+def enlarge(kernel: Tensor, ratio: int) -> Tensor:
+    """A projection of coarse patches that does what that of fine ones does to their means.
+
+    ``(C, in_channels, side, side) -> (C, in_channels, ratio * side, ratio * side)``.
+    """
+    return F.interpolate(kernel, scale_factor=ratio, mode='nearest') / ratio**2
+
+
+def _adapt_channels(weight: Tensor, shape: torch.Size, report: Report) -> Tensor:
+    """The first layer for images of another number of channels than 3."""
+    channels = weight.shape[1], shape[1]
+    if channels[0] != RGB or channels[1] == RGB or weight.shape[2:] != shape[2:]:
+        return weight
+    report.channels = channels
+    return adapt_input_conv(channels[1], weight)
+
+
 def _resize_grid(name: str, state: State, own: State, module: nn.Module, report: Report) -> Tensor:
+    """Tokens before the patches as the model has them; its grid too, if it cannot take another."""
     tokens, shape = state[name], own[name].shape
     parent, _, last = name.rpartition('.')
     if tokens.ndim != 3 or tokens.shape[-1] != shape[-1]:
@@ -164,15 +208,46 @@ def _resize_grid(name: str, state: State, own: State, module: nn.Module, report:
         prefix = tokens.new_zeros(1, wanted, tokens.shape[-1])
     if wanted not in (0, prefix.shape[1]):
         return tokens
+    owner = module.get_submodule(parent)
     # 64 positions of our own may be 4 x 16; those of other files are taken for 8 x 8.
     if not (report.is_ours and places.shape[1] == length):
-        new = _grid_of(module.get_submodule(parent), GRIDS[last], length)
-        if new is None or not is_square(places.shape[1]):
+        if not is_square(places.shape[1]):
             return tokens
-        old = (math.isqrt(places.shape[1]),) * 2
-        method = PVT_RESAMPLING if last == 'pos_embed' and parent else {}
-        places = resample_abs_pos_embed(places, new, old, num_prefix_tokens=0, **method)
+        old, new = (math.isqrt(places.shape[1]),) * 2, _grid_of(owner, GRIDS[last], length)
+        if hasattr(owner, GRIDS[last]):
+            if old != tuple(new):
+                report.grids[name] = old
+        elif new is None:
+            return tokens
+        elif old != new:
+            places = resample_abs_pos_embed(places, new, old, num_prefix_tokens=0)
     return torch.cat([prefix[:, :wanted], places], dim=1)
+
+
+def has_grids(module: nn.Module) -> bool:
+    """Whether positions of a module can be laid out anew by :func:`adopt_grids`."""
+    return any(
+        hasattr(owner, attribute) for owner in module.modules() for attribute in GRIDS.values()
+    )
+
+
+def adopt_grids(module: nn.Module, grids: Mapping[str, tuple[int, int]]) -> None:
+    """Lay learned positions out on other grids, for the values of a checkpoint to be loaded.
+
+    Parameters stay the same objects, so an optimizer that has them keeps them.
+
+    Args:
+        module: Has positions ``(1, prefix + H * W, C)`` and, beside each, an attribute ``(H, W)``.
+        grids: Names of positions to their new ``(H, W)``, from :class:`Report`.
+    """
+    for name, grid in grids.items():
+        parent, _, last = name.rpartition('.')
+        owner = module.get_submodule(parent)
+        positions, old = getattr(owner, last), getattr(owner, GRIDS[last])
+        length = positions.shape[1] - math.prod(old) + math.prod(grid)
+        positions.grad = None
+        positions.data = positions.data.new_zeros(1, length, positions.shape[-1])
+        setattr(owner, GRIDS[last], tuple(grid))
 
 
 def _prefix_length(state: State, parent: str) -> int:

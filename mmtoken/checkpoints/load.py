@@ -14,7 +14,7 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from .convert import check_source, detect_source, rename, take_prefix
-from .fit import fit
+from .fit import adopt_grids, fit
 from .reader import find_weights, read_checkpoint
 from .report import Report
 from .sources import SOURCES
@@ -32,14 +32,16 @@ def load_into(
     Nothing in the file is run. A training checkpoint is unwrapped (``'state_dict'``, ``'model'``),
     and ``'module.'`` in front of names is dropped. Foreign names are recognised and made ours, and
     shapes brought to the module's, see :func:`~mmtoken.checkpoints.convert` and
-    :func:`~mmtoken.checkpoints.fit.fit`. The module may declare two regular expressions:
-    ``unused_keys``, names a file may have in excess, and ``fresh_keys``, names it may lack.
+    :func:`~mmtoken.checkpoints.fit.fit`; positions are laid out as in the file. The module may
+    declare two regular expressions: ``unused_keys``, names a file may have in excess, and
+    ``fresh_keys``, names it may lack.
 
     Args:
         module: Where the weights go.
         file: Path or URL.
-        prefix: What precedes the backbone's names in the file; everything else in the file is left
-            out. By default ``'backbone.'`` if any name starts with it, otherwise nothing.
+        prefix: What precedes the module's names in the file; everything else in the file is left
+            out. By default ``'backbone.'``, or the module's ``usual_prefix``, if any name starts
+            with it, otherwise nothing.
         source: Family of the file, as for :func:`~mmtoken.checkpoints.convert`; recognised by the
             names if not given.
 
@@ -55,7 +57,8 @@ def load_into(
         check_source(source)
     weights = find_weights(read_checkpoint(file), file)
     state, report = fit_to(module, weights, file, prefix, source)
-    module.load_state_dict(state, strict=False)
+    adopt_grids(module, report.grids)
+    module.load_state_dict(module.state_dict() | state)  # what the file lacks stays as it is
     print_log(f'Loaded {file}, {report.summary()}', logger='current')
     return report
 
@@ -77,9 +80,10 @@ def fit_to(
 def _fit_to(
     module: nn.Module, weights: Mapping[str, Tensor], prefix: str | None, source: str | None
 ) -> tuple[dict[str, Tensor], Report]:
-    state, outside = take_prefix(weights, prefix)
+    state, outside = take_prefix(weights, prefix, getattr(module, 'usual_prefix', 'backbone.'))
     own = module.state_dict()
-    unused, fresh = [getattr(module, 'unused_keys', None)], [getattr(module, 'fresh_keys', None)]
+    unused = [getattr(module, 'unused_keys', None), getattr(module, 'unbuilt_keys', None)]
+    fresh = [getattr(module, 'fresh_keys', None)]
     if source is None and not _are_own(state, own, unused, fresh):
         source = detect_source(state, prefix='')
     if source is None:
@@ -129,7 +133,7 @@ def _check(
     reshaped = [
         f'{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}'
         for name in own
-        if name in state and state[name].shape != own[name].shape
+        if name in state and name not in report.grids and state[name].shape != own[name].shape
     ]
     if not (unexpected or missing or reshaped):
         return
@@ -141,8 +145,20 @@ def _check(
         f'does not fit {type(module).__name__}; {origin} and has {shared} of its {len(own)} tensors'
         f'{_list("names it should not have", unexpected)}'
         f'{_list("names it lacks", missing)}'
-        f'{_list("other shapes", reshaped)}'
+        f'{_list("other shapes", reshaped)}{_advise(reshaped, state, own)}'
     )
+
+
+def _advise(reshaped: list[str], state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """The argument that other shapes call for, where one does."""
+    if len(reshaped) == 1 and reshaped[0].partition(' ')[0].endswith('pos_embed'):
+        return '; its grid is no square: set img_size to (H, W) of the images it was trained on'
+    if reshaped and all(
+        own[name].ndim == 4 and state[name].shape[1] != own[name].shape[1]
+        for name in (item.partition(' ')[0] for item in reshaped)
+    ):
+        return '; set in_channels to that of the file'
+    return ''
 
 
 def _match_any(patterns: Iterable[str | None], name: str) -> bool:

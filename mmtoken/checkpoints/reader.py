@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import inert_pickle
-from .download import download, is_url
+from .download import fetch, is_url, resolve
 
 WRAPPERS = ('state_dict', 'model', 'model_ema', 'teacher')  # the last is DINO's
 ZIP_MAGIC = b'PK\x03\x04'
@@ -30,7 +30,7 @@ def read_checkpoint(file: str | os.PathLike) -> Any:
     :class:`~mmtoken.checkpoints.inert_pickle.Inert`.
 
     Args:
-        file: Path or URL.
+        file: Path or URL, or another name that MMEngine takes.
 
     Raises:
         FileNotFoundError: No such file.
@@ -38,10 +38,10 @@ def read_checkpoint(file: str | os.PathLike) -> Any:
         ValueError: The file is damaged or of another format; the message says what it is.
     """
     name = os.fspath(file)
-    path = download(name) if is_url(name) else Path(name)
+    path = fetch(name)
     if not path.exists():
         raise FileNotFoundError(
-            f'{name} does not exist (from {Path.cwd()}); a checkpoint is a file or an http(s) URL'
+            f'{path} does not exist (from {Path.cwd()}); a checkpoint is a file or an http(s) URL'
         )
     if path.is_dir():
         raise ValueError(f'{name} is a folder; give a file in it')
@@ -61,7 +61,7 @@ def read_checkpoint(file: str | os.PathLike) -> Any:
     except _NotACheckpoint as error:
         raise ValueError(f'{name} {error}') from None
     except Exception as error:  # readers meet damage with exceptions of any type
-        hint = f'; delete {path}, so that it is downloaded again' if is_url(name) else ''
+        hint = f'; delete {path}, so that it is downloaded again' if is_url(resolve(name)) else ''
         raise ValueError(
             f'{name} is damaged, incomplete or no checkpoint: {_first_line(error)}{hint}'
         ) from error

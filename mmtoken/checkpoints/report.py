@@ -31,6 +31,8 @@ class Report:
         dropped: Names in the file that were left out.
         unknown: Names in the file that the layout does not know; they are kept as they are.
         fresh: Names of ours that the file does not have, and that keep their initial values.
+        grids: Names of positions to the grid, ``(H, W)`` in tokens, that the module takes over.
+        channels: Of the image, in the file and in the model, where they differ.
     """
 
     source: str | None = None
@@ -42,6 +44,8 @@ class Report:
     dropped: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
+    grids: dict[str, tuple[int, int]] = field(default_factory=dict)
+    channels: tuple[int, int] | None = None
 
     @property
     def origin(self) -> str:
@@ -65,7 +69,21 @@ class Report:
         ):
             if names:
                 parts.append(f'{len(names)} {what} ({", ".join(group_names(names))})')
+        parts += self._notes()
         return '; '.join(parts)
+
+    def describe_grids(self) -> str:
+        """What became of positions that are laid out on another grid than the model's."""
+        grids = ', '.join(f'{name} {h} x {w}' for name, (h, w) in self.grids.items())
+        return f"positions keep the file's grid, and the model's img_size is changed to it: {grids}"
+
+    def _notes(self) -> list[str]:
+        notes = [self.describe_grids()] if self.grids else []
+        if self.channels:
+            notes.append(
+                'the first layer takes {1} channels, from weights for {0}'.format(*self.channels)
+            )
+        return notes
 
     def __rich__(self) -> Table:
         table = Table(title=f'Read as {self.origin}', title_justify='left')
@@ -86,6 +104,8 @@ class Report:
         ):
             if count:
                 table.add_row(what, str(count), '\n'.join(which))
+        for note in self._notes():
+            table.add_row('note', '', note)
         return table
 
     def __str__(self) -> str:

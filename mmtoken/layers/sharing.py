@@ -17,8 +17,6 @@ from .packed_block import PackedBlock
 class ValueAttention(nn.Module):
     """The projections of an attention whose map is another's: those of values and outputs.
 
-    Weights with queries and keys too, those of a dense network, give it their values.
-
     Args:
         embed_dims: Channels.
         num_heads: Attention heads.
@@ -34,13 +32,6 @@ class ValueAttention(nn.Module):
     def project_value(self, x: Tensor) -> Tensor:
         """``(M, C) -> (M, C)``."""
         return self.v(x)
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        for kind in ('weight', 'bias'):
-            joint = state_dict.pop(f'{prefix}qkv.{kind}', None)
-            if joint is not None:
-                state_dict[f'{prefix}v.{kind}'] = joint[2 * len(joint) // 3 :]
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class FollowingBlock(PackedBlock):

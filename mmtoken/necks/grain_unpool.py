@@ -6,9 +6,9 @@ Source: DGE, arXiv 2301.03831; as a neck it is our own.
 from collections.abc import Sequence
 
 import torch.nn as nn
-from mmengine.model import BaseModule
 from torch import Tensor
 
+from ..checkpoints.module import CheckpointedModule
 from ..layers.grained import GrainedBlock, TrainMode
 from ..layers.init import init_own
 from ..layers.spatial_reduction import SpatialReductionAttention
@@ -21,7 +21,7 @@ INIT = [dict(type='TruncNormal', layer='Linear', std=0.02), XAVIER]
 
 
 @MODELS.register_module()
-class GrainUnpoolNeck(BaseModule):
+class GrainUnpoolNeck(CheckpointedModule):
     """Refine maps by transformer blocks that choose, region by region, how finely they look.
 
     Queries are few, and what becomes of them is un-pooled onto the map, see
@@ -111,10 +111,9 @@ class GrainUnpoolNeck(BaseModule):
                 in_channels, out_channels, num_outs, norm=norm, init_cfg=None
             )
 
-    def init_weights(self) -> None:
-        super().init_weights()
-        if not (isinstance(self.init_cfg, dict) and self.init_cfg.get('type') == 'Pretrained'):
-            init_own(self.stages)
+    def init_fresh(self) -> None:
+        super().init_fresh()
+        init_own(self.stages)
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Refine the maps.

@@ -9,7 +9,7 @@ from ..layers.coarse_refine import CoarseRefine
 from ..registry import MODELS
 from ..tokens.mixed_scale import restore_map
 from ..tokens.packed import SparseFeatures
-from .simple_feature_pyramid import SCALES, XAVIER, Norm
+from .simple_feature_pyramid import SCALES, XAVIER, Norm, one_width
 from .token_pyramid import TokenPyramid
 
 
@@ -36,7 +36,7 @@ class MixedScaleNeck(TokenPyramid):
 
     def __init__(
         self,
-        in_channels: int,
+        in_channels: int | Sequence[int],
         refine: bool = False,
         out_channels: int = 256,
         num_outs: int = 5,
@@ -45,6 +45,7 @@ class MixedScaleNeck(TokenPyramid):
         scales: Sequence[float] = SCALES,
         init_cfg: dict | list[dict] | None = XAVIER,
     ) -> None:
+        in_channels = one_width(in_channels)
         super().__init__(in_channels, out_channels, num_outs, multi_level, norm, scales, init_cfg)
         self.refine = None
         if refine:

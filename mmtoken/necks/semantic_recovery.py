@@ -9,7 +9,7 @@ from ..layers.recovery import SemanticRecovery
 from ..registry import MODELS
 from ..tokens.maps import to_map
 from ..tokens.packed import SparseFeatures, unpack_equal
-from .simple_feature_pyramid import SCALES, XAVIER, Norm
+from .simple_feature_pyramid import SCALES, XAVIER, Norm, one_width
 from .token_pyramid import TokenPyramid
 
 INIT = [dict(type='TruncNormal', layer='Linear', std=0.02), XAVIER]
@@ -42,7 +42,7 @@ class SemanticRecoveryNeck(TokenPyramid):
 
     def __init__(
         self,
-        in_channels: int,
+        in_channels: int | Sequence[int],
         num_heads: int,
         dense_taps: int = 0,
         mlp_ratio: float = 4.0,
@@ -55,6 +55,7 @@ class SemanticRecoveryNeck(TokenPyramid):
         scales: Sequence[float] = SCALES,
         init_cfg: dict | list[dict] | None = INIT,
     ) -> None:
+        in_channels = one_width(in_channels)
         super().__init__(in_channels, out_channels, num_outs, multi_level, norm, scales, init_cfg)
         if in_channels % num_heads:
             raise ValueError(f'in_channels={in_channels} is no multiple of num_heads={num_heads}')

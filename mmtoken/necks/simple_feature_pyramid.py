@@ -10,10 +10,11 @@ from typing import ClassVar, Literal
 
 import torch.nn as nn
 import torch.nn.functional as F
-from mmengine.model import BaseModule
 from timm.layers import LayerNorm2d
 from torch import Tensor
 
+from ..arguments import as_tuple
+from ..checkpoints.module import CheckpointedModule
 from ..registry import MODELS
 from ..tokens.planes import unfold_planes
 
@@ -23,14 +24,15 @@ XAVIER = dict(type='Xavier', layer='Conv2d', distribution='uniform')
 
 
 @MODELS.register_module()
-class SimpleFeaturePyramid(BaseModule):
+class SimpleFeaturePyramid(CheckpointedModule):
     """Strides 4, 8, 16 and 32 from maps of stride 16, or others from maps of another stride.
 
     Each level scales a map by transposed convolutions or max-pooling, then projects it by a 1 x 1
     and a 3 x 3 convolution. There are no lateral connections.
 
     Args:
-        in_channels: Channels of the maps, a multiple of 4.
+        in_channels: Channels of the maps, a multiple of 4; or one number a map, all equal, as
+            mmdet's necks take it.
         out_channels: Channels of every level.
         num_outs: Levels. Those beyond ``scales``, of stride 64 and so on, take every second
             position of the one before.
@@ -54,7 +56,7 @@ class SimpleFeaturePyramid(BaseModule):
 
     def __init__(
         self,
-        in_channels: int,
+        in_channels: int | Sequence[int],
         out_channels: int = 256,
         num_outs: int = 5,
         multi_level: bool = False,
@@ -64,6 +66,7 @@ class SimpleFeaturePyramid(BaseModule):
         plane_size: int | None = None,
     ) -> None:
         super().__init__(init_cfg)
+        in_channels, scales = one_width(in_channels), as_tuple(scales)
         falling = all(a > b for a, b in zip(scales, scales[1:], strict=False))
         if not scales or not falling or not set(scales) <= set(SCALES):
             raise ValueError(f'scales must be some of {SCALES}, falling, got {tuple(scales)}')
@@ -118,6 +121,21 @@ class SimpleFeaturePyramid(BaseModule):
         if len(inputs) != len(self.levels):
             raise ValueError(f'multi_level takes {len(self.levels)} maps, got {len(inputs)}')
         return list(inputs)
+
+
+def one_width(in_channels: int | Sequence[int]) -> int:
+    """The width that all maps have.
+
+    Raises:
+        ValueError: They have several; the message names the neck for such maps.
+    """
+    widths = set(as_tuple(in_channels))
+    if len(widths) != 1:
+        raise ValueError(
+            'the maps of a plain backbone have one width, got in_channels='
+            f'{as_tuple(in_channels)}; behind a backbone of several widths use FPN of mmdet'
+        )
+    return widths.pop()
 
 
 class UnfoldPlanes(nn.Module):

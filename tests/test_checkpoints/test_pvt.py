@@ -271,7 +271,7 @@ def test_tool_with_a_config(monkeypatch, capsys, save, tmp_path):
     out = run_tool(
         monkeypatch, capsys, save(mmdet_pvt().state_dict()), new, '--config', tmp_path / 'config.py'
     )
-    for what in ('Read as pvt (mmdet names)', 'split', 'resized', '(1, 256, 16) -> (1, 576, 16)'):
+    for what in ('Read as pvt (mmdet names)', 'split', 'layers.0.pos_embed 16 x 16'):
         assert what in out
     report = load_into(build(pretrain_img_size=96), new)
     assert set(report.fresh) == ROUTERS and not report.resized

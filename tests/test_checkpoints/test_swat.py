@@ -6,7 +6,6 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from timm.layers import resample_abs_pos_embed
 
 from mmtoken.backbones.swat_deit import SWATDeiT
 from mmtoken.backbones.swat_swin import SWATSwin
@@ -109,13 +108,12 @@ def test_deit_computes_what_the_release_does(save):
     torch.testing.assert_close(logits, torch.from_numpy(golden['logits']), atol=1e-6, rtol=1e-6)
 
 
-def test_positions_are_resampled():
+def test_positions_keep_their_grid():
     weights = released_deit()
     model = build(SWATDeiT, 'tiny', img_size=(320, 512), out_indices=(5,))
     state, report = fit_to(model, weights, 'a.pth')
-    expected = resample_abs_pos_embed(weights['pos_embed'], (20, 32), (14, 14), num_prefix_tokens=0)
-    assert torch.equal(state['pos_embed'], expected)
-    assert report.resized == dict(pos_embed=((1, 196, 192), (1, 640, 192)))
+    assert torch.equal(state['pos_embed'], weights['pos_embed'])
+    assert report.grids == dict(pos_embed=(14, 14)) and not report.resized
     assert {'norm.weight', 'norm.bias'} < set(report.dropped)
 
 

@@ -79,7 +79,7 @@ def test_without_distillation_a_deit_is_a_vit():
 @pytest.mark.parametrize('semantic', [True, False])
 @pytest.mark.parametrize('img_size', [64, (96, 160)])
 def test_our_deit(kind, semantic, img_size, save, wake):
-    """The position embedding loses its class tokens and is resampled to the image."""
+    """The position embedding loses its class tokens and keeps its grid."""
     theirs = dict(
         timm=lambda: TimmViT(**TIMM, num_classes=3),
         distilled=lambda: VisionTransformerDistilled(**TIMM, num_classes=3),
@@ -93,9 +93,8 @@ def test_our_deit(kind, semantic, img_size, save, wake):
     report = load_into(ours, save(dict(model=state)))
 
     position = state['pos_embed'][:, -16:]
-    if img_size != 64:
-        position = resample_abs_pos_embed(position, (6, 10), (4, 4), num_prefix_tokens=0)
-    assert torch.equal(ours.pos_embed, position)
+    assert torch.equal(ours.pos_embed, position) and ours.pos_grid == (4, 4)
+    assert report.grids == ({} if img_size == 64 else dict(pos_embed=(4, 4)))
     old, new = state['pos_embed'].shape, ours.pos_embed.shape
     assert report.resized == ({} if old == new else dict(pos_embed=(tuple(old), tuple(new))))
     assert 'cls_token' in report.dropped
@@ -137,8 +136,7 @@ def test_our_deit_of_dynamic_granularity(kind, cls_token, img_size, save):
     ours = DGEDeiT(ARCH, img_size=img_size, cls_token=cls_token, budget=None)
     report = load_into(ours, save(dict(model=state)))
     position = state['pos_embed'][:, -16:]
-    if img_size != 64:
-        position = resample_abs_pos_embed(position, (6, 10), (4, 4), num_prefix_tokens=0)
+    assert ours.pos_grid == (4, 4)
     if cls_token:
         position = torch.cat([state['pos_embed'][:, :1], position], dim=1)
         assert torch.equal(ours.cls_token, state['cls_token'])
@@ -186,10 +184,7 @@ def test_as_many_positions_as_with_a_class_token(save):
     state = timm_vit(img_size=112).state_dict()
     ours = DGEDeiT(ARCH, img_size=(80, 160))
     load_into(ours, save(state))
-    expected = resample_abs_pos_embed(
-        state['pos_embed'][:, 1:], (5, 10), (7, 7), num_prefix_tokens=0
-    )
-    assert torch.equal(ours.pos_embed, expected)
+    assert torch.equal(ours.pos_embed, state['pos_embed'][:, 1:]) and ours.pos_grid == (7, 7)
 
 
 def test_larger_position_embedding_keeps_the_class_token(save):
@@ -213,10 +208,7 @@ def test_own_grid_with_as_many_positions_as_a_square(save):
         assert torch.equal(loaded.state_dict()[name], saved.state_dict()[name])
     square = timm_vit(img_size=128).state_dict()
     load_into(loaded, save(square))
-    expected = resample_abs_pos_embed(
-        square['pos_embed'][:, 1:], (4, 16), (8, 8), num_prefix_tokens=0
-    )
-    assert torch.equal(loaded.pos_embed, expected)
+    assert torch.equal(loaded.pos_embed, square['pos_embed'][:, 1:]) and loaded.pos_grid == (8, 8)
 
 
 def test_class_token_without_a_position(save):
@@ -229,14 +221,17 @@ def test_class_token_without_a_position(save):
         load_into(STViTDeiT(ARCH, img_size=96, base_layers=2), save(state))
 
 
-def test_learned_centers_are_resampled(save):
+def test_learned_centers_keep_their_grid(save):
     small = STViTDeiT(ARCH, img_size=128, base_layers=2, semantic_size=2)
     large = STViTDeiT(ARCH, img_size=(192, 256), base_layers=2, semantic_size=2)
     report = load_into(large, save(small.state_dict()))
-    centers = small.blocks[3].centers
-    expected = resample_abs_pos_embed(centers, (6, 8), (4, 4), num_prefix_tokens=0)
-    assert torch.equal(large.blocks[3].centers, expected)
-    assert report.source is None and set(report.resized) == {'pos_embed', 'blocks.3.centers'}
+    assert torch.equal(large.blocks[3].centers, small.blocks[3].centers)
+    assert report.source is None and not report.resized
+    assert report.grids == {'pos_embed': (8, 8), 'blocks.3.centers': (4, 4)}
+    image = torch.randn(1, 3, 100, 180)
+    with torch.no_grad():
+        expected = small.eval()(image)[0]
+        assert torch.equal(large.eval()(image)[0], expected)
 
 
 def test_registers_are_not_ours(save):

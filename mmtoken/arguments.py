@@ -1,0 +1,157 @@
+"""What people who know OpenMMLab's own backbones pass to ours.
+
+What means the same here is taken; what does not is refused with the line that mends it, when the
+module is built and not an hour later.
+"""
+
+import inspect
+import logging
+import os
+from abc import ABCMeta
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmengine.logging import print_log
+from mmengine.model import PretrainedInit
+
+# Arguments of other backbones, and what ours have in their place
+REMEDIES = {
+    **dict.fromkeys(
+        ('embed_dims', 'depth', 'depths', 'num_layers', 'num_heads', 'num_stages', 'mlp_ratios',
+         'sr_ratios', 'feedforward_channels'),
+        'it belongs into arch, a name or a dict, such as arch=dict(..., {name}=...)',
+    ),
+    **dict.fromkeys(
+        ('norm_cfg', 'act_cfg', 'patch_norm', 'pre_norm', 'final_norm', 'interpolate_mode'),
+        'the method decides that; leave it out',
+    ),
+    'convert_weights': 'foreign names are recognised and converted; leave it out',
+    'pretrain_img_size': 'it is img_size here',
+    'img_size': 'any image size is accepted; leave it out',
+    'with_cls_token': 'it is cls_token, if the backbone can have one',
+    'use_abs_pos_embed': 'the method decides that; leave it out',
+    'drop_rate': 'there is drop_path_rate, stochastic depth, alone',
+    'attn_drop_rate': 'there is drop_path_rate, stochastic depth, alone',
+    'mlp_ratio': 'it belongs into arch, as feedforward_channels or mlp_ratios',
+    'strides': 'strides are those of the method',
+    'use_checkpoint': 'it is with_cp',
+}  # fmt: skip
+ALIASES = ('open-mmlab://', 'openmmlab://', 'torchvision://', 'modelzoo://', 'mmcls://')
+TRANSFORMERS = ('swin', 'vit', 'deit', 'pvt', 'mae', 'dino', 'beit')
+
+
+class CheckedArguments(ABCMeta):
+    """Checks the arguments of a class when it is called, before its constructor sees them."""
+
+    def __call__(cls, *args, **kwargs):
+        """Build an instance.
+
+        Raises:
+            TypeError: An unknown argument, or an ``init_cfg`` that MMEngine does not take.
+            ValueError: ``pretrained`` that is for another backbone, ``init_cfg`` without ``type``
+                or without ``checkpoint``.
+        """
+        known = _parameters(cls)
+        pretrained = None if 'pretrained' in known else kwargs.pop('pretrained', None)
+        for name in kwargs:
+            if name not in known:
+                remedy = REMEDIES.get(name, f'it takes {", ".join(known)}').format(name=name)
+                raise TypeError(f'{cls.__name__} takes no {name}: {remedy}')
+        if pretrained is not None:
+            kwargs['init_cfg'] = _init_cfg_of(pretrained, kwargs.get('init_cfg'), cls.__name__)
+        check_init_cfg(kwargs.get('init_cfg'), cls.__name__)
+        module = super().__call__(*args, **kwargs)
+        module.after_construction()
+        return module
+
+
+def as_tuple(values: Any) -> tuple:
+    """A sequence as a tuple, and one number, or None, as a tuple of one."""
+    if isinstance(values, Sequence) and not isinstance(values, str):
+        return tuple(values)
+    return tuple(values) if hasattr(values, '__iter__') else (values,)
+
+
+def is_pretrained(init_cfg: Mapping) -> bool:
+    """Whether an entry of ``init_cfg`` names a checkpoint: by the name of the type or the class."""
+    kind = init_cfg['type']
+    return kind is PretrainedInit or str(kind).rpartition('.')[2] == 'Pretrained'
+
+
+def entries_of(init_cfg: Mapping | Sequence[Mapping] | None) -> list[Mapping]:
+    """The entries of ``init_cfg`` in any of the forms that MMEngine takes."""
+    if not init_cfg:
+        return []
+    return [init_cfg] if isinstance(init_cfg, Mapping) else list(init_cfg)
+
+
+def check_init_cfg(init_cfg: Any, owner: str) -> None:
+    """Refuse what MMEngine would trip over after the model is built.
+
+    Args:
+        init_cfg: As given to a module.
+        owner: Name of its class, for messages.
+
+    Raises:
+        TypeError: Neither None nor a dict nor a list of dicts.
+        ValueError: An entry without ``type``, or of type ``'Pretrained'`` without ``checkpoint``.
+    """
+    example = "init_cfg=dict(type='Pretrained', checkpoint='weights.pth')"
+    if not isinstance(init_cfg, (Mapping, list, tuple, type(None))):
+        raise TypeError(f'init_cfg of {owner} is a dict or a list of dicts, got {init_cfg!r}; '
+                        f'write {example}')  # fmt: skip
+    for entry in entries_of(init_cfg):
+        if not isinstance(entry, Mapping):
+            raise TypeError(f'init_cfg of {owner} has the entry {entry!r}, which is no dict')
+        if 'type' not in entry:
+            raise ValueError(f'init_cfg of {owner} has no type, got {dict(entry)}; write {example}')
+        if is_pretrained(entry):
+            file = entry.get('checkpoint')
+            if not isinstance(file, (str, os.PathLike)) or not os.fspath(file):
+                raise ValueError(
+                    f'init_cfg of {owner} names no checkpoint, got {dict(entry)}; write {example}'
+                )
+
+
+def _parameters(cls: type) -> list[str]:
+    """Names that a constructor takes, with those that it hands on as keywords."""
+    names: dict[str, None] = {}
+    for base in cls.__mro__:
+        if '__init__' not in vars(base):
+            continue
+        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+        names |= dict.fromkeys(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
+    return list(names)
+
+
+def _init_cfg_of(pretrained: Any, init_cfg: Any, owner: str) -> Any:
+    """``pretrained=...`` as an ``init_cfg``.
+
+    mmseg's base models carry weights of their ResNet there and hand them to whatever backbone takes
+    its place.
+    """
+    mended = f"set model=dict(pretrained=None) and give {owner} its weights by init_cfg=dict(type='Pretrained', checkpoint=...)"  # noqa: E501
+    if entries_of(init_cfg):
+        print_log(
+            f'{owner}: pretrained={pretrained!r} is left out, since init_cfg says {init_cfg}',
+            logger='current',
+            level=logging.WARNING,
+        )
+        return init_cfg
+    if not isinstance(pretrained, (str, os.PathLike)):
+        raise TypeError(f'pretrained={pretrained!r} is no file; {mended}')
+    name = os.fspath(pretrained)
+    if name.startswith(ALIASES) and not any(family in name for family in TRANSFORMERS):
+        raise ValueError(
+            f'pretrained={name!r} is of another backbone than {owner}; it comes from the model '
+            f'of a base config: {mended}'
+        )
+    print_log(
+        f"{owner}: pretrained={name!r} is taken as init_cfg=dict(type='Pretrained', "
+        f'checkpoint={name!r})',
+        logger='current',
+        level=logging.WARNING,
+    )
+    return dict(type='Pretrained', checkpoint=name)
