@@ -50,7 +50,10 @@ BOTH_FAMILIES = [
         if module == 'mmcv'
         else f'pip uninstall -y {upstream} {onedl} && pip install {onedl}',
     )
-    for module, (upstream, onedl) in DISTRIBUTIONS.items()
+    for module, (upstream, onedl) in (
+        *DISTRIBUTIONS.items(),
+        ('mmengine', ('mmengine-lite', 'onedl-mmengine')),
+    )
 ]
 
 TOO_OLD = [

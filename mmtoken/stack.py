@@ -97,7 +97,9 @@ def enable_config_paths() -> None:
     """Let ``mmtoken::`` and, on the onedl stack, ``mmseg::`` resolve in config files.
 
     MMEngine maps import names to distributions in a table that knows neither this package nor
-    ``onedl-mmsegmentation``. Without MMEngine there is nothing to enable.
+    ``onedl-mmsegmentation``. A name there that no distribution has, it takes for a module's, and
+    the folder of that is right for every kind of installation, while upstream's MMEngine does not
+    find the one of an editable distribution. Without MMEngine there is nothing to enable.
     """
     try:
         from mmengine.config.utils import MODULE2PACKAGE
@@ -105,7 +107,7 @@ def enable_config_paths() -> None:
         if error.name != 'mmengine':
             raise
         return
-    MODULE2PACKAGE['mmtoken'] = 'mmtoken'
+    MODULE2PACKAGE['mmtoken'] = __name__
     upstream, onedl = DISTRIBUTIONS['mmseg']
     if installed_version(onedl) and not installed_version(upstream):
         MODULE2PACKAGE['mmseg'] = 'mmseg'

@@ -2,10 +2,12 @@ import os
 import subprocess
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec, PathFinder
+from pathlib import Path
 
 import pytest
 from packaging.version import Version
 
+import mmtoken
 from mmtoken.clashes import DISTRIBUTIONS
 from mmtoken.stack import check_stack, find_missing_ops, find_problems, installed_version
 
@@ -52,6 +54,7 @@ def test_working_stacks_pass(stack):
     'stack, change, words',
     [
         (ONEDL, {'mmdet': (3, 3, 0)}, ['both mmdet and onedl-mmdetection', 'pip uninstall']),
+        (ONEDL, {'mmengine-lite': '0.10.7', 'torch': '2.5.1'}, ['both mmengine-lite and onedl']),
         (ONEDL, {'mmcv': (2, 1, 0)}, ['both mmcv and onedl-mmcv', '"onedl-mmcv"']),
         (UPSTREAM, {'onedl-mmcv': '2.3.6'}, ['both mmcv and onedl-mmcv', '"mmcv==2.1.0"']),
         # torch.load reads weights only
@@ -188,8 +191,10 @@ def test_import_survives_versions_that_cannot_be_read(version, tmp_path):
 def test_import_is_light_and_enables_config_paths():
     code = (
         'import mmtoken, sys; from mmengine.config.utils import MODULE2PACKAGE as m; '
-        'print("torch" in sys.modules, "mmcv" in sys.modules, "mmtoken.backbones" in sys.modules, '
-        'm["mmtoken"])'
+        'from mmengine.utils import get_installed_path, is_installed; '
+        'print(*(name in sys.modules for name in ("torch", "mmcv", "mmtoken.backbones")), '
+        'is_installed(m["mmtoken"]), get_installed_path(m["mmtoken"]))'
     )
     result = run_python(code)
-    assert result.stdout.split() == ['False', 'False', 'False', 'mmtoken'], result.stderr
+    expected = ['False', 'False', 'False', 'True', str(Path(mmtoken.__file__).parent)]
+    assert result.stdout.split() == expected, result.stderr
