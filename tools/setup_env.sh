@@ -298,15 +298,18 @@ build_wheel() {
 # device that it was chosen for follow, each in a line.
 make_stamp() { printf '%s %s %s' "$version" "$venv" "$(cat "${sources[@]}" | cksum)"; }
 
-# Ops for CUDA run on every machine. Others are to be compiled anew where CUDA has come.
+# Where the device is another, ops for the CPU are incomplete once there can be some for CUDA; those
+# for CUDA, which run on every machine, when they are wanted for other GPUs.
 is_complete() {
   local stamped
   [[ -x $venv/bin/python && -e $venv/.stamp ]] || return
   mapfile -t stamped <"$venv/.stamp"
   variant=${stamped[1]:-}
-  [[ ${stamped[0]} == "$stamp" ]] || return
-  [[ ${stamped[2]:-} == "$device" ]] ||
-    [[ ${FORCE_CUDA:-0} != 1 && ($variant != cpu || -z $nvcc) ]]
+  [[ ${stamped[0]:-} == "$stamp" ]] || return
+  case ${FORCE_CUDA:-0}-$variant in
+    *-cpu) [[ ${stamped[2]} == "$device" || (${FORCE_CUDA:-0} != 1 && -z $nvcc) ]] ;;
+    1-*) [[ ${stamped[2]} == *" for=${TORCH_CUDA_ARCH_LIST:-} "* ]] ;;
+  esac
 }
 
 # An environment that was complete, for this Python and place, is updated; any other is remade.
@@ -341,14 +344,16 @@ install() {
 }
 
 verify() {
-  local culprit="$wheel; remove it"
+  local culprit="$wheel; remove it" compiled
   [[ $wheel == "$cache"/* ]] || culprit="${wheel##*/} of PIP_FIND_LINKS; take it out of there"
   "$venv/bin/python" -c 'import torch, mmcv._ext' ||
     die "torch $(pin torch) cannot load $culprit and set up again, to have mmcv's ops compiled"
-  [[ $variant == cpu || $("$venv/bin/python" -c '
+  compiled=$("$venv/bin/python" -c '
 import torch, mmcv._ext
-print(mmcv._ext.get_compiling_cuda_version())') != 'not available' ]] ||
+print(mmcv._ext.get_compiling_cuda_version())')
+  [[ $variant == cpu || $compiled != 'not available' ]] ||
     die "there is CUDA, but no ops for it are in $culprit and set up again, to have them compiled"
+  [[ $variant != cpu || $compiled != [0-9]* ]] || variant=cuda # those of an offered wheel
   "$venv/bin/python" -W ignore -c 'import mmdet, mmpretrain, mmseg, mmtoken' ||
     die "the packages are installed, but importing them fails as shown above"
 }

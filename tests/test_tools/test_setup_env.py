@@ -298,6 +298,19 @@ def test_ops_for_another_machines_gpu(world, architectures, variant):
     assert not world.was_built()
 
 
+def test_forced_cuda_for_other_gpus(world):
+    add_nvcc(world)
+    world.environment |= {'FORCE_CUDA': '1', 'TORCH_CUDA_ARCH_LIST': '8.0'}
+    world.run()
+    world.environment['TORCH_CUDA_ARCH_LIST'] = '9.0'
+    world.run()
+    assert variants(world) == ['cu130-sm80', 'cu130-sm90']
+
+    (world.bin / 'nvcc').unlink()  # on a node of the cluster that has no compiler
+    world.run()
+    assert not world.log.read_text().count('-m pip')
+
+
 @pytest.mark.skipif(any(Path('/dev').glob('nvidia[0-9]*')), reason='there is a GPU')
 def test_forced_cuda_needs_a_compiler_and_a_target(world):
     world.environment['FORCE_CUDA'] = '1'
