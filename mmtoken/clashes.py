@@ -76,7 +76,7 @@ TOO_OLD = [
     ),
     Clash(
         {'mmcv-full': ''},
-        '{} is too old, mmtoken needs mmcv 2, of which it is again the name that has the ops',
+        '{} is too old, mmtoken needs mmcv 2, where the package that has the ops is named mmcv',
         '{install_mmcv}',
     ),
     Clash(
