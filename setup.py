@@ -1,3 +1,5 @@
+import os
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -21,11 +23,60 @@ UPSTREAM = [
     'mmdet==3.3.0',
     'mmsegmentation==1.2.2',
     'mmpretrain==1.2.0',
+    'torch>=2.1,<2.6',  # mmengine 0.10.7 cannot read its checkpoints with later ones
+    'torchvision>=0.16,<0.21',
     'ftfy',
     'regex',
     'numpy<2',
     'setuptools<82',
 ]
+
+
+def place_mim_resources() -> None:
+    """Let ``mmtoken/.mim`` lead to the configs, the tools and the model index.
+
+    In the repository three symbolic links do. Where git made none (Windows, some network drives,
+    archives) it left text files, which are replaced by links or else by copies, so that wheels and
+    editable installs hold the same everywhere.
+
+    Raises:
+        SystemExit: If something is missing and cannot be put there.
+    """
+    mim = ROOT / 'mmtoken' / '.mim'
+    if not (ROOT / 'configs').exists() and (mim / 'configs').is_dir():
+        return  # in a source distribution, .mim holds the files themselves
+    for name in ('configs', 'tools', 'model-index.yml'):
+        source, place = ROOT / name, mim / name
+        if source.exists() and place.exists() and place.samefile(source):
+            continue
+        try:
+            _replace(place, source)
+        except OSError as error:
+            raise SystemExit(
+                f'setup.py: cannot make {place} a link to {source}, nor a copy of it: {error}. '
+                'It needs a complete checkout that can be written to, or one with symbolic links: '
+                'git clone -c core.symlinks=true'
+            ) from error
+
+
+def _replace(place: Path, source: Path) -> None:
+    """Make ``place`` a link to ``source``, or a copy of it where links are not to be had."""
+    source = source.resolve(strict=True)
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place)  # an earlier copy
+    else:
+        place.unlink(missing_ok=True)
+    try:
+        os.symlink(os.path.relpath(source, place.parent), place, source.is_dir())
+    except OSError:
+        print(f'setup.py: {place} becomes a copy; after changes in {source}, install again')
+        if source.is_dir():
+            shutil.copytree(source, place)
+        else:
+            shutil.copy2(source, place)
+
+
+place_mim_resources()
 
 setup(
     name='mmtoken',
@@ -54,10 +105,10 @@ setup(
     ],
     python_requires='>=3.10',
     packages=find_packages(include=['mmtoken', 'mmtoken.*']),
-    # The symlinks below mmtoken/.mim carry configs, tools and the model index into the wheel.
+    # What is below mmtoken/.mim carries configs, tools and the model index into the wheel.
     package_data={'mmtoken': ['.mim/model-index.yml', '.mim/configs/**/*', '.mim/tools/**/*']},
     include_package_data=False,
-    install_requires=['torch>=2.1', 'timm>=1.0', 'rich'],
+    install_requires=['torch>=2.1', 'timm>=1.0', 'numpy', 'packaging', 'rich'],
     extras_require={'onedl': ONEDL, 'upstream': UPSTREAM},
     zip_safe=False,
 )

@@ -3,37 +3,35 @@
 Two families of distributions provide the same import names: upstream (``mmdet``,
 ``mmsegmentation``, ...) and its maintained continuation (``onedl-mmdetection``, ...). The known
 dead combinations fail far from their cause, with messages that do not name it; here they fail at
-``import mmtoken``, with the command that mends them.
+``import mmtoken``, with the command that mends them. Neither torch nor mmcv is imported for that.
 """
 
+import functools
 import os
+import warnings
 from collections.abc import Callable
 from importlib import metadata
+from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.util import find_spec
+from pathlib import Path
 
-# import name -> (upstream distribution, onedl distribution)
-DISTRIBUTIONS = {
-    'mmengine': ('mmengine', 'onedl-mmengine'),
-    'mmcv': ('mmcv', 'onedl-mmcv'),
-    'mmdet': ('mmdet', 'onedl-mmdetection'),
-    'mmseg': ('mmsegmentation', 'onedl-mmsegmentation'),
-    'mmpretrain': ('mmpretrain', 'onedl-mmpretrain'),
-}
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+from .clashes import CLASHES, DISTRIBUTIONS, MMCV_BELOW, NEED_OPS
+
 SKIP_CHECK = 'MMTOKEN_SKIP_STACK_CHECK'
 
+AnyVersion = str | Version | tuple[int | str, ...] | None  # None: not installed
+VersionOf = Callable[[str], AnyVersion]
 
-def installed_version(distribution: str) -> tuple[int, ...] | None:
-    """The leading numbers of a distribution's version, ``None`` where it is not installed."""
+
+def installed_version(distribution: str) -> str | None:
+    """A distribution's version as it calls it, ``None`` where it is not installed."""
     try:
-        version = metadata.version(distribution)
-    except metadata.PackageNotFoundError:
+        return metadata.version(distribution)
+    except (metadata.PackageNotFoundError, KeyError):  # the latter where remains have no version
         return None
-    numbers = []
-    for part in version.split('.'):
-        digits = ''.join(c for c in part if c.isdigit())
-        if digits != part or not digits:
-            break
-        numbers.append(int(digits))
-    return tuple(numbers)
 
 
 def check_stack() -> None:
@@ -46,7 +44,9 @@ def check_stack() -> None:
     """
     if os.environ.get(SKIP_CHECK, '0') not in ('', '0'):
         return
-    problems = find_problems(installed_version)
+    version_of = functools.cache(installed_version)
+    problems = find_problems(version_of)
+    problems += find_missing_ops(version_of)
     if problems:
         lines = '\n'.join(f'  - {problem}' for problem in problems)
         raise ImportError(
@@ -55,50 +55,51 @@ def check_stack() -> None:
         )
 
 
-def find_problems(version_of: Callable[[str], tuple[int, ...] | None]) -> list[str]:
-    """Describe each known-dead combination.
+def find_problems(version_of: VersionOf) -> list[str]:
+    """Describe each known-dead combination, with the command that mends it.
 
     Args:
-        version_of: Maps a distribution name to its version tuple, or ``None`` if absent.
+        version_of: Maps a distribution's name to its version, ``None`` if absent.
     """
+    upstream, onedl = map(' '.join, zip(*DISTRIBUTIONS.values(), strict=True))
+    commands = dict(install_mmcv=_install_mmcv(version_of), upstream=upstream, onedl=onedl)
     problems = []
-    for module, (upstream, onedl) in DISTRIBUTIONS.items():
-        if version_of(upstream) and version_of(onedl):
-            problems.append(
-                f'both {upstream} and {onedl} are installed, and each overwrites the files of '
-                f'`{module}`; keep one: pip uninstall -y {upstream} {onedl} && pip install {onedl}'
-            )
-
-    mmcv = version_of('mmcv')
-    for library in ('mmdet', 'mmsegmentation'):
-        if mmcv and mmcv >= (2, 2) and version_of(library):
-            problems.append(
-                f'{library} {_dotted(version_of(library))} refuses mmcv {_dotted(mmcv)} '
-                '(it allows 2.0.0rc4 to 2.1.x): pip install "mmcv==2.1.0"'
-            )
-
-    mmengine, setuptools = version_of('mmengine'), version_of('setuptools')
-    if mmengine and mmengine <= (0, 10, 7) and setuptools and setuptools >= (82,):
-        problems.append(
-            f'mmengine {_dotted(mmengine)} needs pkg_resources, which setuptools '
-            f'{_dotted(setuptools)} no longer has, so no `mmdet::` config path resolves: '
-            'pip install "setuptools<82"'
-        )
-
-    torch, numpy = version_of('torch'), version_of('numpy')
-    if torch and torch < (2, 3) and numpy and numpy >= (2,):
-        problems.append(
-            f'torch {_dotted(torch)} was built for numpy 1 and cannot exchange arrays with numpy '
-            f'{_dotted(numpy)}: pip install "numpy<2"'
-        )
+    for found, why, mend in CLASHES:
+        versions = {name: version_of(name) for name in found}
+        if all(_is_among(versions[name], among) for name, among in found.items()):
+            names = (f'{name} {_text(version)}' for name, version in versions.items())
+            problems.append(f'{why.format(*names)}: {mend.format(**commands)}')
     return problems
+
+
+def find_missing_ops(version_of: VersionOf) -> list[str]:
+    """Describe an mmcv that was built without its ops for this Python, if a library imports them.
+
+    Args:
+        version_of: Maps a distribution's name to its version, ``None`` if absent.
+    """
+    libraries = [name for name in NEED_OPS if version_of(name) is not None]
+    mmcv = next((n for n in DISTRIBUTIONS['mmcv'] if version_of(n) is not None), None)
+    if not libraries or mmcv is None:
+        return []
+    spec = find_spec('mmcv')
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    if any((Path(f) / f'_ext{suffix}').exists() for f in folders for suffix in EXTENSION_SUFFIXES):
+        return []
+    return [
+        f'{libraries[0]} imports ops of mmcv, but {mmcv} {_text(version_of(mmcv))} in '
+        f'{", ".join(folders) or "no folder"} has none compiled for this Python: '
+        f'{_install_mmcv(version_of)}'
+    ]
 
 
 def enable_config_paths() -> None:
     """Let ``mmtoken::`` and, on the onedl stack, ``mmseg::`` resolve in config files.
 
     MMEngine maps import names to distributions in a table that knows neither this package nor
-    ``onedl-mmsegmentation``. Without MMEngine there is nothing to enable.
+    ``onedl-mmsegmentation``. A name there that no distribution has, it takes for a module's, and
+    the folder of that is right for every kind of installation, while upstream's MMEngine does not
+    find the one of an editable distribution. Without MMEngine there is nothing to enable.
     """
     try:
         from mmengine.config.utils import MODULE2PACKAGE
@@ -106,11 +107,53 @@ def enable_config_paths() -> None:
         if error.name != 'mmengine':
             raise
         return
-    MODULE2PACKAGE['mmtoken'] = 'mmtoken'
+    MODULE2PACKAGE['mmtoken'] = __name__
     upstream, onedl = DISTRIBUTIONS['mmseg']
     if installed_version(onedl) and not installed_version(upstream):
         MODULE2PACKAGE['mmseg'] = 'mmseg'
+    configs = Path(__file__).parent / '.mim' / 'configs'
+    if not configs.is_dir():
+        warnings.warn(
+            f'no `mmtoken::` config path will resolve, for {configs} is no folder: git made no '
+            'symbolic link there. Setting up puts the configs in its place; in the checkout: '
+            'pip install --no-build-isolation -e .',
+            stacklevel=2,
+        )
 
 
-def _dotted(version: tuple[int, ...]) -> str:
-    return '.'.join(map(str, version))
+def _install_mmcv(version_of: VersionOf) -> str:
+    """The command that compiles, with its ops, the mmcv which suits the installed libraries.
+
+    Where its build does not see torch, pip makes a wheel without ops in silence, and caches that.
+    """
+    libraries = [
+        *(DISTRIBUTIONS[module][family] for family in (1, 0) for module in ('mmdet', 'mmseg')),
+        *reversed(DISTRIBUTIONS['mmpretrain']),
+        'onedl-mmengine',
+    ]
+    first = next((name for name in libraries if version_of(name) is not None), 'mmcv')
+    if first.startswith('onedl-'):
+        name = requirement = 'onedl-mmcv'
+    else:
+        limits = [limit for n, among, limit in MMCV_BELOW if _is_among(version_of(n), among)]
+        name, requirement = 'mmcv', 'mmcv==2.0.1' if '2.1' in limits else 'mmcv==2.1.0'
+    return (
+        'pip uninstall -y mmcv mmcv-lite mmcv-full onedl-mmcv && pip install '
+        f'--no-build-isolation --no-cache-dir --no-binary {name} "{requirement}"'
+    )
+
+
+def _is_among(version: AnyVersion, among: str | None) -> bool:
+    """Whether a version is one of those that a :class:`mmtoken.clashes.Clash` has found."""
+    if version is None or among is None:
+        return version is among
+    if among == '':
+        return True
+    try:
+        return SpecifierSet(among).contains(Version(_text(version)), prereleases=True)
+    except InvalidVersion:  # which cannot be compared, so nothing is known against it
+        return False
+
+
+def _text(version: AnyVersion) -> str:
+    return '.'.join(map(str, version)) if isinstance(version, tuple) else str(version)

@@ -1,12 +1,16 @@
 """What is installed is what the project holds."""
 
+import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
+CONFIG = 'mmtoken::stvit_r/mask-rcnn_stvit-r-swin-t_fpn_8xb2-1x_coco.py'
 
 
 def test_mim_symlinks():
@@ -15,21 +19,146 @@ def test_mim_symlinks():
         assert (mim / name).is_symlink() and (mim / name).samefile(ROOT / name)
 
 
-def test_wheel_holds_configs_tools_and_model_index(tmp_path):
+def tracked():
     listed = subprocess.run(
         ['git', 'ls-files'], cwd=ROOT, check=True, capture_output=True, text=True
     )
-    tracked = listed.stdout.splitlines()
-    source = tmp_path / 'source'  # building leaves files behind, so not in the project itself
-    for name in tracked:
+    return [name for name in listed.stdout.splitlines() if os.path.lexists(ROOT / name)]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A checkout: building leaves files behind, so not in the project itself."""
+    source = tmp_path / 'source'
+    for name in tracked():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
-    command = [sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '-q']
-    subprocess.run([*command, '-w', tmp_path, source], check=True)
+    return source
 
-    (wheel,) = tmp_path.glob('mmtoken-*.whl')
-    held = set(zipfile.ZipFile(wheel).namelist())
-    expected = {n for n in tracked if n.startswith('mmtoken/') and not n.startswith('mmtoken/.mim')}
-    expected |= {f'mmtoken/.mim/{n}' for n in tracked if n.startswith(('configs/', 'tools/'))}
-    expected.add('mmtoken/.mim/model-index.yml')
-    assert {n for n in held if '.dist-info/' not in n} == expected
+
+def take_links_away(source):
+    """What git does where there are no symbolic links: files that hold what the links would."""
+    for link in (source / 'mmtoken' / '.mim').iterdir():
+        target = os.readlink(link)
+        link.unlink()
+        link.write_text(target)
+
+
+def expected_names():
+    names = {n for n in tracked() if n.startswith('mmtoken/') and not n.startswith('mmtoken/.mim')}
+    names |= {f'mmtoken/.mim/{n}' for n in tracked() if n.startswith(('configs/', 'tools/'))}
+    return names | {'mmtoken/.mim/model-index.yml'}
+
+
+def held(wheel):
+    return {n for n in zipfile.ZipFile(wheel).namelist() if '.dist-info/' not in n}
+
+
+def build(source, kind, python_path=None):
+    """What pip does behind --no-build-isolation: make a 'wheel', 'editable' or 'sdist'."""
+    code = f'import sys; from setuptools.build_meta import *; print(build_{kind}(sys.argv[1]))'
+    environment = {n: v for n, v in os.environ.items() if n != 'PYTHONPATH'}
+    if python_path is not None:
+        environment['PYTHONPATH'] = str(python_path)
+    result = subprocess.run(
+        [sys.executable, '-c', code, source.parent / 'out'],
+        cwd=source, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    if result.returncode:
+        raise RuntimeError(result.stderr)
+    return source.parent / 'out' / result.stdout.splitlines()[-1]
+
+
+@pytest.fixture
+def no_links(tmp_path):
+    """On its path, this folder takes from a Python the right to make symbolic links."""
+    folder = tmp_path / 'no_links'
+    folder.mkdir()
+    (folder / 'sitecustomize.py').write_text(
+        'import os\n'
+        'def symlink(*args, **kwargs): raise OSError("symbolic link privilege not held")\n'
+        'os.symlink = symlink\n'
+    )
+    return folder
+
+
+def test_wheel_holds_configs_tools_and_model_index(source):
+    assert held(build(source, 'wheel')) == expected_names()
+
+
+@pytest.mark.parametrize('can_link', [True, False])
+def test_wheel_from_a_checkout_without_links(source, no_links, can_link):
+    take_links_away(source)
+    wheel = build(source, 'wheel', python_path=None if can_link else no_links)
+    assert held(wheel) == expected_names()
+    assert (source / 'mmtoken/.mim/configs').is_symlink() == can_link
+
+
+def test_wheel_from_a_source_distribution(source):
+    take_links_away(source)
+    archive = build(source, 'sdist')
+    shutil.unpack_archive(archive, source.parent / 'unpacked')
+    (unpacked,) = (source.parent / 'unpacked').iterdir()
+    assert not (unpacked / 'configs').exists()
+    assert held(build(unpacked, 'wheel')) == expected_names()
+
+
+@pytest.mark.parametrize('can_link', [True, False])
+def test_editable_install_of_a_checkout_without_links(source, no_links, can_link):
+    take_links_away(source)
+    python_path = None if can_link else no_links
+    build(source, 'editable', python_path)
+    result = read_config(source)
+    assert result.stdout.splitlines()[-2:] == [str(source / 'mmtoken/__init__.py'), 'MaskRCNN']
+
+    (source / 'configs/new.py').touch()
+    assert (source / 'mmtoken/.mim/configs/new.py').exists() == can_link
+    build(source, 'editable', python_path)  # brings a copy up to date
+    assert (source / 'mmtoken/.mim/configs/new.py').exists()
+
+
+def read_config(source):
+    code = (
+        'import mmtoken; from mmengine.config import Config; print(mmtoken.__file__); '
+        'print(Config.fromfile("mine.py").model.type)'
+    )
+    (source / 'mine.py').write_text(f'_base_ = {CONFIG!r}\n')
+    environment = {**os.environ, 'PYTHONPATH': str(source)}
+    return subprocess.run(
+        [sys.executable, '-c', code], cwd=source, env=environment, capture_output=True, text=True
+    )
+
+
+def test_uninstalled_checkout_without_links_says_so(source):
+    take_links_away(source)
+    err = read_config(source).stderr
+    assert 'UserWarning: no `mmtoken::` config path will resolve' in err
+    assert 'pip install --no-build-isolation -e .' in err
+
+
+@pytest.mark.parametrize('lost', ['configs', 'tools', 'model-index.yml'])
+def test_incomplete_checkout_is_refused(source, lost):
+    take_links_away(source)
+    shutil.move(source / lost, source.parent / 'lost')
+    with pytest.raises(RuntimeError, match=f'setup.py: cannot make .*{lost} a link'):
+        build(source, 'wheel')
+
+
+def test_upstream_extra_passes_the_stack_check(monkeypatch):
+    """The newest of what it allows, one at a time."""
+    from packaging.requirements import Requirement
+
+    from mmtoken.stack import find_problems
+
+    arguments = {}
+    monkeypatch.setattr('setuptools.setup', arguments.update)
+    monkeypatch.setattr('setuptools.find_packages', lambda **kwargs: [])
+    exec((ROOT / 'setup.py').read_text(), {'__file__': str(ROOT / 'setup.py')})
+    extra = {r.name: r.specifier for r in map(Requirement, arguments['extras_require']['upstream'])}
+    releases = {
+        'mmengine': ['0.10.7'], 'mmcv': ['2.1.0', '2.2.0'], 'mmdet': ['3.3.0'],
+        'mmsegmentation': ['1.2.2'], 'mmpretrain': ['1.2.0'], 'numpy': ['1.26.4', '2.2.6'],
+        'torch': ['2.5.1', '2.6.0', '2.11.0'], 'setuptools': ['81.0.0', '82.0.0'],
+    }  # fmt: skip
+    chosen = {name: [*extra[name].filter(each)][-1] for name, each in releases.items()}
+    assert find_problems(chosen.get) == []

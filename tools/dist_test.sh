@@ -10,7 +10,10 @@ fi
 config=$1 checkpoint=$2 gpus=$3
 tools=$(dirname "${BASH_SOURCE[0]}")
 
-exec python -m torch.distributed.launch \
+# Standard output is left to the tool.
+python "$tools/misc/check_devices.py" "${0##*/}" "$gpus" >&2
+
+exec python -m torch.distributed.run \
   --nnodes="${NNODES:-1}" \
   --node_rank="${NODE_RANK:-0}" \
   --master_addr="${MASTER_ADDR:-127.0.0.1}" \

@@ -24,8 +24,17 @@ Environment variables:
   MMTOKEN_CACHE   where wheels and logs are kept; default: ~/.cache/mmtoken
   MAX_JOBS        how many files to compile at once (some 2 GB of memory each)
   PIP_FIND_LINKS  as in pip; an mmcv wheel with ops found there is used instead of compiling one
+  FORCE_CUDA      1 to compile mmcv's ops for CUDA though this machine has no GPU
+  TORCH_CUDA_ARCH_LIST
+                  for which GPUs to compile, such as '8.0;9.0'; default: those of this machine
 
-mmcv's ops are compiled for CUDA when torch sees a GPU and nvcc is on PATH, otherwise for the CPU.
+mmcv's ops are compiled for CUDA when torch sees a GPU and nvcc is on PATH, otherwise for the CPU,
+where detectors cannot run on a GPU; the script says so. Run it again once there is a GPU and nvcc,
+and it compiles them anew. On a login node without a GPU, for machines that have one (H100: 9.0):
+
+  FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 tools/setup_env.sh
+
+Ops for CUDA stay when the script runs where there is no GPU: they work on a CPU, too.
 
 On Debian and Ubuntu, these packages are all it takes besides Python itself:
 
@@ -170,6 +179,14 @@ check_build_tools() {
     problem "compiling mmcv's ops needs the headers of Python $version, but there is no $headers/Python.h; run: apt-get install python$version-dev"
 }
 
+check_forced_cuda() {
+  [[ ${FORCE_CUDA:-0} == 1 ]] || return 0
+  [[ -n $nvcc ]] ||
+    problem "FORCE_CUDA=1 needs nvcc on PATH; install or load CUDA's toolkit, of the version that torch has"
+  has_gpu || [[ -n ${TORCH_CUDA_ARCH_LIST:-} ]] ||
+    problem "FORCE_CUDA=1 without a GPU needs to know for which to compile; set TORCH_CUDA_ARCH_LIST, for instance to 9.0 for an H100 or to '8.0;8.6' for an A100 and an RTX 3090"
+}
+
 # ---------------------------------------------------------------------------------------------
 # mmcv's wheel with compiled ops
 # ---------------------------------------------------------------------------------------------
@@ -206,21 +223,45 @@ offered_wheel() {
   [[ -n $wheel ]]
 }
 
-# Prints cpu or, for instance, cu130-sm90: CUDA's version and the architectures compiled for.
+has_gpu() { compgen -G '/dev/nvidia[0-9]*' >/dev/null || [[ -e /dev/dxg ]]; }
+
+# Sets nvcc to its version, and device to all that decides for what the ops are compiled, as far as
+# it is known without torch, which takes seconds to import.
+look_for_cuda() {
+  nvcc=$(nvcc --version 2>/dev/null | sed -n 's/.*release \([0-9.]*\).*/\1/p') || true
+  device="nvcc=$nvcc force=${FORCE_CUDA:-0} for=${TORCH_CUDA_ARCH_LIST:-} gpu="
+  ! has_gpu || device+=yes
+}
+
+say_cpu_only() { # REASON MEND
+  say "    mmcv's ops will run on the CPU only, so detectors fail on a GPU: $1; $2" >&2
+}
+
+# Prints cpu or, for instance, cu130-sm90: CUDA's version and the architectures compiled for. Where
+# there is no CUDA, ops that the environment had for it are taken over.
 find_variant() {
-  local cuda architectures nvcc
+  local cuda architectures
   read -r cuda architectures < <("$venv/bin/python" -c '
 import torch
 if torch.cuda.is_available():
     devices = range(torch.cuda.device_count())
     names = {"sm%d%d" % torch.cuda.get_device_capability(device) for device in devices}
-    print(torch.version.cuda, "-".join(sorted(names)))') || { say cpu && return; }
-  nvcc=$(nvcc --version 2>/dev/null | sed -n 's/.*release \([0-9.]*\).*/\1/p') || true
-  if [[ ${nvcc%%.*} == "${cuda%%.*}" ]]; then
+    print(torch.version.cuda, "-".join(sorted(names)))') || true
+  [[ ${FORCE_CUDA:-0} != 1 ]] || cuda=$nvcc # if that does not suit torch, the build says so
+  [[ -z ${TORCH_CUDA_ARCH_LIST:-} ]] ||
+    architectures=$(sed -E 's/([0-9]+)\.([0-9])/sm\1\2/g; s/[; ]+/-/g' <<<"$TORCH_CUDA_ARCH_LIST")
+  if [[ -n $cuda && ${nvcc%%.*} == "${cuda%%.*}" ]]; then
     say "cu${cuda/./}-$architectures"
+  elif [[ $variant == cu* ]] && cached_wheel "$variant"; then
+    say "$variant"
   else
-    say "    mmcv's ops will run on the CPU only: torch has CUDA $cuda, but nvcc is ${nvcc:-missing};" \
-      "for the GPU, install CUDA's toolkit $cuda, remove $venv and set up again" >&2
+    if [[ -z $cuda ]]; then
+      say_cpu_only 'torch sees no GPU here' \
+        'where it does and there is nvcc, set up again; to compile for a GPU here, see --help'
+    else
+      say_cpu_only "torch has CUDA $cuda, but nvcc is ${nvcc:-missing}" \
+        "install CUDA's toolkit $cuda, put nvcc on PATH and set up again"
+    fi
     say cpu
   fi
 }
@@ -253,10 +294,23 @@ build_wheel() {
 # ---------------------------------------------------------------------------------------------
 
 # The environment is complete when it holds this stamp, which is written last: for which Python and
-# place it was made, and a checksum of what it was made from.
+# place it was made, and a checksum of what it was made from. The variant of mmcv's ops and the
+# device that it was chosen for follow, each in a line.
 make_stamp() { printf '%s %s %s' "$version" "$venv" "$(cat "${sources[@]}" | cksum)"; }
 
-is_complete() { [[ -x $venv/bin/python && $(cat "$venv/.stamp" 2>/dev/null) == "$stamp" ]]; }
+# Where the device is another, ops for the CPU are incomplete once there can be some for CUDA; those
+# for CUDA, which run on every machine, when they are wanted for other GPUs.
+is_complete() {
+  local stamped
+  [[ -x $venv/bin/python && -e $venv/.stamp ]] || return
+  mapfile -t stamped <"$venv/.stamp"
+  variant=${stamped[1]:-}
+  [[ ${stamped[0]:-} == "$stamp" ]] || return
+  case ${FORCE_CUDA:-0}-$variant in
+    *-cpu) [[ ${stamped[2]} == "$device" || (${FORCE_CUDA:-0} != 1 && -z $nvcc) ]] ;;
+    1-*) [[ ${stamped[2]} == *" for=${TORCH_CUDA_ARCH_LIST:-} "* ]] ;;
+  esac
+}
 
 # An environment that was complete, for this Python and place, is updated; any other is remade.
 make_venv() {
@@ -281,7 +335,6 @@ install() {
   pip_install torch "Installing torch (some 3 GB to download, the first time)" \
     "torch==$(pin torch)" "torchvision==$(pin torchvision)"
   pip_install build "Installing build tools" --requirement "$root/requirements/build.txt"
-  local variant
   variant=$(find_variant)
   cached_wheel "$variant" || offered_wheel || build_wheel "$variant"
   pip_install mmcv "Installing ${wheel##*/}" --no-deps --force-reinstall "$wheel"
@@ -291,10 +344,16 @@ install() {
 }
 
 verify() {
-  local culprit="$wheel; remove it"
+  local culprit="$wheel; remove it" compiled
   [[ $wheel == "$cache"/* ]] || culprit="${wheel##*/} of PIP_FIND_LINKS; take it out of there"
   "$venv/bin/python" -c 'import torch, mmcv._ext' ||
     die "torch $(pin torch) cannot load $culprit and set up again, to have mmcv's ops compiled"
+  compiled=$("$venv/bin/python" -c '
+import torch, mmcv._ext
+print(mmcv._ext.get_compiling_cuda_version())')
+  [[ $variant == cpu || $compiled != 'not available' ]] ||
+    die "there is CUDA, but no ops for it are in $culprit and set up again, to have them compiled"
+  [[ $variant != cpu || $compiled != [0-9]* ]] || variant=cuda # those of an offered wheel
   "$venv/bin/python" -W ignore -c 'import mmdet, mmpretrain, mmseg, mmtoken' ||
     die "the packages are installed, but importing them fails as shown above"
 }
@@ -316,17 +375,23 @@ main() {
     "$root"/{tools/setup_env.sh,setup.py,pyproject.toml})
   mmcv=$(grep -oE '^[a-z-]*mmcv==[^ ]+' "$requirements")
   find_python
+  look_for_cuda
+  variant='' # of mmcv's ops, as far as there are any
   stamp=$(make_stamp)
 
   is_complete || lock "$requirements"
   if ! is_complete; then # still, once the lock is ours
+    check_forced_cuda
+    stop_if_problems
     make_venv
     check_opencv_libraries
     cached_wheel '*' || offered_wheel || check_build_tools
     stop_if_problems
     install
     verify
-    printf '%s\n' "$stamp" >"$venv/.stamp"
+    printf '%s\n' "$stamp" "$variant" "$device" >"$venv/.stamp"
+  elif [[ $variant == cpu ]] && has_gpu; then
+    say_cpu_only 'they were compiled so' "put nvcc of CUDA's toolkit on PATH and set up again"
   fi
   say "$venv is ready: the $stack stack on Python $version"
   exit # without reading on in this file, which may have been edited during a long set-up

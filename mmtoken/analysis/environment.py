@@ -34,7 +34,7 @@ def _library_versions() -> dict[str, str]:
         for distribution in distributions:
             version = installed_version(distribution)
             if version:
-                versions[name] = f'{distribution} {".".join(map(str, version))}'
+                versions[name] = f'{distribution} {version}'
     return versions
 
 

@@ -1,6 +1,8 @@
 import os
+import runpy
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -48,11 +50,47 @@ def test_dist_launchers(tmp_path):
     env = fake_command(tmp_path, 'python') | dict(PORT='29501')
     result = run(TOOLS / 'dist_train.sh', 'c.py', '8', '--amp', '--cfg-options', 'a="b c"', env=env)
     words = result.stdout.splitlines()
-    assert words[:2] == ['-m', 'torch.distributed.launch']
+    assert words[:2] == ['-m', 'torch.distributed.run']
     assert '--nproc_per_node=8' in words and '--master_port=29501' in words
     assert words[-6:] == ['c.py', '--launcher', 'pytorch', '--amp', '--cfg-options', 'a="b c"']
     words = run(TOOLS / 'dist_test.sh', 'c.py', 'w.pth', '2', env=env).stdout.splitlines()
     assert words[-4:] == ['c.py', 'w.pth', '--launcher', 'pytorch']
+
+
+def test_dist_launchers_span_machines(tmp_path):
+    env = fake_command(tmp_path, 'python') | dict(
+        NNODES='2', NODE_RANK='1', MASTER_ADDR='10.0.0.1', PORT='29501'
+    )
+    for command in (('dist_train.sh', 'c.py', '8'), ('dist_test.sh', 'c.py', 'w.pth', '8')):
+        words = run(TOOLS / command[0], *command[1:], env=env).stdout.splitlines()
+        assert words[2:7] == [
+            '--nnodes=2', '--node_rank=1', '--master_addr=10.0.0.1', '--master_port=29501',
+            '--nproc_per_node=8',
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize('arguments', [('train', 'c.py', '2'), ('test', 'c.py', 'w.pth', 'gpu')])
+def test_dist_launchers_without_a_gpu(arguments):
+    """What PyTorch says of it, in each process, names no way out."""
+    tool, *arguments = arguments
+    path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
+    env = {**os.environ, 'PATH': path, 'CUDA_VISIBLE_DEVICES': ''}
+    result = run(TOOLS / f'dist_{tool}.sh', *arguments, env=env)
+    assert result.returncode == 1
+    assert f'dist_{tool}.sh: PyTorch sees no GPU' in result.stderr.splitlines()[-1]
+    assert result.stderr.rstrip().endswith(f'python tools/{tool}.py CONFIG ...')
+
+
+@pytest.mark.parametrize(
+    'device, processes, refused',
+    [('cuda', '2', False), ('cuda', '3', True), ('cuda', 'gpu', False), ('npu', '8', False)],
+)
+def test_no_more_processes_than_gpus(device, processes, refused, monkeypatch):
+    main = runpy.run_path(str(TOOLS / 'misc/check_devices.py'))['main']
+    monkeypatch.setitem(main.__globals__, 'get_device', lambda: device)
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
+    with pytest.raises(SystemExit, match='sees 2') if refused else nullcontext():
+        main('dist_train.sh', processes)
 
 
 def test_slurm_launchers(tmp_path):

@@ -218,12 +218,117 @@ def test_set_up_once(world):
 def test_ops_for_the_gpu_need_a_gpu_and_its_compiler(world, cuda, nvcc, variant, force_cuda):
     world.environment['FAKE_CUDA'] = cuda
     if nvcc:
-        world.add_command('nvcc', f'echo "Cuda compilation tools, release {nvcc}, V{nvcc}.88"')
+        add_nvcc(world, nvcc)
     _, err = world.run()
     (wheel,) = world.wheels()
     assert wheel.parent.name == f'2.11.0-cp{world.version.replace(".", "")}-{variant}'
     assert f'FORCE_CUDA={force_cuda}' in world.log.read_text()
     assert ('on the CPU only' in err) == (variant == 'cpu')
+
+
+NO_GPU = "mmcv's ops will run on the CPU only, so detectors fail on a GPU: torch sees no GPU here"
+
+
+def add_nvcc(world, version='13.0'):
+    world.add_command('nvcc', f'echo "Cuda compilation tools, release {version}, V{version}.88"')
+
+
+def variants(world):
+    return sorted(wheel.parent.name.split('-', 2)[2] for wheel in world.wheels())
+
+
+def test_ops_are_compiled_anew_when_a_gpu_has_come(world):
+    _, err = world.run()
+    assert NO_GPU in err and 'set up again' in err
+    world.environment['FAKE_CUDA'] = '13.0 sm90'
+    add_nvcc(world)
+    _, err = world.run()
+    assert world.was_built() and variants(world) == ['cpu', 'cu130-sm90'] and not err
+
+    out, err = world.run()
+    assert out.count('\n') == 1 and not err
+    assert 'torch' not in world.log.read_text()  # which takes seconds to import
+
+
+def test_login_node_with_nvcc_looks_for_a_gpu_once(world):
+    add_nvcc(world)
+    _, err = world.run()
+    assert NO_GPU in err and variants(world) == ['cpu']
+    world.run()
+    assert 'torch' not in world.log.read_text()
+
+
+def test_ops_for_cuda_stay_where_there_is_no_gpu(world):
+    world.environment['FAKE_CUDA'] = '13.0 sm90'
+    add_nvcc(world)
+    world.run()
+    del world.environment['FAKE_CUDA']
+    (world.bin / 'nvcc').unlink()
+    world.run()
+    assert '-m pip install' not in world.log.read_text()
+
+    with (world.clone / 'requirements/tests.txt').open('a') as file:
+        file.write('# more\n')
+    _, err = world.run()
+    assert f'cu130-sm90/{WHEEL}' in world.log.read_text()
+    assert not world.was_built() and not err
+
+
+@pytest.mark.parametrize(
+    'architectures, variant',
+    [
+        ('9.0', 'cu130-sm90'),
+        ('8.0;9.0', 'cu130-sm80-sm90'),
+        ('8.6 12.0+PTX', 'cu130-sm86-sm120+PTX'),
+    ],
+)
+def test_ops_for_another_machines_gpu(world, architectures, variant):
+    world.run()
+    add_nvcc(world)
+    world.environment |= {'FORCE_CUDA': '1', 'TORCH_CUDA_ARCH_LIST': architectures}
+    _, err = world.run()
+    assert variants(world) == ['cpu', variant] and not err
+    assert 'FORCE_CUDA=1' in world.log.read_text()
+    world.run()
+    assert 'torch' not in world.log.read_text()
+
+    del world.environment['FORCE_CUDA'], world.environment['TORCH_CUDA_ARCH_LIST']
+    world.environment['FAKE_CUDA'] = f'13.0 {variant.partition("-")[2]}'
+    world.run()
+    assert not world.was_built()
+
+
+def test_forced_cuda_for_other_gpus(world):
+    add_nvcc(world)
+    world.environment |= {'FORCE_CUDA': '1', 'TORCH_CUDA_ARCH_LIST': '8.0'}
+    world.run()
+    world.environment['TORCH_CUDA_ARCH_LIST'] = '9.0'
+    world.run()
+    assert variants(world) == ['cu130-sm80', 'cu130-sm90']
+
+    (world.bin / 'nvcc').unlink()  # on a node of the cluster that has no compiler
+    world.run()
+    assert not world.log.read_text().count('-m pip')
+
+
+@pytest.mark.skipif(any(Path('/dev').glob('nvidia[0-9]*')), reason='there is a GPU')
+def test_forced_cuda_needs_a_compiler_and_a_target(world):
+    world.environment['FORCE_CUDA'] = '1'
+    _, err = world.run(code=1)
+    assert [line.split(' needs ')[0] for line in err.splitlines()] == [
+        'setup_env: FORCE_CUDA=1',
+        'setup_env: FORCE_CUDA=1 without a GPU',
+    ]
+    world.environment['TORCH_CUDA_ARCH_LIST'] = '9.0'
+    assert 'FORCE_CUDA=1 needs nvcc on PATH' in world.refusal()
+
+
+def test_offered_wheel_without_ops_for_the_gpu(world):
+    world.offer_wheel('mmcv/_ext.cpython.so')
+    world.environment |= {'FAKE_CUDA': '13.0 sm90', 'FAKE_COMPILED_CUDA': 'not available'}
+    add_nvcc(world)
+    _, err = world.run(code=1)
+    assert f'no ops for it are in {WHEEL} of PIP_FIND_LINKS; take it out of there' in err
 
 
 def test_second_clone_takes_the_cached_wheel_without_a_compiler(world):

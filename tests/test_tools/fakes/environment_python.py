@@ -49,6 +49,8 @@ if os.environ.get('FAKE_FAILURE', 'none') in arguments:
     sys.exit(1)
 if 'sys.version_info' in arguments[1]:
     print(os.environ['FAKE_BASE'])
+elif 'get_compiling_cuda_version' in arguments[1]:
+    print(os.environ.get('FAKE_COMPILED_CUDA'))
 elif 'torch.cuda' in arguments[1]:
     if cuda := os.environ.get('FAKE_CUDA'):
         print(cuda)
