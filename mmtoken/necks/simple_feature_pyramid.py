@@ -29,6 +29,9 @@ class SimpleFeaturePyramid(BaseModule):
     Each level scales a map by transposed convolutions or max-pooling, then projects it by a 1 x 1
     and a 3 x 3 convolution. There are no lateral connections.
 
+    Padding: convolutions and pooling see what lies beside a place, so that a level is that of the
+    map alone but for the last two rows and columns before the padding.
+
     Args:
         in_channels: Channels of the maps, a multiple of 4.
         out_channels: Channels of every level.

@@ -172,7 +172,7 @@ def test_a_copy_made_in_training_computes_its_own_loss(tmp_path):
 
 
 def test_without_the_hook_training_is_an_error(tmp_path):
-    with pytest.raises(RuntimeError, match='custom_hooks = .*mmtoken.TokenLossHook'):
+    with pytest.raises(RuntimeError, match='default_hooks = .*mmtoken.TokenLossHook'):
         make_runner(tmp_path, hooks=()).train()
 
 
