@@ -37,9 +37,9 @@ class DGEPVT(TokenBackbone):
     Maps are those of PVT: strides 4, 8, 16 and 32, without a norm.
 
     Padding: regions wholly in the padding of a batch are as coarse as can be and do not count,
-    whatever their colour where the sizes of images are known
-    (:class:`mmtoken.TokenLossHook`, :func:`mmtoken.follow_image_sizes`,
-    :func:`mmtoken.set_image_sizes`). Elsewhere trailing zeros are taken for padding, and the black
+    whatever their colour, where the sizes of images are known (:class:`mmtoken.TokenLossHook`,
+    :func:`mmtoken.follow_image_sizes`, :func:`mmtoken.set_image_sizes`); regions that an image
+    reaches into count as they are. Elsewhere trailing zeros are taken for padding, and the black
     lower part of an image too. As in the release, tokens of padding are keys like any others, and
     positions are resampled to the padded grid: maps, and a choice now and then, differ from those
     of the image alone.
