@@ -133,8 +133,8 @@ def _agree(shapes: list[Size], metas: list[dict], batch_shape: Size, size_diviso
     paddings = [meta.get('padding_size', meta.get('img_padding_size')) for meta in metas]
     if None not in paddings:  # mmseg: left, right, top, bottom
         return all(
-            (left, top, h + bottom, w + right) == (0, 0, height, width)
-            for (left, right, top, bottom), (h, w) in zip(paddings, shapes, strict=True)
+            tuple(padding) == (0, width - w, 0, height - h)
+            for padding, (h, w) in zip(paddings, shapes, strict=True)
         )
     longest = (max(sides) for sides in zip(*shapes, strict=True))
     return batch_shape == tuple(-(-side // size_divisor) * size_divisor for side in longest)

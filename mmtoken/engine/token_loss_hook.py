@@ -3,7 +3,7 @@
 from types import MethodType
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseModel, is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
@@ -56,15 +56,15 @@ class TokenLossHook(Hook):
         # A bound method, which a deep copy of the model binds to the copy.
         model.loss = MethodType(_loss_with_tokens, model)
         self._checked = _heard_any = False
-        follow_image_sizes(model)
+        _follow(model)
 
     def before_val(self, runner: Runner) -> None:
         """Let the model follow the sizes of images."""
-        follow_image_sizes(_unwrapped(runner.model))
+        _follow(runner.model)
 
     def before_test(self, runner: Runner) -> None:
         """Let the model follow the sizes of images."""
-        follow_image_sizes(_unwrapped(runner.model))
+        _follow(runner.model)
 
     def after_train_iter(self, runner: Runner, *args, **kwargs) -> None:
         """After the first iteration, say so if the hook is of no use."""
@@ -98,6 +98,12 @@ def _loss_with_tokens(model: nn.Module, *args, **kwargs) -> dict[str, Tensor]:
             f'{", ".join(twice)}: both {type(model).__name__}.loss() and a module inside give this'
         )
     return {**losses, **published}
+
+
+def _follow(model: nn.Module) -> None:
+    """Follow the sizes of images where the model is MMEngine's, which a runner does not demand."""
+    if any(isinstance(module, BaseModel) for module in model.modules()):
+        follow_image_sizes(model)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -106,7 +106,9 @@ def test_config_loses_the_token_hooks():
         dict(
             model=dict(backbone=BACKBONE),
             custom_hooks=hooks,
-            default_hooks=dict(token_losses=hooks[0], timer=dict(type='IterTimerHook'), logger=None),
+            default_hooks=dict(
+                token_losses=hooks[0], timer=dict(type='IterTimerHook'), logger=None
+            ),
             default_scope='mmdet',
         )
     )

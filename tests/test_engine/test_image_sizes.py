@@ -270,7 +270,9 @@ def retinanet(**preprocessor):
                 allowed_border=-1,
                 pos_weight=-1,
             ),
-            test_cfg=dict(nms_pre=10, score_thr=0.0, nms=dict(type='nms', iou_threshold=0.5), max_per_img=5),
+            test_cfg=dict(
+                nms_pre=10, score_thr=0.0, nms=dict(type='nms', iou_threshold=0.5), max_per_img=5
+            ),
         )
     )  # fmt: skip
 

@@ -56,8 +56,9 @@ def make_model(backbone):
                 type='MultiBranchDataPreprocessor', data_preprocessor=preprocessor
             ),
             semi_train_cfg=dict(
-                freeze_teacher=True, sup_weight=1.0, unsup_weight=4.0, pseudo_label_initial_score_thr=0.0,
-                rpn_pseudo_thr=0.0, cls_pseudo_thr=0.0, reg_pseudo_thr=1.0, jitter_times=2,
+                freeze_teacher=True, sup_weight=1.0, unsup_weight=4.0,
+                pseudo_label_initial_score_thr=0.0, rpn_pseudo_thr=0.0,
+                cls_pseudo_thr=0.0, reg_pseudo_thr=1.0, jitter_times=2,
                 jitter_scale=0.06, min_pseudo_bbox_wh=(1e-2, 1e-2),
             ),
             semi_test_cfg=dict(predict_on='teacher'),
@@ -65,8 +66,8 @@ def make_model(backbone):
     )  # fmt: skip
 
 
-def make_data(device='cpu'):
-    """One image in each branch, with a black part that is no padding."""
+def make_data():
+    """One image in each branch."""
     from mmdet.structures import DetDataSample
 
     inputs, samples = {}, {}
@@ -74,7 +75,8 @@ def make_data(device='cpu'):
         image = torch.randint(256, (3, *SIZE), dtype=torch.uint8)
         sample = DetDataSample(
             metainfo=dict(
-                img_shape=SIZE, ori_shape=SIZE, scale_factor=(1.0, 1.0), homography_matrix=torch.eye(3).numpy(),
+                img_shape=SIZE, ori_shape=SIZE, scale_factor=(1.0, 1.0),
+                homography_matrix=torch.eye(3).numpy(),
             ),
             gt_instances=InstanceData(
                 bboxes=torch.tensor([[4.0, 4.0, 40.0, 40.0]]), labels=torch.tensor([1])
@@ -115,5 +117,7 @@ def test_only_the_student_explores_and_is_held_to_the_budget(backbone, monkeypat
     ]
     assert chooser and all(p.grad.abs().sum() > 0 for p in chooser)
     # Padding is known in all three branches.
-    rows = {tuple((~decision.padding[0]).any(1).tolist()) for decision in record}
-    assert rows == ({(True, True, True, False), (True, True)} if backbone is PVT else {(True, True)})
+    real = {tuple((~decision.padding[0]).any(1).tolist()) for decision in record}
+    assert real == (
+        {(True, True, True, False), (True, True)} if backbone is PVT else {(True, True)}
+    )
