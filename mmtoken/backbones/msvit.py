@@ -359,16 +359,16 @@ class MSViT(PlainBackbone):
             seen = patchify(x, self.patch_size * self.ratio)
         else:
             seen = coarse.detach()  # the gate reads the embedding, and does not shape it
-        scores, training = self.gate(seen), explores(self.gate, seen)
+        scores, sampled = self.gate(seen), explores(self.gate, seen)
         padding = padding_regions(valid_size(x), self.patch_size, regions)
         gates = choose(
-            scores, regions.num_cells, 'coarse_ratio', training, padding, self.temperature
+            scores, regions.num_cells, 'coarse_ratio', sampled, padding, self.temperature
         )
         choice = gates.argmax(dim=-1)
         note_decision(
             Decision(choice, self.granularities, self.ratio, regions.grid, padding, once=True)
         )
-        if self.gate_loss is not None and wanted(training):
+        if self.gate_loss is not None and wanted(self.gate.training):
             real = ~padding
             loss = self.gate_loss(scores.softmax(dim=-1)[..., 1], real)
             ratio = (choice * real).sum() / real.sum().clamp(min=1)

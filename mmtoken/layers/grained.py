@@ -151,8 +151,8 @@ class GrainedBlock(nn.Module):
         if self.router is None:
             return run_block(self.mix_all, x, regions, recompute=self.with_cp), None
         scores = self.router(x[:, num_extra:].unflatten(1, grid))
-        training = explores(self.router, x)
-        gates = choose(scores, regions.num_cells, 'query_ratio', training, padding)
+        sampled = explores(self.router, x)
+        gates = choose(scores, regions.num_cells, 'query_ratio', sampled, padding)
         choice = gates.argmax(dim=-1)
         note_decision(Decision(choice, self.granularities, self.region_size, grid, padding))
         plan = plan_regions(choice, regions)
