@@ -17,7 +17,9 @@ enable_config_paths()
 
 _FUNCTIONS = dict(
     dense_twin='mmtoken.analysis.twin',
+    follow_image_sizes='mmtoken.engine.image_sizes',
     routing_override='mmtoken.tokens.routing',
+    set_image_sizes='mmtoken.tokens.padding',
     token_losses='mmtoken.tokens.sink',
 )
 

@@ -41,7 +41,10 @@ def dense_twin(cfg: Cfg) -> Cfg:
             raise ValueError(f'the config has no model; its keys are {sorted(cfg.keys())}')
         _make_dense(cfg.model)
         if cfg.get('custom_hooks'):
-            cfg.custom_hooks = [h for h in cfg.custom_hooks if _base_name(h) not in TOKEN_HOOKS]
+            cfg.custom_hooks = [h for h in cfg.custom_hooks if not _is_token_hook(h)]
+        for name, hook in list(cfg.get('default_hooks', {}).items()):
+            if _is_token_hook(hook):
+                del cfg.default_hooks[name]
     elif isinstance(cfg, dict):
         _make_dense(cfg)
     else:
@@ -124,7 +127,8 @@ def _mappings(node) -> Iterator[dict]:
             yield from _mappings(child)
 
 
-def _base_name(cfg: Mapping) -> str:
-    """``'TokenLossHook'`` of ``dict(type='mmtoken.TokenLossHook')`` or of the class itself."""
-    given = cfg.get('type')
-    return given.__name__ if isinstance(given, type) else str(given).rpartition('.')[2]
+def _is_token_hook(hook: object) -> bool:
+    """Whether a config names, by type or by class, one of :data:`TOKEN_HOOKS`."""
+    given = hook.get('type') if isinstance(hook, Mapping) else type(hook)
+    name = given.__name__ if isinstance(given, type) else str(given).rpartition('.')[2]
+    return name in TOKEN_HOOKS

@@ -14,6 +14,7 @@ from mmengine.runner import Runner, load_checkpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..engine.image_sizes import follow_image_sizes
 from ..tokens.record import Decision, record_routing
 
 RGB_FLAGS = ('_channel_conversion', 'channel_conversion', 'to_rgb')
@@ -46,8 +47,8 @@ def load_model(cfg: Config, checkpoint: str | Path | None, device: str = 'cpu') 
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     if checkpoint is not None:
         load_checkpoint(model, str(checkpoint), map_location='cpu')
-    model.to(device).eval()
-    return model
+    follow_image_sizes(model)
+    return model.to(device).eval()
 
 
 def image_pipeline(cfg: Config) -> Compose:

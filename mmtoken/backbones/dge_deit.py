@@ -27,6 +27,14 @@ from .dge_pvt import OutType
 class DGEDeiT(PlainBackbone):
     """DeiT whose blocks choose, region by region, how finely they look.
 
+    Padding: regions wholly in the padding of a batch are as coarse as can be and do not count,
+    whatever their colour, where the sizes of images are known (:class:`mmtoken.TokenLossHook`,
+    :func:`mmtoken.follow_image_sizes`, :func:`mmtoken.set_image_sizes`); regions that an image
+    reaches into count as they are. Elsewhere trailing zeros are taken for padding, and the black
+    lower part of an image too. As in the release, tokens of padding are keys like any others, and
+    positions are resampled to the padded grid: maps, and a choice now and then, differ from those
+    of the image alone.
+
     Args:
         arch: ``'tiny'``, ``'small'``, ``'base'``, or a dict with the keys ``embed_dims``,
             ``num_layers``, ``num_heads`` and ``feedforward_channels``.
@@ -118,7 +126,7 @@ class DGEDeiT(PlainBackbone):
         """Compute the taps.
 
         Args:
-            x: Images, ``(B, in_channels, H, W)``, any H and W, padded with zeros if at all.
+            x: Images, ``(B, in_channels, H, W)``, any H and W. For padding see the class.
 
         Returns:
             One for each of ``out_indices``, according to ``out_type``: a map

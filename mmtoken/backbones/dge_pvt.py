@@ -36,6 +36,14 @@ class DGEPVT(TokenBackbone):
 
     Maps are those of PVT: strides 4, 8, 16 and 32, without a norm.
 
+    Padding: regions wholly in the padding of a batch are as coarse as can be and do not count,
+    whatever their colour, where the sizes of images are known (:class:`mmtoken.TokenLossHook`,
+    :func:`mmtoken.follow_image_sizes`, :func:`mmtoken.set_image_sizes`); regions that an image
+    reaches into count as they are. Elsewhere trailing zeros are taken for padding, and the black
+    lower part of an image too. As in the release, tokens of padding are keys like any others, and
+    positions are resampled to the padded grid: maps, and a choice now and then, differ from those
+    of the image alone.
+
     Args:
         arch: ``'tiny'``, ``'small'``, ``'medium'``, ``'large'``, or a dict with the keys
             ``embed_dims``, ``depths``, ``num_heads``, ``mlp_ratios`` and ``sr_ratios``, of one
@@ -149,7 +157,7 @@ class DGEPVT(TokenBackbone):
         """Compute the maps.
 
         Args:
-            x: Images, ``(B, in_channels, H, W)``, any H and W, padded with zeros if at all.
+            x: Images, ``(B, in_channels, H, W)``, any H and W. For padding see the class.
 
         Returns:
             One map ``(B, C_i, ceil(H / stride_i), ceil(W / stride_i))`` for each of
@@ -205,6 +213,8 @@ class DGEDPVT(DGEPVT):
     (:mod:`mmtoken.layers.deformable`) in place of spatial reduction, and without a class token.
     The release has the dense network alone; that a query samples around the middle of its cell is
     our reading.
+
+    Padding: as there; a query sees little of it, as few places as it samples.
 
     Args:
         arch: ``'tiny'``, ``'small'``, or a dict with the keys ``embed_dims``, ``depths``,

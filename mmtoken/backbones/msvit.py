@@ -27,7 +27,7 @@ from ..tokens.packed import SparseFeatures
 from ..tokens.padding import padding_regions, valid_size
 from ..tokens.record import Decision, note_decision
 from ..tokens.regions import Regions, join_levels, lay_regions, pool_cells, take_level
-from ..tokens.routing import choose
+from ..tokens.routing import choose, explores
 from ..tokens.sink import publish, wanted
 from ..tokens.tiles import tokenwise
 from .base import PlainBackbone, check_out_type, small_parameter
@@ -46,6 +46,13 @@ class MSViT(PlainBackbone):
     A gate looks at each region of ``coarse_size`` pixels and decides, once, before the first block.
     Nothing is discarded, so dense maps lack nothing: a coarse token is copied to all places of its
     region. With fine tokens everywhere it is ViT.
+
+    Padding: regions wholly in the padding of a batch are coarse and do not count, whatever their
+    colour where the sizes of images are known (:class:`mmtoken.TokenLossHook`,
+    :func:`mmtoken.follow_image_sizes`, :func:`mmtoken.set_image_sizes`). Elsewhere trailing zeros
+    are taken for padding, and the black lower part of an image too. The gate sees one region at a
+    time, so padding of zeros changes no choice. Tokens of padding are keys like any others, and
+    positions are resampled to the padded grid: maps differ from those of the image alone.
 
     Args:
         arch: ``'tiny'``, ``'small'``, ``'base'``, ``'large'``, or a dict with the keys
@@ -251,7 +258,7 @@ class MSViT(PlainBackbone):
         """Compute the taps.
 
         Args:
-            x: Images, ``(B, in_channels, H, W)``, any H and W, padded with zeros if at all.
+            x: Images, ``(B, in_channels, H, W)``, any H and W. For padding see the class.
 
         Returns:
             One for each of ``out_indices``, according to ``out_type``: a map
@@ -336,16 +343,16 @@ class MSViT(PlainBackbone):
             seen = patchify(x, self.patch_size * self.ratio)
         else:
             seen = coarse.detach()  # the gate reads the embedding, and does not shape it
-        scores, training = self.gate(seen), self.gate.training
+        scores, sampled = self.gate(seen), explores(self.gate, seen)
         padding = padding_regions(valid_size(x), self.patch_size, regions)
         gates = choose(
-            scores, regions.num_cells, 'coarse_ratio', training, padding, self.temperature
+            scores, regions.num_cells, 'coarse_ratio', sampled, padding, self.temperature
         )
         choice = gates.argmax(dim=-1)
         note_decision(
             Decision(choice, self.granularities, self.ratio, regions.grid, padding, once=True)
         )
-        if self.gate_loss is not None and wanted(training):
+        if self.gate_loss is not None and wanted(self.gate.training):
             real = ~padding
             loss = self.gate_loss(scores.softmax(dim=-1)[..., 1], real)
             ratio = (choice * real).sum() / real.sum().clamp(min=1)

@@ -35,6 +35,9 @@ class PSViT(PlainBackbone):
     all else stays; pre-norm; the patch size, windows, output norms and the stride-4 map, which
     dense prediction wants.
 
+    Padding: the padding of a batch is image like any other. Positions are resampled to the padded
+    grid, and the third stage sees all of it: an image has other maps, everywhere, than alone.
+
     Args:
         arch: ``'tiny'``, ``'small'``, or a dict with the key ``stages``: for each stage
             ``(embed_dims, num_heads, groups)``, where groups are the numbers of layers that share a

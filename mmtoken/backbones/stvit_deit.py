@@ -42,6 +42,10 @@ class STViTDeiT(PlainBackbone):
 
     There is no class token: the paper pools over the tokens.
 
+    Padding: the padding of a batch is image like any other. Attention sees all of it, positions and
+    centres are resampled to the padded grid, tiles are laid over it anew, and
+    ``out_type='avg_featmap'`` averages over it: an image has other maps, everywhere, than alone.
+
     Args:
         arch: ``'tiny'``, ``'small'``, ``'base'``, or a dict with the keys ``embed_dims``,
             ``num_layers``, ``num_heads`` and ``feedforward_channels``.

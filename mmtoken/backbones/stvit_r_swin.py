@@ -35,6 +35,12 @@ class STViTRSwin(SwinBackbone):
     reaches the neighbourhood of a window, and for classification, where it reaches the whole image.
     The released detectors start from classifiers of the other form.
 
+    Padding: the padding of a batch is image like any other, as in Swin. The maps of the first two
+    stages are those of the image alone wherever no window of their blocks reaches the padding. From
+    the third stage on, where semantic tokens see the whole image, all differ; more so with the
+    released ``pad_mask``, which hides valid tokens depending on the size of the grid. The dense
+    twin is exact away from the padding in all stages.
+
     Args:
         arch: ``'tiny'``, ``'small'``, ``'base'``, or a dict with the keys ``embed_dims``,
             ``depths`` and ``num_heads`` (one number a stage; the third depth a multiple of 6).

@@ -34,6 +34,10 @@ class SWATDeiT(PlainBackbone):
 
     There is no class token: the paper pools over the tokens.
 
+    Padding: the padding of a batch is image like any other. Attention sees all of it, positions are
+    resampled to the padded grid, and ``out_type='avg_featmap'`` averages over it: an image has
+    other maps, everywhere, than alone.
+
     Args:
         arch: ``'tiny'``, ``'small'``, ``'base32'``, or a dict with the keys ``embed_dims``,
             ``num_layers``, ``num_heads``, ``feedforward_channels``, ``patch_size`` (in pixels) and

@@ -61,6 +61,10 @@ class SWATSwin(SwinBackbone):
 
     As in the release, windows are not shifted on a grid that is no larger than a window.
 
+    Padding: the padding of a batch is image like any other, as in Swin. Maps are those of the image
+    alone wherever no window and no convolution of the blocks before reaches the padding, but for a
+    grid that padding makes larger than a window: its windows then shift.
+
     Args:
         arch: ``'tiny'``, ``'small'``, or a dict with the keys ``embed_dims``, ``depths`` and
             ``num_heads`` (one number a stage, at most four stages). With n stages ``embed_dims``

@@ -1,14 +1,15 @@
-"""Losses born inside a backbone join those that the model's heads return."""
+"""What backbones of ours get from MMEngine's runner: their losses trained, sizes of images told."""
 
 from types import MethodType
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseModel, is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ..registry import HOOKS
 from ..tokens.sink import token_losses
+from .image_sizes import follow_image_sizes
 
 _heard_any = False  # whether a model under this hook has published anything yet
 
@@ -20,7 +21,13 @@ class TokenLossHook(Hook):
     To all that follows (mixed precision, accumulation, distributed training, logging) these are
     ordinary losses. In a config::
 
-        custom_hooks = [dict(type='mmtoken.TokenLossHook')]
+        default_hooks = dict(token_losses=dict(type='mmtoken.TokenLossHook'))
+
+    The name is free. MMEngine merges this dict with that of a base config, while a list
+    ``custom_hooks`` takes the place of the base's: RTMDet would train without its moving average.
+
+    In training, validation and test, backbones also learn from data samples how large each image
+    is without the padding of its batch, see :func:`mmtoken.follow_image_sizes`.
 
     The priority is of no consequence: other hooks see the model outside of ``loss``, and a copy
     that one of them makes (``EMAHook``) has a ``loss`` of its own.
@@ -30,7 +37,7 @@ class TokenLossHook(Hook):
         self._checked = False
 
     def before_train(self, runner: Runner) -> None:
-        """Wrap ``loss`` of the model.
+        """Wrap ``loss`` of the model, and let it follow the sizes of images.
 
         Raises:
             TypeError: The model's class has no ``loss``.
@@ -49,6 +56,15 @@ class TokenLossHook(Hook):
         # A bound method, which a deep copy of the model binds to the copy.
         model.loss = MethodType(_loss_with_tokens, model)
         self._checked = _heard_any = False
+        _follow(model)
+
+    def before_val(self, runner: Runner) -> None:
+        """Let the model follow the sizes of images."""
+        _follow(runner.model)
+
+    def before_test(self, runner: Runner) -> None:
+        """Let the model follow the sizes of images."""
+        _follow(runner.model)
 
     def after_train_iter(self, runner: Runner, *args, **kwargs) -> None:
         """After the first iteration, say so if the hook is of no use."""
@@ -82,6 +98,12 @@ def _loss_with_tokens(model: nn.Module, *args, **kwargs) -> dict[str, Tensor]:
             f'{", ".join(twice)}: both {type(model).__name__}.loss() and a module inside give this'
         )
     return {**losses, **published}
+
+
+def _follow(model: nn.Module) -> None:
+    """Follow the sizes of images where the model is MMEngine's, which a runner does not demand."""
+    if any(isinstance(module, BaseModel) for module in model.modules()):
+        follow_image_sizes(model)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

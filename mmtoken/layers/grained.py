@@ -29,7 +29,7 @@ from ..tokens.regions import (
     pool_regions,
     unpool_all,
 )
-from ..tokens.routing import choose
+from ..tokens.routing import choose, explores
 from ..tokens.tiles import tile_length, works_in_tiles
 from .recompute import run_block
 from .usage import Usage
@@ -151,7 +151,8 @@ class GrainedBlock(nn.Module):
         if self.router is None:
             return run_block(self.mix_all, x, regions, recompute=self.with_cp), None
         scores = self.router(x[:, num_extra:].unflatten(1, grid))
-        gates = choose(scores, regions.num_cells, 'query_ratio', self.training, padding)
+        sampled = explores(self.router, x)
+        gates = choose(scores, regions.num_cells, 'query_ratio', sampled, padding)
         choice = gates.argmax(dim=-1)
         note_decision(Decision(choice, self.granularities, self.region_size, grid, padding))
         plan = plan_regions(choice, regions)

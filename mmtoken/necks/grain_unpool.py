@@ -15,6 +15,8 @@ from ..layers.spatial_reduction import SpatialReductionAttention
 from ..layers.usage import BUDGET, build_budget, publish_usage
 from ..registry import MODELS
 from ..tokens.maps import to_map
+from ..tokens.padding import noted_sizes, padding_regions
+from ..tokens.regions import lay_regions
 from .simple_feature_pyramid import XAVIER, Norm, SimpleFeaturePyramid
 
 INIT = [dict(type='TruncNormal', layer='Linear', std=0.02), XAVIER]
@@ -34,7 +36,10 @@ class GrainUnpoolNeck(CheckpointedModule):
             dict(type='FPN', in_channels=[256, 512, 1024, 2048], out_channels=256, num_outs=5),
         ]
 
-    The neck sees no image: unlike a backbone of ours, it counts batch padding like anything else.
+    Padding: the neck sees no image. Behind a backbone in a model of OpenMMLab it learns from data
+    samples where images end, see :func:`mmtoken.follow_image_sizes`, and regions wholly beyond are
+    as coarse as can be and do not count. Otherwise, and behind another neck, padding counts like
+    anything else. In either case all tokens of a map are keys, those of padding too.
 
     Args:
         in_channels: Channels of the one map, or of each of several.
@@ -137,15 +142,26 @@ class GrainUnpoolNeck(CheckpointedModule):
         maps, usages = [], []
         for x, blocks in zip(inputs, self.stages, strict=True):
             grid = (x.shape[2], x.shape[3])
+            padding = self.find_padding(x, blocks[0])
             tokens, used = x.flatten(2).transpose(1, 2).contiguous(), []
             for block in blocks:
-                tokens, usage = block(tokens, grid)
+                tokens, usage = block(tokens, grid, padding)
                 used.append(usage)
             maps.append(to_map(tokens.unflatten(1, grid)))
             usages.append(used)
         if self.budget is not None:
             publish_usage(usages, 0.0, self.budget, self.training, prefix='neck_')
         return tuple(maps) if self.pyramid is None else self.pyramid(maps)
+
+    def find_padding(self, x: Tensor, block: GrainedBlock) -> Tensor | None:
+        """Regions of a map that are padding, ``(B, Hr, Wr)``; None if nobody told."""
+        sizes = noted_sizes(x)
+        if sizes is None or block.router is None:
+            return None
+        regions = lay_regions(
+            (x.shape[2], x.shape[3]), block.granularities, block.region_size, device=x.device
+        )
+        return padding_regions(sizes, 1, regions)
 
 
 def _for_each(name: str, value: int | Sequence[int], number: int) -> list[int]:

@@ -20,6 +20,9 @@ class MixedScaleNeck(TokenPyramid):
     Each coarse token is copied to all places of its region, which gives the maps that the backbone
     has with ``out_type='map'``. Only taps in use are restored.
 
+    Padding: of the maps that it is given, as :class:`mmtoken.SimpleFeaturePyramid`; ``refine`` sees
+    further beyond.
+
     Args:
         in_channels: Channels of a token, a multiple of 4.
         refine: Refine each map knowing where it was coarse, see

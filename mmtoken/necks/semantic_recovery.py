@@ -22,6 +22,9 @@ class SemanticRecoveryNeck(TokenPyramid):
     The layers are those the backbone has with ``out_type='map'``, one for each tap that is used,
     and give the same maps from the same weights.
 
+    Padding: every image token queries all semantic tokens, those of padding too: an image has other
+    maps, everywhere, than alone.
+
     Args:
         in_channels: Channels of a token.
         num_heads: Attention heads of the recovery.

@@ -30,6 +30,9 @@ class SimpleFeaturePyramid(CheckpointedModule):
     Each level scales a map by transposed convolutions or max-pooling, then projects it by a 1 x 1
     and a 3 x 3 convolution. There are no lateral connections.
 
+    Padding: convolutions and pooling see what lies beside a place, so that a level is that of the
+    map alone but for the last two rows and columns before the padding.
+
     Args:
         in_channels: Channels of the maps, a multiple of 4; or one number a map, all equal, as
             mmdet's necks take it.

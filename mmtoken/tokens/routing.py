@@ -8,7 +8,7 @@ from itertools import cycle, islice
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def straight_through(scores: Tensor) -> Tensor:
@@ -67,6 +67,20 @@ def choose(
         coarsest[..., -1] = 1
         gates = torch.where(padding[..., None], coarsest, gates)
     return gates
+
+
+def explores(chooser: nn.Module, x: Tensor) -> bool:
+    """Whether what chooses should sample, that is, whether anything can learn from it.
+
+    The teacher of a semi-supervised detector is in training mode with its student, but fixed: its
+    choices are those of inference.
+
+    Args:
+        chooser: A router or gate.
+        x: What it looks at.
+    """
+    learns = x.requires_grad or any(p.requires_grad for p in chooser.parameters())
+    return chooser.training and learns
 
 
 def one_hot(choice: Tensor, like: Tensor) -> Tensor:

@@ -113,7 +113,8 @@ def _require_sink() -> None:
     if not _open:
         raise RuntimeError(
             'the losses that this model makes of its tokens would be lost. With a config, add '
-            "custom_hooks = [dict(type='mmtoken.TokenLossHook')]; in a loop of your own, call the "
-            'model inside of `with mmtoken.token_losses() as published:` and add '
-            'published.total() to the loss'
+            "default_hooks = dict(token_losses=dict(type='mmtoken.TokenLossHook')), which leaves "
+            'the hooks of your base config in place, while a list custom_hooks would replace '
+            'theirs; in a loop of your own, call the model inside of '
+            '`with mmtoken.token_losses() as published:` and add published.total() to the loss'
         )

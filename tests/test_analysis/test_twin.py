@@ -102,10 +102,20 @@ def test_nested_models():
 
 def test_config_loses_the_token_hooks():
     hooks = [dict(type='mmtoken.TokenLossHook'), dict(type='EMAHook'), dict(type='TokenMapHook')]
-    cfg = Config(dict(model=dict(backbone=BACKBONE), custom_hooks=hooks, default_scope='mmdet'))
+    cfg = Config(
+        dict(
+            model=dict(backbone=BACKBONE),
+            custom_hooks=hooks,
+            default_hooks=dict(
+                token_losses=hooks[0], timer=dict(type='IterTimerHook'), logger=None
+            ),
+            default_scope='mmdet',
+        )
+    )
     twin = mmtoken.dense_twin(cfg)
     assert isinstance(twin, Config) and twin.model.backbone == TWIN
     assert twin.custom_hooks == [dict(type='EMAHook')]
+    assert twin.default_hooks == dict(timer=dict(type='IterTimerHook'), logger=None)
     assert cfg.model.backbone == BACKBONE and len(cfg.custom_hooks) == 3
     assert mmtoken.dense_twin(twin).to_dict() == twin.to_dict()
 

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel, MMDistributedDataParallel
@@ -78,18 +79,27 @@ class Spy(Hook):
             raise KeyboardInterrupt
 
 
-def make_runner(work_dir, hooks=(TOKEN_LOSSES,), model=None, iters=3, optim_wrapper=None, **kwargs):
-    def loader(sampler):
-        dataset = [dict(inputs=torch.full((4,), 1.0 + i)) for i in range(4)]
-        return dict(
-            dataset=dataset,
-            sampler=dict(type=sampler, shuffle=False),
-            collate_fn=dict(type='default_collate'),
-            batch_size=2,
-            num_workers=0,
-        )
+def loader(sampler):
+    dataset = [dict(inputs=torch.full((4,), 1.0 + i)) for i in range(4)]
+    return dict(
+        dataset=dataset,
+        sampler=dict(type=sampler, shuffle=False),
+        collate_fn=dict(type='default_collate'),
+        batch_size=2,
+        num_workers=0,
+    )
 
-    optim_wrapper = optim_wrapper or {}
+
+def make_runner(
+    work_dir,
+    hooks=(TOKEN_LOSSES,),
+    model=None,
+    iters=3,
+    optim_wrapper=None,
+    default_hooks=None,
+    **kwargs,
+):
+    optim_wrapper, default_hooks = optim_wrapper or {}, default_hooks or {}
     return Runner(
         model=model or Model(),
         work_dir=str(work_dir),
@@ -102,6 +112,7 @@ def make_runner(work_dir, hooks=(TOKEN_LOSSES,), model=None, iters=3, optim_wrap
         default_hooks=dict(
             logger=dict(type='LoggerHook', interval=1),
             checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1),
+            **default_hooks,
         ),
         custom_hooks=[copy.deepcopy(hook) if isinstance(hook, dict) else hook for hook in hooks],
         experiment_name=f'{work_dir.name}_{id(work_dir)}',
@@ -171,8 +182,60 @@ def test_a_copy_made_in_training_computes_its_own_loss(tmp_path):
     assert losses['cost_ratio'] == 0.25 and losses['loss_task'] == 0.75**2
 
 
+def test_the_hook_under_a_name_of_its_own(tmp_path):
+    """As the message and the docstring say, beside the hooks that a base config has."""
+    spy = Spy()
+    runner = make_runner(tmp_path, [spy], default_hooks=dict(token_losses=TOKEN_LOSSES))
+    runner.train()
+    assert set(spy.outputs[0]) == {'loss', 'loss_task', 'loss_budget', 'cost_ratio'}
+
+
+RTMDET = 'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py'
+
+
+@pytest.mark.parametrize(
+    'line',
+    [
+        "default_hooks = dict(token_losses=dict(type='mmtoken.TokenLossHook'))",
+        "custom_hooks = _base_.custom_hooks + [dict(type='mmtoken.TokenLossHook')]",
+    ],
+)
+def test_the_hooks_of_a_base_config_stay(line):
+    cfg = Config.fromstring(f'_base_ = {RTMDET!r}\n{line}', '.py')
+    base = Config.fromstring(f'_base_ = {RTMDET!r}', '.py')
+    names = [hook['type'] for hook in [*cfg.custom_hooks, *cfg.default_hooks.values()]]
+    assert names.count('mmtoken.TokenLossHook') == 1
+    assert {'EMAHook', 'PipelineSwitchHook'} <= set(names)
+    assert set(base.default_hooks) <= set(cfg.default_hooks)
+
+
+def test_the_hooks_of_a_base_config_in_python_stay(tmp_path):
+    (tmp_path / 'base.py').write_text('default_hooks = dict(timer=dict(type="IterTimerHook"))\n')
+    (tmp_path / 'config.py').write_text(
+        'from mmengine.config import read_base\n'
+        'with read_base():\n'
+        '    from .base import *\n'
+        'from mmtoken.engine import TokenLossHook\n'
+        'default_hooks.update(token_losses=dict(type=TokenLossHook))\n'
+    )
+    cfg = Config.fromfile(tmp_path / 'config.py')
+    assert set(cfg.default_hooks) == {'timer', 'token_losses'}
+    assert HOOKS.build(cfg.default_hooks.token_losses).__class__ is TokenLossHook
+
+
+@pytest.mark.parametrize('phase', ['train', 'val', 'test'])
+def test_sizes_are_followed_in_every_phase(phase, tmp_path):
+    model = Model()
+    runner = make_runner(
+        tmp_path, model=model, test_dataloader=loader('DefaultSampler'), test_cfg={},
+        test_evaluator=[Metric()],
+    )  # fmt: skip
+    getattr(runner, phase)()
+    assert len(model._forward_pre_hooks) == 1
+
+
 def test_without_the_hook_training_is_an_error(tmp_path):
-    with pytest.raises(RuntimeError, match='custom_hooks = .*mmtoken.TokenLossHook'):
+    with pytest.raises(RuntimeError, match='default_hooks = .*mmtoken.TokenLossHook'):
         make_runner(tmp_path, hooks=()).train()
 
 

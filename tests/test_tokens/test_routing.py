@@ -16,6 +16,7 @@ from mmtoken.tokens.routing import (
     RoutingOverride,
     choose,
     current_override,
+    explores,
     gumbel_noise,
     one_hot,
     routing_override,
@@ -60,6 +61,18 @@ def test_noise_is_of_the_standard_gumbel_distribution():
     assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.03)
     for q in (0.1, 0.5, 0.9):
         assert noise.quantile(q).item() == pytest.approx(-math.log(-math.log(q)), abs=0.02)
+
+
+def test_only_what_can_learn_explores():
+    """Not a teacher, which is fixed but in training mode with its student."""
+    router, x = torch.nn.Linear(2, 3), torch.ones(1, 2)
+    assert explores(router, x)
+    with torch.no_grad():  # as in the first pass of a reentrant checkpoint
+        assert explores(router, x)
+    assert not explores(router.eval(), x)
+    router.train().requires_grad_(False)
+    assert not explores(router, x)
+    assert explores(router, x.requires_grad_())  # what lies before it may learn
 
 
 def test_noisy_scores_sample_from_their_softmax():

@@ -71,7 +71,8 @@ def test_a_sink_closes_after_an_error():
 def test_training_without_a_sink_is_an_error_that_helps(ask):
     with pytest.raises(RuntimeError) as error:
         ask(*[torch.ones(1)] * isinstance(ask, nn.Module))
-    assert "custom_hooks = [dict(type='mmtoken.TokenLossHook')]" in str(error.value)
+    line = "default_hooks = dict(token_losses=dict(type='mmtoken.TokenLossHook'))"
+    assert line in str(error.value) and 'custom_hooks would replace' in str(error.value)
     assert 'with mmtoken.token_losses() as' in str(error.value)
 
 

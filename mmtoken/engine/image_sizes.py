@@ -1,0 +1,168 @@
+"""How large the images of a batch are, from the data samples of OpenMMLab's models."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from mmengine.model import BaseModel
+from mmengine.structures import BaseDataElement
+from torch import Tensor, nn
+
+from ..necks import GrainUnpoolNeck
+from ..tokens.padding import note_sizes, noted_sizes
+
+Size = tuple[int, int]  # height and width, in pixels
+
+
+def follow_image_sizes(model: nn.Module) -> None:
+    """Let backbones inside a model know the sizes of images that the data samples tell.
+
+    :class:`mmtoken.TokenLossHook` does so under MMEngine's runner, in training, validation and
+    test. It is for models that run without one::
+
+        model = init_detector(config, checkpoint)
+        mmtoken.follow_image_sizes(model)
+
+    Each time the model, or a model inside it (a student, what test-time augmentation wraps), is
+    called with images and their data samples, what :func:`sizes_of_samples` reads from these is
+    noted on the images, see :func:`mmtoken.set_image_sizes`. A :class:`mmtoken.GrainUnpoolNeck`
+    right behind the backbone learns of them too. To call it again does no harm.
+
+    Args:
+        model: A detector, segmentor, classifier or what wraps one.
+
+    Raises:
+        TypeError: There is no model of MMEngine's kind inside.
+    """
+    models = [module for module in model.modules() if isinstance(module, BaseModel)]
+    if not models:
+        raise TypeError(
+            f'{type(model).__name__} is no model that MMEngine calls with data samples; note the '
+            'sizes yourself, by mmtoken.set_image_sizes(images, sizes)'
+        )
+    for part in models:
+        if _note_sizes not in part._forward_pre_hooks.values():
+            part.register_forward_pre_hook(_note_sizes, with_kwargs=True)
+        backbone, neck = getattr(part, 'backbone', None), getattr(part, 'neck', None)
+        if _starts_grained(neck) and _pass_sizes_on not in backbone._forward_hooks.values():
+            backbone.register_forward_hook(_pass_sizes_on)
+
+
+def sizes_of_samples(images: Any, samples: Any, size_divisor: int = 1) -> Tensor | None:
+    """Sizes of the images of a batch, if their data samples tell.
+
+    ``img_shape`` is taken for the size of an image where all of it agrees with the shape of the
+    batch, which other entries (``batch_input_shape``, ``padding_size``, ``img_padding_size``) or
+    ``size_divisor`` tell. An image that was padded in its pipeline already, as in those of YOLOX
+    and RTMDet, has an ``img_shape`` that includes this padding: its content is as large as
+    ``ori_shape`` times ``scale_factor``, if all beyond is of one colour.
+
+    Args:
+        images: The batch, ``(B, C, H, W)``; all else has no sizes.
+        samples: B data samples.
+        size_divisor: What the data preprocessor pads the sides of a batch to multiples of.
+
+    Returns:
+        ``(B, 2)``, in pixels, or None.
+    """
+    if not isinstance(images, Tensor) or images.ndim != 4 or not isinstance(samples, Sequence):
+        return None
+    if len(samples) != len(images) or not all(isinstance(s, BaseDataElement) for s in samples):
+        return None
+    metas = [sample.metainfo for sample in samples]
+    shapes = [_pair(meta.get('img_shape')) for meta in metas]
+    batch_shape = (images.shape[2], images.shape[3])
+    if None in shapes or not _agree(shapes, metas, batch_shape, size_divisor):
+        return None
+    outer = torch.tensor(shapes, device=images.device)
+    contents = [_content(*each) for each in zip(metas, shapes, strict=True)]
+    if contents == shapes:
+        return outer
+    plain = torch.stack([_is_plain(*each) for each in zip(images, contents, shapes, strict=True)])
+    return torch.where(plain[:, None], outer.new_tensor(contents), outer)
+
+
+def _note_sizes(model: BaseModel, args: tuple, kwargs: dict) -> None:
+    """Before a model is called with images and data samples, perhaps of several branches."""
+    given = dict(zip(('inputs', 'data_samples'), args, strict=False)) | kwargs
+    inputs, samples = given.get('inputs'), given.get('data_samples')
+    branches = [(inputs, samples)]
+    if isinstance(inputs, Mapping) and isinstance(samples, Mapping):
+        branches = [(images, samples.get(name)) for name, images in inputs.items()]
+    divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
+    for images, of_images in branches:
+        sizes = sizes_of_samples(images, of_images, divisor)
+        if sizes is not None:
+            note_sizes(images, sizes)
+
+
+def _pass_sizes_on(backbone: nn.Module, args: tuple, maps: Any) -> None:
+    """Behind a backbone: the sizes noted on its images, in places of each of its maps."""
+    sizes = noted_sizes(args[0]) if args and isinstance(args[0], Tensor) else None
+    if sizes is None or not isinstance(maps, Sequence):
+        return
+    sides = sizes.new_tensor(args[0].shape[-2:])
+    for map_ in maps:
+        if isinstance(map_, Tensor) and map_.ndim == 4:
+            places = sizes.new_tensor(map_.shape[-2:])
+            note_sizes(map_, -(-sizes * places // sides))  # rounded up
+
+
+def _starts_grained(neck: nn.Module | None) -> bool:
+    """Whether a neck is, or begins with, one whose choices depend on padding."""
+    if isinstance(neck, nn.Sequential) and len(neck):
+        neck = neck[0]
+    return isinstance(neck, GrainUnpoolNeck)
+
+
+def _pair(shape: Any) -> Size | None:
+    """Height and width of an ``img_shape``, which may have channels; None if it is none."""
+    if not isinstance(shape, Sequence) or len(shape) < 2:
+        return None
+    return int(shape[0]), int(shape[1])
+
+
+def _agree(shapes: list[Size], metas: list[dict], batch_shape: Size, size_divisor: int) -> bool:
+    """Whether images of these shapes, padded at the bottom and right, make up the batch."""
+    height, width = batch_shape
+    if not all(1 <= h <= height and 1 <= w <= width for h, w in shapes):
+        return False
+    if all('batch_input_shape' in meta for meta in metas):  # mmdet
+        return all(_pair(meta['batch_input_shape']) == batch_shape for meta in metas)
+    paddings = [meta.get('padding_size', meta.get('img_padding_size')) for meta in metas]
+    if None not in paddings:  # mmseg: left, right, top, bottom
+        return all(
+            tuple(padding) == (0, width - w, 0, height - h)
+            for padding, (h, w) in zip(paddings, shapes, strict=True)
+        )
+    longest = (max(sides) for sides in zip(*shapes, strict=True))
+    return batch_shape == tuple(-(-side // size_divisor) * size_divisor for side in longest)
+
+
+def _content(meta: dict, shape: Size) -> Size:
+    """How large an image can be at most without padding that its pipeline added."""
+    original, factors = _pair(meta.get('ori_shape')), meta.get('scale_factor')
+    if original is None or factors is None:
+        return shape
+    across, down = (torch.as_tensor(factors, dtype=torch.float64).flatten().tolist() * 2)[:2]
+    if not (math.isfinite(across * down) and across > 0 and down > 0):
+        return shape
+    sides = (round(original[0] * down), round(original[1] * across))
+    return tuple(max(1, min(pair)) for pair in zip(sides, shape, strict=True))
+
+
+def _is_plain(image: Tensor, inner: Size, outer: Size) -> Tensor:
+    """Whether all pixels inside of one size, but outside of another, are of one colour.
+
+    Args:
+        image: ``(C, H, W)``.
+        inner, outer: Heights and widths, both from the top left.
+
+    Returns:
+        ``()``, bool.
+    """
+    (top, left), (bottom, right) = inner, outer
+    colour = image[:, bottom - 1, right - 1, None, None]
+    below, beside = image[:, top:bottom, :right], image[:, :top, left:right]
+    return (below == colour).all() & (beside == colour).all()
