@@ -109,7 +109,7 @@ def lay_regions(
 def _middles(cells: int, side: int, tokens: int) -> Tensor:
     """Middle of the tokens of each cell along one axis."""
     first = torch.arange(cells) * side
-    return (first + (first + side - 1).clamp(max=tokens - 1)) / 2
+    return (first + (first + side - 1).clamp(max=tokens - 1)).to(torch.float32) / 2
 
 
 class CellSet(NamedTuple):
