@@ -25,8 +25,7 @@ ENTRY_BYTES = 1024  # what an entry costs beside its tensors, so that small ones
 
 TRACE_WARNING = (
     'the trace of an mmtoken network holds index tables of the image size, and in places of the '
-    'batch size, that it was traced with: with other images it may fail, or be wrong without an '
-    'error. Trace once for each size, and check the result against the network'
+    'batch size, that it was traced with: it fails for others. Trace once for each size'
 )
 
 
@@ -113,15 +112,20 @@ def cached_plan(function: Callable) -> Callable:
     @torch.compiler.disable
     @wraps(function)
     def plan(*args, **kwargs):
+        traced = list(_tensors((args, tuple(kwargs.values()))))
         args, kwargs = _plain(args), {name: _plain(value) for name, value in kwargs.items()}
-        if torch.jit.is_tracing():
-            warnings.warn(TRACE_WARNING, torch.jit.TracerWarning, stacklevel=3)
         key = (function, args, *sorted(kwargs.items()))
         result = PLANS.find(key)
         if result is None:
             result = _make(function, args, kwargs)
             PLANS.keep(key, result)
-        return _lift(result) if torch._C._len_torch_dispatch_stack() else result
+        if torch.jit.is_tracing():
+            warnings.warn(TRACE_WARNING, torch.jit.TracerWarning, stacklevel=3)
+            return _bound_to(traced, result)
+        if torch._C._len_torch_dispatch_stack():
+            # Shown to the modes in force, as tensors that a program makes itself are
+            return _map_tensors(torch.ops.aten.lift_fresh, result)
+        return result
 
     return plan
 
@@ -183,12 +187,21 @@ def _plain(value: Any) -> Any:
     return operator.index(value)
 
 
-def _lift(value: Any) -> Any:
-    """Show the tensors of a plan to the modes in force, as those that a program makes itself."""
+def _bound_to(sizes: list[Tensor], plan: Any) -> Any:
+    """A plan that makes the trace fail where sizes are not those that it was made for."""
+    first = next(_tensors(plan), None)
+    zero = torch.zeros(())
+    for size in sizes:
+        length = operator.index(size) + 1  # a length of 1 could be expanded to any
+        zero = zero + torch.zeros(length).expand(size + 1)[0]
+    return _map_tensors(lambda t: t + zero.to(t) if t is first else t, plan)
+
+
+def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, Tensor):
-        return torch.ops.aten.lift_fresh(value)
+        return function(value)
     if isinstance(value, tuple):
-        parts = [_lift(part) for part in value]
+        parts = [_map_tensors(function, part) for part in value]
         return type(value)(*parts) if hasattr(value, '_fields') else tuple(parts)
     return value
 
