@@ -8,11 +8,11 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor
 
 from ..tokens.padding import padding_regions
+from ..tokens.positions import resample
 from ..tokens.regions import lay_regions
 from .grained import GrainedBlock
 from .stem import PatchStem
@@ -86,11 +86,7 @@ class GrainedStage(nn.Module):
 
 def resize_position(position: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Bilinear, as in PVT: ``(1, old rows * columns, C) -> (1, *new, C)``."""
-    position = position.unflatten(1, old)
-    if old == new:
-        return position
-    position = F.interpolate(position.permute(0, 3, 1, 2), size=new, mode='bilinear')
-    return position.permute(0, 2, 3, 1)
+    return resample(position, old, new, 'bilinear', False)
 
 
 def _small(*shape: int) -> Tensor:

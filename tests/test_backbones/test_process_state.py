@@ -18,8 +18,8 @@ from mmtoken.tokens import record, routing, shared_attention, sink
 from mmtoken.tokens.plan import PLANS
 from mmtoken.tokens.record import record_routing
 
-SWIN = dict(embed_dims=16, depths=(2, 1, 6, 1), num_heads=(1, 2, 2, 4))
-VIT = dict(embed_dims=32, num_layers=4, num_heads=2, feedforward_channels=48)
+SWIN = dict(embed_dims=8, depths=(1, 2, 6), num_heads=(1, 2, 2))
+VIT = dict(embed_dims=32, num_layers=3, num_heads=2, feedforward_channels=48)
 DPVT = dict(
     embed_dims=(16, 32, 40, 64),
     depths=(1, 2, 1, 1),
@@ -27,7 +27,7 @@ DPVT = dict(
     mlp_ratios=(4, 2, 2, 2),
 )
 CONFIGS = dict(
-    STViTRSwin=dict(arch=SWIN),
+    STViTRSwin=dict(arch=SWIN, out_indices=(0, 1, 2)),
     STViTDeiT=dict(arch=VIT, base_layers=1, img_size=80),
     DGEPVT=dict(arch=dict(DPVT, sr_ratios=(8, 4, 2, 1))),
     DGEDPVT=dict(arch=DPVT),
@@ -37,7 +37,7 @@ CONFIGS = dict(
         arch=dict(stages=[(32, 2, (2,)), (48, 3, (2, 1))]), img_size=80, window_sizes=(4, None),
         out_indices=(0, 1),
     ),
-    SWATSwin=dict(arch=dict(embed_dims=32, depths=(2, 1, 1, 1), num_heads=(1, 2, 2, 4))),
+    SWATSwin=dict(arch=dict(embed_dims=32, depths=(2, 1), num_heads=(1, 2)), out_indices=(0, 1)),
     SWATDeiT=dict(arch=dict(VIT, patch_size=16, mlp_kernel=3), plane_size=4, img_size=80),
 )  # fmt: skip
 CHOOSING = ('DGEPVT', 'DGEDPVT', 'DGEDeiT', 'MSViT')
@@ -71,10 +71,9 @@ def fake(model):
         model(torch.ones(1, 3, 64, 96))
 
 
-def fake_parameters(model):
-    with FakeTensorMode() as mode:
-        fakes = {name: mode.from_tensor(p) for name, p in model.state_dict().items()}
-        torch.func.functional_call(model, fakes, torch.ones(1, 3, 64, 96))
+def fake_from_the_start(model):
+    with FakeTensorMode():
+        build(type(model).__name__)(torch.ones(1, 3, 64, 96))
 
 
 def meta(model):
@@ -134,10 +133,10 @@ def with_hook_that_fails(model):
         model.train()(IMAGE)
 
 
+LONG = [export, export_strictly, symbolic]
 ORDEALS = [
-    trace, count, export, export_strictly, fake, fake_parameters, meta, default_device,
-    default_type, inference, transform, differentiate, functionalise, symbolic,
-    with_hook_that_fails,
+    *LONG, trace, count, fake, fake_from_the_start, meta, default_device, default_type, inference,
+    transform, differentiate, functionalise, with_hook_that_fails,
 ]  # fmt: skip
 
 
@@ -196,7 +195,7 @@ def test_nothing_is_left_behind(name, expected):
     """Whether it failed or not, with gradients or without."""
     for ordeal in ORDEALS:
         forget()
-        for context in (torch.no_grad, torch.enable_grad):
+        for context in (torch.no_grad,) if ordeal in LONG else (torch.no_grad, torch.enable_grad):
             with context():
                 put_through(ordeal, build(name).eval())
         assert all(map(is_plain, PLANS.tensors())), ordeal.__name__
@@ -208,7 +207,7 @@ def test_nothing_is_left_behind(name, expected):
             assert torch.equal(ours, theirs), ordeal.__name__
 
 
-@pytest.mark.parametrize('name', ['DGEPVT', 'PSViT', 'STViTRSwin'])
+@pytest.mark.parametrize('name', ['MSViT', 'SWATDeiT'])
 def test_compiling_leaves_nothing_behind(name, expected):
     forget()
     with torch.no_grad():
@@ -225,7 +224,7 @@ def test_what_chooses_nothing_is_exported(name, context):
     with context():
         exported = torch.export.export(model, (IMAGE,)).module()
         for ours, theirs in zip(exported(image), model(image), strict=True):
-            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize('name', CHOOSING)
@@ -249,7 +248,7 @@ def test_a_trace_is_of_one_size(name, context):
     assert ('chooses its tokens by looking at the image' in messages) == (name in CHOOSING)
     image = IMAGE if name in CHOOSING else torch.randn_like(IMAGE)
     for ours, theirs in zip(traced(image), model(image), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
     for size in ((96, 64), (128, 96), (65, 97)):
         image = torch.randn(1, 3, *size)
         try:
@@ -258,7 +257,7 @@ def test_a_trace_is_of_one_size(name, context):
             assert 'Trace once for each size' in messages
             continue
         for ours, theirs in zip(maps, model(image), strict=True):
-            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 
 
 class NoFloat64(TorchDispatchMode):
@@ -305,3 +304,35 @@ def test_nothing_is_measured_that_nobody_uses(name, monkeypatch):
         model.eval()(IMAGE)
         model.train()(IMAGE)
     backbones.__dict__[name](**CONFIGS[name], budget=None).train()(IMAGE)
+
+
+class NoChance(TorchDispatchMode):
+    """A GPU that refuses what has no deterministic form there."""
+
+    REFUSED = (
+        'upsample_bicubic2d', 'upsample_bilinear2d', 'grid_sampler_2d', 'adaptive_avg_pool2d',
+        'adaptive_max_pool2d', 'reflection_pad', 'replication_pad',
+    )  # fmt: skip
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        if 'backward' in name and any(refused in name for refused in self.REFUSED):
+            raise TypeError(f'{name} has no deterministic form')
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def deterministic_algorithms():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_deterministic_algorithms(name, expected, deterministic_algorithms):
+    """They give the same, without the operations that have no such gradient on a GPU."""
+    forget()
+    with NoChance():
+        results = outcome(build(name))
+    for ours, theirs in zip(results, expected[name], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
