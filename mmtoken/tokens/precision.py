@@ -1,23 +1,24 @@
 """Mixed precision, switched off where numbers must be exact."""
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 
 import torch
 
 
-def full_precision(device: torch.device) -> AbstractContextManager:
-    """Inside this context operations keep the types of their inputs, on one kind of device."""
-    if _has_autocast(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
-@lru_cache
-def _has_autocast(device_type: str) -> bool:
-    """Whether torch knows mixed precision there: not on meta, nor, in older ones, on MPS."""
+def _lacks_autocast(device_type: str) -> bool:
     try:
         torch.autocast(device_type, enabled=False)
     except RuntimeError:
-        return False
-    return True
+        return True
+    return False
+
+
+# The meta device, and MPS in older versions of torch. Looked up here, for torch.compile cannot.
+WITHOUT_AUTOCAST = frozenset(filter(_lacks_autocast, ('meta', 'mps')))
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """Inside this context operations keep the types of their inputs, on one kind of device."""
+    if device.type in WITHOUT_AUTOCAST:
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
