@@ -112,16 +112,17 @@ def cached_plan(function: Callable) -> Callable:
     @torch.compiler.disable
     @wraps(function)
     def plan(*args, **kwargs):
-        traced = list(_tensors((args, tuple(kwargs.values()))))
+        tracing = torch.jit.is_tracing()
+        sizes = list(_tensors((args, *kwargs.values()))) if tracing else []
         args, kwargs = _plain(args), {name: _plain(value) for name, value in kwargs.items()}
         key = (function, args, *sorted(kwargs.items()))
         result = PLANS.find(key)
         if result is None:
             result = _make(function, args, kwargs)
             PLANS.keep(key, result)
-        if torch.jit.is_tracing():
+        if tracing:
             warnings.warn(TRACE_WARNING, torch.jit.TracerWarning, stacklevel=3)
-            return _bound_to(traced, result)
+            return _bound_to(sizes, result)
         if torch._C._len_torch_dispatch_stack():
             # Shown to the modes in force, as tensors that a program makes itself are
             return _map_tensors(torch.ops.aten.lift_fresh, result)
@@ -179,11 +180,11 @@ def _in_another_thread(function: Callable[[], Any]) -> Any:
 
 def _plain(value: Any) -> Any:
     """An argument as it is kept in a key, without tracers' stand-ins for numbers."""
+    if value is None or isinstance(value, (int, str, torch.device, torch.dtype)):
+        return value
     if isinstance(value, tuple):
         parts = [_plain(part) for part in value]
         return type(value)(*parts) if hasattr(value, '_fields') else tuple(parts)
-    if value is None or isinstance(value, (int, str, torch.device, torch.dtype)):
-        return value
     return operator.index(value)
 
 
