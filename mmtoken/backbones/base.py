@@ -8,13 +8,14 @@ from typing import ClassVar
 
 import torch
 import torch.nn as nn
-from timm.layers import PatchEmbed, resample_abs_pos_embed, to_2tuple, trunc_normal_
+from timm.layers import PatchEmbed, to_2tuple, trunc_normal_
 from torch import Tensor
 
 from ..arguments import as_tuple
 from ..checkpoints.module import CheckpointedBackbone
 from ..layers.init import init_own
 from ..layers.stem import patchify, project
+from ..tokens.positions import resample
 
 MAX_STAGES = 10  # of a hierarchical architecture
 
@@ -246,9 +247,9 @@ class PlainBackbone(TokenBackbone):
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """The position embedding of a grid, ``(1, N, C)``; that of a class token first."""
-        return resample_abs_pos_embed(
-            self.pos_embed, grid, self.pos_grid, num_prefix_tokens=int(self.cls_token is not None)
-        )
+        extra = int(self.cls_token is not None)
+        position = resample(self.pos_embed[:, extra:], self.pos_grid, grid, 'bicubic', True)
+        return torch.cat([self.pos_embed[:, :extra], position.flatten(1, 2)], dim=1)
 
 
 def small_parameter(*shape: int) -> nn.Parameter:

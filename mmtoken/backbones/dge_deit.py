@@ -14,7 +14,7 @@ from torch import Tensor
 from ..layers.cross_block import NORM_EPS
 from ..layers.grained import GrainedBlock, TrainMode
 from ..layers.spatial_reduction import SpatialReductionAttention
-from ..layers.usage import BUDGET, build_budget, counted_pixels, publish_usage
+from ..layers.usage import BUDGET, build_budget, counted_pixels, publish_usage, usage_wanted
 from ..registry import MODELS
 from ..tokens.maps import join_maps, to_map
 from ..tokens.padding import padding_regions, valid_size
@@ -133,6 +133,7 @@ class DGEDeiT(PlainBackbone):
             ``(B, C, ceil(H / patch_size), ceil(W / patch_size))``, or one vector ``(B, C)``.
         """
         routed = len(self.granularities) > 1
+        measured = routed and usage_wanted(self.budget, self.training)
         valid = valid_size(x) if routed else None
         x, grid = self.embed(x)
         num_extra = x.shape[1] - grid[0] * grid[1]
@@ -142,12 +143,13 @@ class DGEDeiT(PlainBackbone):
             padding = padding_regions(valid, self.stride, regions)
         taps, usages = [], []
         for i, block in enumerate(self.blocks):
-            x, usage = block(x, grid, padding)
+            x, usage = block(x, grid, padding, measured)
             usages.append(usage)
             if i in self.out_indices:
                 taps.append(self._tap(i, x, grid))
-        if routed:
-            publish_usage([usages], self.constant_complexity(valid), self.budget, self.training)
+        if measured:
+            constant = self.constant_complexity(valid, torch.float32)
+            publish_usage([usages], constant, self.budget)
         return join_maps(taps)
 
     def _tap(self, index: int, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -160,17 +162,20 @@ class DGEDeiT(PlainBackbone):
             return tokens.mean(dim=1)
         return to_map(tokens.unflatten(1, grid))
 
-    def constant_complexity(self, valid: Tensor) -> Tensor | float:
+    def constant_complexity(
+        self, valid: Tensor, dtype: torch.dtype = torch.float64
+    ) -> Tensor | float:
         """What the budget counts beside the blocks: the patch embedding, and a classifier if any.
 
         Args:
             valid: Sizes of the images, ``(B, 2)``, in pixels.
+            dtype: Of the result.
 
         Returns:
             ``(B,)``.
         """
         if self.budget is None:
             return 0.0
-        pixels = counted_pixels(valid, self.in_channels, self.budget.legacy)
+        pixels = counted_pixels(valid, self.in_channels, self.budget.legacy, dtype)
         dims = self.pos_embed.shape[-1]
         return self.in_channels * pixels * dims + dims * self.budget.num_classes

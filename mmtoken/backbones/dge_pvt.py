@@ -17,7 +17,7 @@ from ..layers.deformable import DeformableAttention
 from ..layers.grained import GrainedBlock, TrainMode
 from ..layers.grained_stage import GrainedStage
 from ..layers.spatial_reduction import SpatialReductionAttention
-from ..layers.usage import BUDGET, build_budget, counted_pixels, publish_usage
+from ..layers.usage import BUDGET, build_budget, counted_pixels, publish_usage, usage_wanted
 from ..registry import MODELS
 from ..tokens.maps import join_maps, to_map
 from ..tokens.padding import valid_size
@@ -164,16 +164,18 @@ class DGEPVT(TokenBackbone):
             ``out_indices``, or one ``(B, C)`` according to ``out_type``.
         """
         routed = len(self.granularities) > 1
+        measured = routed and usage_wanted(self.budget, self.training)
         valid = valid_size(x) if routed else None
         maps, usages = [], []
         for i, stage in enumerate(self.layers):
-            tokens, cls_token, used = stage(x, valid)
+            tokens, cls_token, used = stage(x, valid, measured)
             usages.append(used)
             x = tokens.permute(0, 3, 1, 2)
             if i in self.out_indices:
                 maps.append(self._output(tokens, cls_token))
-        if routed:
-            publish_usage(usages, self.constant_complexity(valid), self.budget, self.training)
+        if measured:
+            constant = self.constant_complexity(valid, torch.float32)
+            publish_usage(usages, constant, self.budget)
         return join_maps(maps)
 
     def _output(self, tokens: Tensor, cls_token: Tensor) -> Tensor:
@@ -183,18 +185,19 @@ class DGEPVT(TokenBackbone):
             return self.norm(cls_token[:, 0])
         return self.norm(tokens).mean(dim=(1, 2))
 
-    def constant_complexity(self, valid: Tensor) -> Tensor:
+    def constant_complexity(self, valid: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         """What the budget counts beside the blocks: patch embeddings, and a classifier if told so.
 
         Args:
             valid: Sizes of the images, ``(B, 2)``, in pixels.
+            dtype: Of the result.
 
         Returns:
             ``(B,)``.
         """
         if self.budget is None:
             return 0.0
-        pixels = counted_pixels(valid, self.in_channels, self.budget.legacy)
+        pixels = counted_pixels(valid, self.in_channels, self.budget.legacy, dtype)
         dims = self.layers[-1].blocks[0].norm1.normalized_shape[0]
         total = torch.full_like(pixels, dims * self.budget.num_classes)
         for stage in self.layers:

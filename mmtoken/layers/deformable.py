@@ -94,6 +94,34 @@ def _sample(places: Tensor, weights: Tensor, value: Tensor) -> Tensor:
     sides = torch.tensor([width, height], dtype=places.dtype, device=places.device)
     # Token 0 has its centre half a token from the edge, which is at -1.
     places = (2 * places.transpose(0, 1) + 1) / sides - 1
-    sampled = F.grid_sample(value, places.to(value), align_corners=False)
+    sample = F.grid_sample
+    if torch.are_deterministic_algorithms_enabled():
+        sample = _gather_samples  # of the other, torch has no deterministic gradient on a GPU
+    sampled = sample(value, places.to(value), align_corners=False)
     weights = weights.transpose(0, 1)[:, None].to(sampled)
     return (sampled * weights).sum(dim=-1).permute(2, 0, 1).flatten(1)
+
+
+def _gather_samples(value: Tensor, places: Tensor, align_corners: bool) -> Tensor:
+    """``F.grid_sample``, bilinear with zeros outside, written out with ``gather``.
+
+    Args:
+        value: ``(N, d, H, W)``.
+        places: ``(N, Q, points, 2)``, column and row, from -1 to 1.
+        align_corners: Always False: the edges of the outer tokens are -1 and 1, not their centres.
+
+    Returns:
+        ``(N, d, Q, points)``.
+    """
+    height, width = value.shape[-2:]
+    column, row = (((places + 1) * places.new_tensor([width, height]) - 1) / 2).unbind(-1)
+    left, top = column.floor(), row.floor()
+    flat, sampled = value.flatten(2), 0
+    for x in (left, left + 1):
+        for y in (top, top + 1):
+            share = (1 - (column - x).abs()) * (1 - (row - y).abs())
+            share = share * ((x >= 0) & (x < width) & (y >= 0) & (y < height))
+            index = y.clamp(0, height - 1).long() * width + x.clamp(0, width - 1).long()
+            found = flat.gather(2, index.flatten(1)[:, None].expand(-1, flat.shape[1], -1))
+            sampled = sampled + found.unflatten(2, index.shape[1:]) * share[:, None]
+    return sampled

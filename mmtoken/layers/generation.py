@@ -24,9 +24,9 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn as nn
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
+from ..tokens.positions import resample
 from .cross_block import CrossBlock
 from .spatial_pooling import Pooling, SpatialPooling
 
@@ -114,8 +114,7 @@ class RefineLayer(CrossBlock):
         query = semantic
         if self.center_grid is not None:
             grid = tuple(-(-side // self.semantic_size) for side in grid)
-            query = semantic + resample_abs_pos_embed(
-                self.centers, grid, self.center_grid, num_prefix_tokens=0
-            )
+            centers = resample(self.centers, self.center_grid, grid, 'bicubic', True)
+            query = semantic + centers.flatten(1, 2)
         tokens = torch.cat([semantic, image], dim=1)
         return super().forward(query, tokens, initial if self.residual == 'initial' else query)

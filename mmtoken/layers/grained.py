@@ -14,6 +14,7 @@ import torch.nn as nn
 from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import Tensor
 
+from ..tokens.precision import full_precision
 from ..tokens.record import Decision, note_decision
 from ..tokens.regions import (
     CellSet,
@@ -64,7 +65,7 @@ class GrainRouter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C) -> (B, Hr, Wr, K)``, float32 even in mixed precision."""
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             means = pool_cells(x, self.region_size).to(self.gate.weight.dtype)
             return self.gate(means).float()
 
@@ -131,7 +132,11 @@ class GrainedBlock(nn.Module):
             self.router = GrainRouter(embed_dims, len(self.granularities), region_size)
 
     def forward(
-        self, x: Tensor, grid: tuple[int, int], padding: Tensor | None = None
+        self,
+        x: Tensor,
+        grid: tuple[int, int],
+        padding: Tensor | None = None,
+        measured: bool = True,
     ) -> tuple[Tensor, Usage | None]:
         """Update all tokens.
 
@@ -142,9 +147,10 @@ class GrainedBlock(nn.Module):
             padding: Regions that are padding, ``(B, Hr, Wr)``, from
                 :func:`~mmtoken.tokens.padding.padding_regions`: they take the coarsest granularity
                 and do not count.
+            measured: Whether to measure what is used.
 
         Returns:
-            Tokens ``(B, N, C)``, and what was used; None without a router.
+            Tokens ``(B, N, C)``, and what was used; None without a router, or if not measured.
         """
         num_extra = x.shape[1] - grid[0] * grid[1]
         regions = lay_regions(grid, self.granularities, self.region_size, num_extra, x.device)
@@ -157,7 +163,7 @@ class GrainedBlock(nn.Module):
         note_decision(Decision(choice, self.granularities, self.region_size, grid, padding))
         plan = plan_regions(choice, regions)
         mixed = run_block(self.mix, x, gates, plan, recompute=self.with_cp)
-        return mixed, self.measure(gates, regions, padding)
+        return mixed, self.measure(gates, regions, padding) if measured else None
 
     def mix(self, x: Tensor, gates: Tensor, plan: RegionPlan) -> Tensor:
         """The block itself, when choices have been made: ``(B, N, C) -> (B, N, C)``."""
@@ -245,16 +251,18 @@ class GrainedBlock(nn.Module):
         """Count tokens and queries, without padding.
 
         Args:
-            gates: From :func:`~mmtoken.tokens.routing.choose`.
+            gates: From :func:`~mmtoken.tokens.routing.choose`. Counts are of their type; of
+                integers, which have no gradient, float64.
             regions: Of the grid.
             padding: As for :meth:`forward`.
         """
-        counts = regions.num_cells.double()
-        real = torch.ones(len(gates), len(counts), dtype=torch.float64, device=gates.device)
+        gates = gates if gates.is_floating_point() else gates.double()
+        counts = regions.num_cells.to(gates.dtype)
+        real = gates.new_ones(len(gates), len(counts))
         if padding is not None:
-            real = (~padding).flatten(1).double()
+            real = (~padding).flatten(1).to(gates.dtype)
         tokens = regions.num_extra + (real * counts[:, 0]).sum(dim=1)
-        cells = (gates.flatten(1, 2).double() * counts).sum(dim=-1)
+        cells = (gates.flatten(1, 2) * counts).sum(dim=-1)
         queries = regions.num_extra + (real * cells).sum(dim=1)
         static, dynamic = self.complexity(tokens, tokens), self.complexity(tokens, queries)
         return Usage(static, dynamic, tokens, queries)

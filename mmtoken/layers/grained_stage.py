@@ -8,11 +8,11 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor
 
 from ..tokens.padding import padding_regions
+from ..tokens.positions import resample
 from ..tokens.regions import lay_regions
 from .grained import GrainedBlock
 from .stem import PatchStem
@@ -49,17 +49,20 @@ class GrainedStage(nn.Module):
         self.cls_token = nn.Parameter(_small(1, 1, dims)) if cls_token else None
         self.pos_embed = nn.Parameter(_small(1, pos_grid[0] * pos_grid[1] + cls_token, dims))
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor, list[Usage]]:
+    def forward(
+        self, x: Tensor, valid: Tensor | None = None, measured: bool = True
+    ) -> tuple[Tensor, Tensor, list[Usage]]:
         """Run the stage.
 
         Args:
             x: ``(B, in_channels, H, W)``, any H and W.
             valid: Size of each image without padding, from
                 :func:`~mmtoken.tokens.padding.valid_size`; None counts padding like anything else.
+            measured: Whether blocks measure what they use.
 
         Returns:
             Tokens on their grid, ``(B, ceil(H / patch_size), ceil(W / patch_size), C)``, the class
-            token ``(B, 0 or 1, C)``, and what each block with a router used.
+            token ``(B, 0 or 1, C)``, and what each block with a router used, if measured.
         """
         x = self.patch_embed(x)
         grid = (x.shape[1], x.shape[2])
@@ -75,7 +78,7 @@ class GrainedStage(nn.Module):
                     grid, block.granularities, block.region_size, num_extra, x.device
                 )
                 padding = padding_regions(valid, self.stride, regions)
-            x, usage = block(x, grid, padding)
+            x, usage = block(x, grid, padding, measured)
             if usage is not None:
                 usages.append(usage)
         return x[:, num_extra:].unflatten(1, grid), x[:, :num_extra], usages
@@ -83,11 +86,7 @@ class GrainedStage(nn.Module):
 
 def resize_position(position: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Bilinear, as in PVT: ``(1, old rows * columns, C) -> (1, *new, C)``."""
-    position = position.unflatten(1, old)
-    if old == new:
-        return position
-    position = F.interpolate(position.permute(0, 3, 1, 2), size=new, mode='bilinear')
-    return position.permute(0, 2, 3, 1)
+    return resample(position, old, new, 'bilinear', False)
 
 
 def _small(*shape: int) -> Tensor:

@@ -11,6 +11,8 @@ import torch.nn as nn
 from timm.layers import trunc_normal_
 from torch import Tensor
 
+from ..tokens.precision import full_precision
+
 
 class ScaleGate(nn.Module):
     """Scores for the two scales of each region.
@@ -58,6 +60,6 @@ class ScaleGate(nn.Module):
 
         Their softmax is the probability of a coarse token that the paper's sigmoid gives.
         """
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             coarse = self.layers(x.to(self.layers[0].weight.dtype)).float()
         return torch.cat([torch.zeros_like(coarse), coarse], dim=-1)

@@ -35,7 +35,7 @@ class OwnPoolBlock(PoolBlock):
         """Update semantic tokens ``(B, rows * n, columns * n, C)`` from ``x``, ``(B, H, W, C)``."""
         attn, size, grid = self.attn, windows.pooled_size, semantic.shape[1:3]
         own = partition_windows(self.norm1(semantic), size)
-        patches = inner_patches(tuple(x.shape[1:3]), self.key_size, windows.size).to(x.device)
+        patches = inner_patches(tuple(x.shape[1:3]), self.key_size, windows.size, x.device)
         around = attn.kv(self.norm1(x)).flatten(1, 2).index_select(1, patches.flatten())
         around = around.view(-1, patches.shape[1], around.shape[-1])
         keys = torch.cat([attn.kv(own), around], dim=1).chunk(2, dim=-1)
@@ -47,13 +47,16 @@ class OwnPoolBlock(PoolBlock):
 
 
 @cached_plan
-def inner_patches(grid: tuple[int, int], size: int, stride: int) -> Tensor:
+def inner_patches(
+    grid: tuple[int, int], size: int, stride: int, device: torch.device | str = 'cpu'
+) -> Tensor:
     """The patch around each window, moved to lie inside the grid: ``(windows, K)``.
 
     Args:
         grid: ``(H, W)``, in tokens, padding not counted.
         size: Side of a patch, in tokens; on a smaller grid, that grid.
         stride: Side of a window, in tokens.
+        device: Of the tokens.
 
     Returns:
         Indices into the H * W tokens. On 14 x 14 tokens, patches of 10 start at 0 and 4.
@@ -65,7 +68,7 @@ def inner_patches(grid: tuple[int, int], size: int, stride: int) -> Tensor:
         sides.append(start.clamp(0, side - length)[:, None] + torch.arange(length))
     rows, columns = sides
     index = rows[:, None, :, None] * grid[1] + columns[None, :, None, :]
-    return index.flatten(2).flatten(0, 1)
+    return index.flatten(2).flatten(0, 1).to(device)
 
 
 class GlobalReduceBlock(SemanticBlock):

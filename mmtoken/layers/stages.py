@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
-from timm.layers import resample_abs_pos_embed, trunc_normal_
+from timm.layers import trunc_normal_
 from torch import Tensor
 
+from ..tokens.positions import resample
 from .recompute import run_block
 from .semantic import (
     UNIT_DEPTH,
@@ -113,10 +114,9 @@ class SemanticStage(nn.Module):
         if self.semantic_token2 is None:
             return None
         size, pooled_size, _ = self.windows
-        grid = [-(-side // size) * pooled_size for side in grid]
-        old = [CENTER_WINDOWS * pooled_size] * 2
-        centers = resample_abs_pos_embed(self.semantic_token2, grid, old, num_prefix_tokens=0)
-        return centers.unflatten(1, grid)
+        grid = tuple(-(-side // size) * pooled_size for side in grid)
+        old = (CENTER_WINDOWS * pooled_size,) * 2
+        return resample(self.semantic_token2, old, grid, 'bicubic', True)
 
 
 def dense_unit(

@@ -86,7 +86,8 @@ def cell_offsets(side: int, kernel_size: int, device: torch.device, dtype: torch
     cell = torch.arange(side)
     offset = cell[None, :] - cell[:, None] + kernel_size // 2  # (output, input)
     along = (offset[None] == torch.arange(kernel_size)[:, None, None]).to(dtype)
-    places = torch.einsum('kpq,lrs->klprqs', along, along)
+    # (kernel row, kernel column, output row, output column, input row, input column)
+    places = along[:, None, :, None, :, None] * along[None, :, None, :, None, :]
     return places.reshape(kernel_size**2, side**2, side**2).to(device)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -18,19 +19,22 @@ def build_budget(budget: dict | None, granularities: Sequence[int]) -> nn.Module
     return None if budget is None or len(granularities) == 1 else MODELS.build(budget)
 
 
-def counted_pixels(valid: Tensor, in_channels: int, legacy: bool) -> Tensor:
-    """Pixels of each image, as the budget counts them, float64, ``(B,)``.
+def counted_pixels(valid: Tensor, in_channels: int, legacy: bool, dtype: torch.dtype) -> Tensor:
+    """Pixels of each image, as the budget counts them, ``(B,)``.
 
     Args:
         valid: Sizes of the images, ``(B, 2)``, in pixels.
         in_channels: Channels of the images.
         legacy: Count as the release does, which takes channels times height for the area.
+        dtype: Of the result.
     """
-    return in_channels * valid[:, 0].double() if legacy else valid.double().prod(dim=1)
+    return (in_channels * valid[:, 0] if legacy else valid.prod(dim=1)).to(dtype)
 
 
 class Usage(NamedTuple):
-    """What a block needs for each image, in counts of the budget: ``(B,)``, float64.
+    """What a block needs for each image, in counts of the budget: ``(B,)``.
+
+    It is float32 in training, for some devices have no float64: good for shares to seven digits.
 
     Attributes:
         static: Complexity if all tokens were queries.
@@ -45,11 +49,23 @@ class Usage(NamedTuple):
     queries: Tensor
 
 
+def usage_wanted(budget: nn.Module | None, training: bool) -> bool:
+    """Whether a network should measure what its blocks use, for :func:`publish_usage`.
+
+    Args:
+        budget: A :class:`mmtoken.BudgetLoss`, or None.
+        training: Whether the network is in training mode.
+
+    Raises:
+        RuntimeError: It should, but nobody collects losses.
+    """
+    return budget is not None and wanted(training)
+
+
 def publish_usage(
     stages: Sequence[Sequence[Usage]],
     constant: Tensor | float,
-    budget: nn.Module | None,
-    training: bool,
+    budget: nn.Module,
     prefix: str = '',
 ) -> None:
     """Publish the budget loss of a network and how many of its tokens were queries.
@@ -57,12 +73,9 @@ def publish_usage(
     Args:
         stages: Usage of each block of each stage.
         constant: Complexity that does not depend on choices, for each image, ``(B,)``.
-        budget: A :class:`mmtoken.BudgetLoss`; None publishes nothing.
-        training: Whether the network is in training mode.
+        budget: A :class:`mmtoken.BudgetLoss`.
         prefix: In front of the names.
     """
-    if budget is None or not wanted(training):
-        return
     blocks = [usage for stage in stages for usage in stage]
     static = constant + sum(usage.static for usage in blocks)
     dynamic = constant + sum(usage.dynamic for usage in blocks)

@@ -14,6 +14,7 @@ from mmengine.dist import all_gather, get_rank, get_world_size
 from torch import Tensor, nn
 
 from ..registry import MODELS
+from ..tokens.positions import resample
 from .rate import check_open_interval, check_regions
 from .warm_up import WarmUp
 
@@ -208,7 +209,7 @@ class BatchShapingLoss(WarmUp):
         coarse = coarse.to(torch.promote_types(coarse.dtype, torch.float32))
         values, bins, shape = _pool(coarse, real, self.min_samples)
         mean, temperature = (
-            F.interpolate(p[None, None], shape, mode='bilinear', antialias=True).flatten()
+            resample(p.reshape(1, -1, 1), p.shape, shape, 'bilinear', True).flatten()
             for p in self._priors(coarse)
         )
         probability = PRIORS[self.prior](values, mean[bins], temperature[bins])

@@ -56,11 +56,11 @@ class BudgetLoss(WarmUp):
         In distributed training all processes must call it, each with its own images.
 
         Args:
-            static: Cost of each image in the full network, float64, ``(B,)``.
-            dynamic: Cost of each image as routed, float64, ``(B,)``; gradients flow through it.
+            static: Cost of each image in the full network, float32 or float64, ``(B,)``.
+            dynamic: Cost of each image as routed, likewise; gradients flow through it.
 
         Returns:
-            The loss, float32, ``()``, and beta without its graph, float64, ``()``.
+            The loss, float32, ``()``, and beta without its graph, of the inputs' type, ``()``.
 
         Raises:
             ValueError: Unequal shapes.
@@ -70,7 +70,7 @@ class BudgetLoss(WarmUp):
                 'static and dynamic must have one value for each image, got shapes '
                 f'{tuple(static.shape)} and {tuple(dynamic.shape)}'
             )
-        static, dynamic = static.detach().double().sum(), dynamic.double().sum()
+        static, dynamic = static.detach().sum(), dynamic.sum()
         sums = torch.stack([static, dynamic.detach()])
         all_reduce(sums)
         full, used = sums[0].clamp(min=1), sums[1]

@@ -53,8 +53,10 @@ class RateLoss(WarmUp):
             ValueError: Shapes or types other than these.
         """
         real = check_regions(coarse, real)
-        own = coarse.masked_fill(~real, 0).double().sum()
-        sums = torch.stack([own.detach(), real.sum().double()])
+        # Not float64, which some devices lack.
+        coarse = coarse.to(torch.promote_types(coarse.dtype, torch.float32))
+        own = coarse.masked_fill(~real, 0).sum()
+        sums = torch.stack([own.detach(), real.sum().to(own.dtype)])
         all_reduce(sums)
         total, count = sums[0], sums[1].clamp(min=1)
         # The gradient comes from the regions here alone, but for all processes: DDP takes the mean

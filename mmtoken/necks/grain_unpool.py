@@ -12,7 +12,7 @@ from ..checkpoints.module import CheckpointedModule
 from ..layers.grained import GrainedBlock, TrainMode
 from ..layers.init import init_own
 from ..layers.spatial_reduction import SpatialReductionAttention
-from ..layers.usage import BUDGET, build_budget, publish_usage
+from ..layers.usage import BUDGET, build_budget, publish_usage, usage_wanted
 from ..registry import MODELS
 from ..tokens.maps import to_map
 from ..tokens.padding import noted_sizes, padding_regions
@@ -139,18 +139,19 @@ class GrainUnpoolNeck(CheckpointedModule):
             raise ValueError(
                 f'in_channels={self.in_channels} are of {len(self.stages)} maps, got {len(inputs)}'
             )
+        measured = usage_wanted(self.budget, self.training)
         maps, usages = [], []
         for x, blocks in zip(inputs, self.stages, strict=True):
             grid = (x.shape[2], x.shape[3])
             padding = self.find_padding(x, blocks[0])
             tokens, used = x.flatten(2).transpose(1, 2).contiguous(), []
             for block in blocks:
-                tokens, usage = block(tokens, grid, padding)
+                tokens, usage = block(tokens, grid, padding, measured)
                 used.append(usage)
             maps.append(to_map(tokens.unflatten(1, grid)))
             usages.append(used)
-        if self.budget is not None:
-            publish_usage(usages, 0.0, self.budget, self.training, prefix='neck_')
+        if measured:
+            publish_usage(usages, 0.0, self.budget, prefix='neck_')
         return tuple(maps) if self.pyramid is None else self.pyramid(maps)
 
     def find_padding(self, x: Tensor, block: GrainedBlock) -> Tensor | None:

@@ -128,6 +128,9 @@ def mix_all(regions: Regions, batch: int, window: int | None = None) -> Mixture:
     return Mixture(cells, None, None, None, *order_by_windows(cells, window))
 
 
+# Not to be traced: how many tokens there are depends on values, and torch 2.11 cannot carry the
+# result from one graph to the next.
+@torch.compiler.disable
 def mix_scales(
     gates: Tensor, regions: Regions, window: int | None = None, keep_hidden: bool = False
 ) -> Mixture:

@@ -92,8 +92,9 @@ def attend_patches(query: Tensor, key_value: Tensor, hood: Neighbourhood, num_he
     patches = _cut(key_value.permute(0, 3, 1, 2), hood).permute(0, 2, 3, 1).flatten(0, 1)
     key, value = patches.chunk(2, dim=-1)
     hidden = _hidden_keys(hood)
-    bias = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, float('-inf'))
-    bias = bias[:, None, None].repeat(batch, 1, 1, 1).to(query.device)
+    bias = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
+    bias = bias.masked_fill_(hidden.to(query.device), float('-inf'))
+    bias = bias[:, None, None].repeat(batch, 1, 1, 1)
     out = join_heads(attention(*(split_heads(t, num_heads) for t in (windows, key, value)), bias))
     return merge_windows(out.view(-1, hood.query_size**2, channels), hood.query_size, grid)
 
@@ -147,40 +148,143 @@ def plan_groups(
 ) -> tuple[tuple[Group, ...], Tensor]:
     """Deal the windows out into square groups.
 
+    What a group sees is worked out once for all groups that lie alike to the border, of which there
+    are a few in each direction: it is as large as a group, whatever the grid.
+
     Returns:
         The groups, and ``(H * W,)``: where the queries of the grid, row by row, are found in those
         of all groups, one after the other. Cached, and not to be written to.
     """
-    log_count = _count_keys(hood).log().to(dtype)
-    places = window_index(hood.query_grid, hood.query_size)
-    windows = torch.arange(len(places)).view(hood.num_windows)
     side = GROUP_SIDE.get(device.type, GROUP_SIDE['cuda'])
+    rows, columns = (_bands(hood, axis, side) for axis in (0, 1))
+    patterns: dict[tuple, _Pattern] = {}
     groups = []
-    for rows in windows.split(side):
-        for members in rows.split(side, dim=1):
-            groups.append(_group(members.flatten(), places, log_count, hood))
+    for down in rows:
+        for across in columns:
+            alike = down.marks, across.marks, down.queries, across.queries
+            if alike not in patterns:
+                patterns[alike] = _pattern(down, across, hood, device, dtype)
+            groups.append(_group(patterns[alike], down, across, hood))
     order = torch.cat([g.queries for g in groups]).argsort()
-    groups = (Group(*(None if t is None else t.to(device) for t in g)) for g in groups)
+    groups = (g._replace(queries=g.queries.to(device), keys=g.keys.to(device)) for g in groups)
     return tuple(groups), order.to(device)
 
 
-def _group(members: Tensor, places: Tensor, log_count: Tensor, hood: Neighbourhood) -> Group:
-    log_count = log_count[members]
-    keys = log_count.isfinite().any(dim=0).nonzero().flatten()
-    log_count = log_count[:, keys]
-    queries = places[members]
-    real = queries < hood.query_grid[0] * hood.query_grid[1]
-    return Group(queries[real], real.nonzero()[:, 0], keys, log_count if log_count.any() else None)
+class _Band(NamedTuple):
+    """The rows, or the columns, of a group.
+
+    Attributes:
+        first_query: The first row of queries.
+        queries: How many rows of queries, without padding.
+        first_key: The first row of keys that any window's patch reaches; it may lie outside.
+        marks: Of each such row of keys, whether it is real, inside of the padded grid, and among
+            those that the mask is about.
+        real, inside, masked: The same as tensors, ``(K,)``.
+        reached: Which of them the patch of each row of windows has, ``(windows, K)``.
+    """
+
+    first_query: int
+    queries: int
+    first_key: int
+    marks: tuple[tuple[bool, bool, bool], ...]
+    real: Tensor
+    inside: Tensor
+    masked: Tensor
+    reached: Tensor
 
 
-def _count_keys(hood: Neighbourhood) -> Tensor:
-    """How often each window sees each key, the padding last: ``(windows, H * W + 1)``."""
-    height, width = hood.key_grid
-    token = torch.arange(height * width).view(1, height, width)
-    token = F.pad(token, hood.padding, value=height * width)
-    index = _cut(token, hood)[0]
-    count = torch.zeros(index.shape[0], height * width + 1, dtype=torch.float64)
-    return count.scatter_add_(1, index, (~_hidden_keys(hood)).double())
+def _bands(hood: Neighbourhood, axis: int, side: int) -> list[_Band]:
+    """Cut an axis into groups of ``side`` windows."""
+    windows, stride = hood.num_windows[axis], hood.stride
+    before = (hood.size - stride) // 2
+    end, count = windows * stride, hood.hidden[axis]
+    if hood.pad_mask == 'released':
+        count = count or end  # a slice from minus zero is the whole axis
+    bands = []
+    for first in range(0, windows, side):
+        number = min(side, windows - first)
+        start, query = first * stride - before, first * hood.query_size
+        length = (number - 1) * stride + hood.size
+        marks = tuple(
+            (0 <= place < hood.key_grid[axis], 0 <= place < end, place >= end - count)
+            for place in range(start, start + length)
+        )
+        offset = torch.arange(length) - stride * torch.arange(number)[:, None]
+        reached = (offset >= 0) & (offset < hood.size)
+        queries = min(number * hood.query_size, hood.query_grid[axis] - query)
+        bands.append(_Band(query, queries, start, marks, *torch.tensor(marks).T, reached))
+    return bands
+
+
+class _Pattern(NamedTuple):
+    """What groups that lie alike have in common, in rows and columns from their first ones.
+
+    Attributes:
+        query_row, query_column, window: Of each query, ``(Q,)``.
+        key_row, key_column: Of each key but the padding, ``(K,)``.
+        sees_padding: Whether padding is the last key.
+        log_count: As in :class:`Group`, on the device.
+    """
+
+    query_row: Tensor
+    query_column: Tensor
+    window: Tensor
+    key_row: Tensor
+    key_column: Tensor
+    sees_padding: bool
+    log_count: Tensor | None
+
+
+def _pattern(
+    down: _Band, across: _Band, hood: Neighbourhood, device: torch.device, dtype: torch.dtype
+) -> _Pattern:
+    queries = window_index((down.queries, across.queries), hood.query_size)
+    real_query = queries < down.queries * across.queries
+    queries, window = queries[real_query], real_query.nonzero()[:, 0]
+
+    count = _count_keys(down, across, hood)
+    seen = count.any(dim=0)
+    count = count[:, seen]
+    # Not the logarithm of 0, which libraries compute a hundred times more slowly than others.
+    log_count = count.clamp(min=1).double().log().masked_fill_(count == 0, float('-inf'))
+    log_count = log_count.to(dtype)
+    keys, width = seen[:-1].nonzero().flatten(), len(across.marks)
+    return _Pattern(
+        queries // across.queries, queries % across.queries, window.to(device),
+        keys // width, keys % width, bool(seen[-1]),
+        log_count.to(device) if log_count.any() else None,
+    )  # fmt: skip
+
+
+def _count_keys(down: _Band, across: _Band, hood: Neighbourhood) -> Tensor:
+    """How often each window of a group sees each key, the padding last: ``(windows, K + 1)``."""
+    reached = down.reached[:, None, :, None] & across.reached[:, None]
+    reached = reached.flatten(2).flatten(0, 1)  # (windows, K)
+    visible = reached
+    if hood.pad_mask is not None:
+        hidden = ~(down.inside[:, None] & across.inside)
+        if hood.pad_mask == 'released':
+            hidden |= down.masked[:, None] & across.masked
+        else:
+            hidden |= down.masked[:, None] | across.masked
+        visible = reached & ~hidden.flatten()
+        # A softmax in which every key is hidden alike hides none.
+        visible = torch.where(visible.any(dim=1, keepdim=True), visible, reached)
+    real = (down.real[:, None] & across.real).flatten()
+    padding = (visible & ~real).sum(dim=1, keepdim=True)
+    return torch.cat([visible & real, padding], dim=1)
+
+
+def _group(pattern: _Pattern, down: _Band, across: _Band, hood: Neighbourhood) -> Group:
+    """Put a pattern where a group is."""
+    (_, query_width), (height, width) = hood.query_grid, hood.key_grid
+    first_query = down.first_query * query_width + across.first_query
+    queries = pattern.query_row * query_width + pattern.query_column + first_query
+    keys = pattern.key_row * width + pattern.key_column
+    keys = keys + (down.first_key * width + across.first_key)
+    if pattern.sees_padding:
+        keys = F.pad(keys, (0, 1), value=height * width)
+    return Group(queries, pattern.window, keys, pattern.log_count)
 
 
 def _hidden_keys(hood: Neighbourhood) -> Tensor:

@@ -10,6 +10,7 @@ and cells without a token do not exist.
 Source: DGE, arXiv 2301.03831, section 3.2. The released code takes whole regions only.
 """
 
+import warnings
 from collections.abc import Iterator
 from itertools import accumulate
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .plan import cached_plan
 from .tiles import tile_length, works_in_tiles
@@ -109,7 +111,7 @@ def lay_regions(
 def _middles(cells: int, side: int, tokens: int) -> Tensor:
     """Middle of the tokens of each cell along one axis."""
     first = torch.arange(cells) * side
-    return (first + (first + side - 1).clamp(max=tokens - 1)) / 2
+    return (first + (first + side - 1).clamp(max=tokens - 1)).to(torch.float32) / 2
 
 
 class CellSet(NamedTuple):
@@ -209,6 +211,32 @@ class RegionPlan(NamedTuple):
     owner: Tensor
 
 
+TRACE_WARNING = (
+    'this network chooses its tokens by looking at the image (DGE, MSViT): the trace holds the '
+    'choices of the image it was traced with, and is wrong, or fails, for any other. Count '
+    'operations with it, but do not deploy it; to deploy, trace the dense twin, '
+    'mmtoken.dense_twin(config)'
+)
+
+
+def check_concrete(choice: Tensor) -> None:
+    """Refuse choices that have no values yet, and warn of tracers that take them as constant.
+
+    Raises:
+        RuntimeError: The tensor is on the meta device, fake, or transformed by torch.func.
+    """
+    if torch.jit.is_tracing():
+        warnings.warn(TRACE_WARNING, torch.jit.TracerWarning, stacklevel=3)
+    transformed = torch._C._functorch.is_functorch_wrapped_tensor(choice)
+    if choice.is_meta or isinstance(choice, FakeTensor) or transformed:
+        raise RuntimeError(
+            'this network chooses its tokens by looking at the image (DGE, MSViT), which has no '
+            'values here: it can neither be exported (torch.export, the ONNX exporter on top of '
+            'it), nor run on fake tensors, on the meta device or under torch.func. Give it '
+            'images, or take the dense twin, mmtoken.dense_twin(config), which chooses nothing'
+        )
+
+
 # Not to be traced: how many queries there are depends on values.
 @torch.compiler.disable
 def plan_regions(choice: Tensor, regions: Regions) -> RegionPlan:
@@ -217,7 +245,11 @@ def plan_regions(choice: Tensor, regions: Regions) -> RegionPlan:
     Args:
         choice: Index of each region's granularity, ``(B, Hr, Wr)``.
         regions: From :func:`lay_regions`.
+
+    Raises:
+        RuntimeError: See :func:`check_concrete`.
     """
+    check_concrete(choice)
     batch, choice = len(choice), choice.flatten(1)
     extra = torch.ones(batch, regions.num_extra, dtype=torch.bool, device=choice.device)
     chosen = torch.cat([extra, choice[:, regions.region] == regions.level], dim=1)

@@ -114,7 +114,8 @@ class RoutingOverride:
         """
         draw = self._draw_coarse if self.kind == 'coarse_ratio' else self._draw_queries
         ratios = islice(cycle(self.ratios), batch)
-        return torch.stack([draw(counts.cpu(), ratio) for ratio in ratios])
+        with torch.device('cpu'):  # where the generator is
+            return torch.stack([draw(counts.cpu(), ratio) for ratio in ratios])
 
     def _draw_coarse(self, counts: Tensor, ratio: float) -> Tensor:
         """Take the last choice in ``ratio`` of the regions, the first in all others."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .attention import attention
+from .plan import runs_eagerly
 from .reference import on_reference_path
 
 Sharing = Literal['auto', 'map', 'query_key']
@@ -77,9 +78,7 @@ def shared_attention(
         return attention(query, key, value), SharedPair(query, key)
     if training or query.device.type != 'cpu':
         return shared_attention_reference(query, key, value)
-    shape, dtype = (*query.shape[:3], query.shape[2]), query.dtype
-    weights = kept_memory(shape, dtype) if overwrite else torch.empty(shape, dtype=dtype)
-    return _write_map(query, key, value, weights)
+    return _write_map(query, key, value, overwrite)
 
 
 def shared_attention_reference(
@@ -105,10 +104,14 @@ def keeps_map(sharing: Sharing, length: int, device: torch.device, training: boo
 
 @torch.compiler.disable  # which cannot trace products that are written into strided memory
 def _write_map(
-    query: Tensor, key: Tensor, value: Tensor, weights: Tensor
+    query: Tensor, key: Tensor, value: Tensor, overwrite: bool
 ) -> tuple[Tensor, SharedMap]:
     """Scores, softmax and the product with values, as many rows at a time as stay in the cache."""
+    if not runs_eagerly():
+        return shared_attention_reference(query, key, value)
     batch, heads, length, dims = query.shape
+    shape, dtype = (batch, heads, length, length), query.dtype
+    weights = kept_memory(shape, dtype) if overwrite else query.new_empty(shape)
     # Laid out as the projection behind it wants: heads side by side
     out = value.new_empty(batch, length, heads, dims).transpose(1, 2)
     step = max(1, TILE_ELEMENTS // (min(length, TILE_ROWS) * length))
@@ -136,7 +139,7 @@ def kept_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     buffer = getattr(_kept, 'buffer', None)
     if buffer is None or buffer.dtype != dtype or buffer.numel() < size:
         with torch.inference_mode(False):
-            buffer = torch.empty(size, dtype=dtype)
+            buffer = torch.empty(size, dtype=dtype, device='cpu')
         kept = size * dtype.itemsize <= KEPT_BUFFER_BYTES
         _kept.buffer = buffer if kept else None
     return buffer[:size].view(shape)

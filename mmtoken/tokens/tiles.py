@@ -34,7 +34,9 @@ def works_in_tiles(x: Tensor, training: bool) -> bool:
         training: Whether the computation has random parts, or parts that depend on the batch.
     """
     inference = not training and not torch.is_grad_enabled()
-    return inference and x.device.type == 'cpu' and not on_reference_path()
+    # A trace would hold the tiles of one image size and batch, thousands of small operations.
+    traced = torch.jit.is_tracing()
+    return inference and x.device.type == 'cpu' and not (traced or on_reference_path())
 
 
 def tokenwise(function: Callable[..., Tensor], *tensors: Tensor, training: bool) -> Tensor:
@@ -109,16 +111,15 @@ def plan_window_tiles(
     num_tokens = grid[0] * grid[1]
     index = window_index(grid, size, shift)
     whole = (index < num_tokens).all(dim=1)
-    apart = torch.zeros(len(index), 1, 1, 1, dtype=torch.bool)
-    if shift:
-        apart = tokens_apart(grid, size, shift)
-    inner = whole & ~apart.flatten(1).any(dim=1)
+    apart = tokens_apart(grid, size, shift) if shift else None
+    inner = whole if apart is None else whole & (apart.window == 0)
     tiles = []
     for windows in (inner.nonzero().flatten(), (~inner).nonzero().flatten()):
         image = torch.arange(batch).repeat_interleave(len(windows))
         windows = windows.repeat(batch)
         for i, w in _chunks(image, windows, step=max(1, length // size**2)):
-            tiles.append(_tile(index[w], i, num_tokens, apart[w] if shift else None))
+            hidden = None if apart is None else apart.patterns[apart.window[w]]
+            tiles.append(_tile(index[w], i, num_tokens, hidden))
     return tuple(tiles)
 
 

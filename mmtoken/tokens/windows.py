@@ -3,6 +3,8 @@
 Source: Swin Transformer, arXiv 2103.14030, section 3.2.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -99,25 +101,34 @@ def window_index(grid: tuple[int, int], size: int, shift: int = 0) -> Tensor:
     return partition_windows(token[None, :, :, None], size).squeeze(-1)
 
 
-def tokens_apart(grid: tuple[int, int], size: int, shift: int) -> Tensor:
-    """Which tokens of a window only a cyclic shift brought together, and must not attend.
+class Apart(NamedTuple):
+    """Which tokens only a cyclic shift brought together in a window, and must not attend.
 
-    Arguments as in :func:`window_index`.
+    Only the windows in the last row or column hold such tokens, so there are four patterns.
 
-    Returns:
-        ``(windows, 1, L, L)`` with ``L = size * size``, True between such tokens.
+    Attributes:
+        patterns: ``(4, 1, L, L)`` with ``L = size * size``, True between such tokens; none in the
+            first.
+        window: The pattern of each window, row by row, ``(windows,)``.
     """
-    height, width = (side + -side % size for side in grid)
-    region = torch.zeros(1, height, width, 1)
-    spans = (slice(0, -size), slice(-size, -shift), slice(-shift, None))
-    for i, rows in enumerate(spans):
-        for j, columns in enumerate(spans):
-            region[:, rows, columns] = 3 * i + j
-    region = partition_windows(region, size).squeeze(-1)
-    return (region.unsqueeze(1) != region.unsqueeze(2)).unsqueeze(1)
+
+    patterns: Tensor
+    window: Tensor
 
 
-@cached_plan
+def tokens_apart(grid: tuple[int, int], size: int, shift: int) -> Apart:
+    """Arguments as in :func:`window_index`; the shift is not 0."""
+    beyond = torch.arange(size) >= size - shift  # the seam, in a window that holds one
+    part = torch.stack([torch.zeros_like(beyond), beyond]).long()
+    # (row pattern, column pattern, row, column)
+    region = 2 * part[:, None, :, None] + part[None, :, None, :]
+    region = region.view(4, size * size)
+    rows, columns = (-(-side // size) for side in grid)
+    last_row, last_column = (torch.arange(n) == n - 1 for n in (rows, columns))
+    window = 2 * last_row[:, None].long() + last_column.long()
+    return Apart((region[:, None, :, None] != region[:, None, None, :]), window.flatten())
+
+
 def shifted_window_mask(
     grid: tuple[int, int], size: int, shift: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
@@ -130,5 +141,16 @@ def shifted_window_mask(
     Returns:
         ``(windows, 1, L, L)`` with ``L = size * size``; 0 or minus infinity.
     """
+    patterns, window = plan_mask(grid, size, shift, device, dtype)
+    return patterns.index_select(0, window)
+
+
+@cached_plan
+def plan_mask(
+    grid: tuple[int, int], size: int, shift: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The patterns of :func:`shifted_window_mask`, ``(4, 1, L, L)``, and that of each window."""
     apart = tokens_apart(grid, size, shift)
-    return torch.zeros(apart.shape, dtype=dtype).masked_fill_(apart, float('-inf')).to(device)
+    mask = torch.zeros(apart.patterns.shape, dtype=dtype)
+    mask.masked_fill_(apart.patterns, float('-inf'))
+    return mask.to(device), apart.window.to(device)

@@ -3,9 +3,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from mmtoken.layers.deformable import OFFSET_GRADIENT, DeformableAttention
+from mmtoken.layers.deformable import OFFSET_GRADIENT, DeformableAttention, _gather_samples
 from mmtoken.layers.grained import GrainedBlock
 from mmtoken.tokens.regions import all_cells, lay_regions, plan_regions, pool_regions
 
@@ -117,3 +118,15 @@ def test_complexity_is_that_of_its_parts():
     assert attn.complexity(ten, zero).item() == 10 * 8 * 8
     projections = 8 * 8 + 8 * (2 * 3 * 2) + 8 * (2 * 3)
     assert attn.complexity(zero, ten).item() == 10 * (projections + 5 * 8 * 3)
+
+
+@pytest.mark.parametrize('grid', [(5, 7), (1, 1)])
+def test_deterministic_sampling_is_grid_sample(grid):
+    value = torch.randn(3, 4, *grid, dtype=torch.float64, requires_grad=True)
+    places = torch.empty(3, 11, 2, 2, dtype=torch.float64).uniform_(-1.6, 1.6).requires_grad_()
+    results = []
+    for sample in (F.grid_sample, _gather_samples):
+        out = sample(value, places, align_corners=False)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), (value, places))])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)

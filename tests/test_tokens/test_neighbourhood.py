@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from mmtoken.tokens import neighbourhood
 from mmtoken.tokens.neighbourhood import Neighbourhood, attend_groups, attend_patches, plan_groups
+from mmtoken.tokens.plan import PLANS
+from mmtoken.tokens.windows import window_index
 
 MASKS = ['released', 'exact', None]
 CPU = torch.device('cpu')
@@ -94,9 +96,9 @@ def test_forms_equal_the_definition(hood, side):
     torch.testing.assert_close(patches, expected, atol=1e-9, rtol=1e-9)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(neighbourhood.GROUP_SIDE, 'cpu', side)
-        plan_groups.cache_clear()
+        PLANS.clear()  # the side of groups is no part of their keys
         groups = attend_groups(query, append(tokens, padding), hood, 2)
-    plan_groups.cache_clear()
+    PLANS.clear()
     torch.testing.assert_close(groups, expected, atol=1e-9, rtol=1e-9)
 
 
@@ -130,7 +132,52 @@ def test_released_mask_of_an_unpadded_grid_hides_nothing():
     assert 14 * 14 in released.keys and 14 * 14 not in exact.keys
 
 
-def test_plans_are_cached_and_bounded():
+def plan_from_all_windows(hood, side, dtype):
+    """Groups from a count of every key in every window, whose memory is their product."""
+    height, width = hood.key_grid
+    token = F.pad(torch.arange(height * width).view(1, height, width), hood.padding, value=-1)
+    index = neighbourhood._cut(token, hood)[0] % (height * width + 1)
+    visible = (~neighbourhood._hidden_keys(hood)).double()
+    count = torch.zeros(len(index), height * width + 1, dtype=torch.float64)
+    log_count = count.scatter_add_(1, index, visible).log().to(dtype)
+    places = window_index(hood.query_grid, hood.query_size)
+    for rows in torch.arange(len(places)).view(hood.num_windows).split(side):
+        for members in rows.split(side, dim=1):
+            log = log_count[members.flatten()]
+            keys = log.isfinite().any(dim=0).nonzero().flatten()
+            queries = places[members.flatten()]
+            real = queries < hood.query_grid[0] * hood.query_grid[1]
+            log = log[:, keys] if log[:, keys].any() else None
+            yield queries[real], real.nonzero()[:, 0], keys, log
+
+
+@settings(max_examples=60, deadline=None)
+@given(hood=hoods, side=st.sampled_from([1, 2, 3, 8]))
+def test_plans_equal_those_from_all_windows(hood, side):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(neighbourhood.GROUP_SIDE, 'cpu', side)
+        PLANS.clear()
+        groups, order = plan_groups(hood, CPU, torch.float32)
+    PLANS.clear()
+    expected = list(plan_from_all_windows(hood, side, torch.float32))
+    assert len(groups) == len(expected)
+    for ours, theirs in zip(groups, expected, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert (one is None) == (other is None)
+            assert one is None or (torch.equal(one, other) and one.dtype == other.dtype)
+    assert torch.equal(order, torch.cat([g.queries for g in groups]).argsort())
+
+
+def test_alike_groups_share_their_counts():
+    """At 3648 x 5472 pixels; as one table of windows and keys it would be 1 GB."""
+    grid, pooled = (228, 342), (99, 147)
+    hood = Neighbourhood(pooled, 3, grid, 7, 21, (3, 1), 'released')
+    groups, _ = plan_groups(hood, CPU, torch.float32)
+    tables = {g.log_count.data_ptr() for g in groups if g.log_count is not None}
+    assert len(groups) > 400 and len(tables) < 20
+    assert PLANS.nbytes()[CPU] < 8 * 2**20
+
+
+def test_plans_are_cached():
     hood = Neighbourhood((6, 6), 3, (14, 14), 7, 14, (0, 0), 'exact')
     assert plan_groups(hood, CPU, torch.float32) is plan_groups(hood, CPU, torch.float32)
-    assert plan_groups.cache_info().maxsize is not None

@@ -9,6 +9,7 @@ from mmtoken.tokens.windows import (
     pad_to_windows,
     partition_windows,
     shifted_window_mask,
+    tokens_apart,
     window_index,
 )
 
@@ -56,3 +57,18 @@ def test_shifted_mask_separates_what_the_shift_joined():
     rolled = partition_windows(place.roll((-shift, -shift), (1, 2)), size)
     near = ((rolled[:, :, None] - rolled[:, None]).abs() < size).all(-1)
     assert torch.equal(mask[:, 0] == 0, near)
+
+
+@settings(max_examples=30, deadline=None)
+@given(height=sides, width=sides, size=st.integers(2, 8), data=st.data())
+def test_four_patterns_make_the_masks_of_all_windows(height, width, size, data):
+    shift = data.draw(st.integers(1, size - 1))
+    region = pad_to_windows(torch.zeros(1, height, width, 1), size)
+    spans = (slice(0, -size), slice(-size, -shift), slice(-shift, None))
+    for i, rows in enumerate(spans):
+        for j, columns in enumerate(spans):
+            region[:, rows, columns] = 3 * i + j
+    region = partition_windows(region, size).squeeze(-1)
+    expected = (region[:, None] != region[:, :, None]).unsqueeze(1)
+    patterns, window = tokens_apart((height, width), size, shift)
+    assert len(patterns) == 4 and torch.equal(patterns[window], expected)
