@@ -183,6 +183,7 @@ def _count_keys(hood: Neighbourhood) -> Tensor:
     return count.scatter_add_(1, index, (~_hidden_keys(hood)).double())
 
 
+@cached_plan
 def _hidden_keys(hood: Neighbourhood) -> Tensor:
     """Which places of its patch a window must not attend to: ``(windows, size * size)``."""
     rows, columns = (n * hood.stride for n in hood.num_windows)
