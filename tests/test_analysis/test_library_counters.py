@@ -1,14 +1,22 @@
 """What MMEngine's counter of operations, behind the libraries' ``get_flops.py``, says of ours."""
 
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import mmseg
 import pytest
 import torch
 from mmengine.analysis import FlopAnalyzer, get_model_complexity_info
 
 import mmtoken
 from mmtoken.analysis import count_macs, dense_twin
+from mmtoken.analysis.subject import load_config, make_subject
 from mmtoken.registry import MODELS
 from mmtoken.tokens.reference import reference_path
 
+CONFIGS = Path(__file__).resolve().parent.parent.parent / 'configs' / 'shapes'
 SWIN = dict(embed_dims=16, depths=(2, 1, 6, 1), num_heads=(1, 2, 2, 4))
 VIT = dict(embed_dims=32, num_layers=4, num_heads=2, feedforward_channels=48)
 DPVT = dict(
@@ -118,3 +126,24 @@ def test_a_traced_network_computes_the_same(cfg, grad):
         other = images(1, 75, 101)
         for a, b in zip(traced(other), model(other), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def run_stock_tool(config, monkeypatch):
+    """mmseg's ``get_flops.py`` on one of our configs."""
+    tool = Path(mmseg.__file__).parent / '.mim' / 'tools' / 'analysis_tools' / 'get_flops.py'
+    arguments = [str(tool), str(CONFIGS / config), '--shape', '128', '128']
+    monkeypatch.setattr(sys, 'argv', arguments)
+    runpy.run_path(str(tool), run_name='__main__')
+
+
+def test_stock_tool_counts(monkeypatch, capsys):
+    config = 'upernet_stvit-r-swin-nano_1xb16-750i_shapes-128x128.py'
+    run_stock_tool(config, monkeypatch)
+    flops = float(re.search(r'Flops: (\S+)G', capsys.readouterr().out)[1])
+    network = make_subject(load_config(CONFIGS / config), 'model').build()
+    assert flops == pytest.approx(ours(network, images(1, 128, 128)) / 1e9, rel=0.02)
+
+
+def test_stock_tool_is_refused(monkeypatch):
+    with pytest.raises(RuntimeError, match='flops.py CONFIG --query-ratio'):
+        run_stock_tool('fpn_dge-pvt-nano_1xb16-300i_shapes-128x128.py', monkeypatch)
