@@ -34,7 +34,7 @@ def test_what_is_no_config(suffix, tmp_path, monkeypatch):
 
     folder = tmp_path / f'folder{suffix}'
     folder.mkdir()
-    for given, words in ((folder, 'this is a folder'), (tmp_path / f'none{suffix}', 'no config')):
+    for given, words in ((folder, 'this is a folder'), (tmp_path / f'none{suffix}', 'none')):
         monkeypatch.setattr(sys, 'argv', ['test.py', str(given), 'epoch_1.pth'])
         with pytest.raises(SystemExit, match=f'^test.py: no config file .*{words}'):
             main('test')
