@@ -105,14 +105,14 @@ def _convert(args: argparse.Namespace) -> tuple[dict[str, Tensor], Report]:
 
 def _build_backbone(path: str) -> nn.Module:
     """The backbone of a config, without values: names and shapes are all that is asked of it."""
-    from mmengine.config import Config
-
+    from mmtoken.analysis.twin import our_class
+    from mmtoken.library import read_config
     from mmtoken.registry import MODELS
 
     try:
-        model = Config.fromfile(path).get('model')
+        model = read_config(path).get('model')
         backbone = dict(model.get('backbone', model) if model else {})
-        if str(backbone.get('type')).startswith('mmtoken.'):
+        if our_class(backbone) is not None:
             backbone.pop('init_cfg', None)
             with torch.device('meta'):
                 return MODELS.build(backbone)
@@ -121,7 +121,7 @@ def _build_backbone(path: str) -> nn.Module:
     except Exception as error:  # configs are programs
         raise ValueError(f'{path} gives no backbone: {error}') from error
     raise ValueError(
-        f'{path} has no backbone of ours, whose type begins with mmtoken.; it has '
+        f'{path} has no backbone of ours, whose type is mmtoken.NAME or its class; it has '
         f'{backbone.get("type")}'
     )
 

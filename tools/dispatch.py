@@ -1,15 +1,16 @@
-"""Run a stock tool of mmdet, mmseg or mmpretrain on a config, by its ``default_scope``."""
+"""Run a stock tool of mmdet, mmseg or mmpretrain on a config, whichever it is written for."""
 
 import runpy
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
+CONFIG_SUFFIXES = ('.py', '.json', '.yaml', '.yml')
 USAGE = """\
 usage: python tools/{tool}.py CONFIG {arguments}[options]
 
-Runs the {tool}.py of mmdet, mmseg or mmpretrain, whichever the config's `default_scope` names.
+Runs the {tool}.py of mmdet, mmseg or mmpretrain, whichever the config's `default_scope` names, or
+without one the class of its model.
 All arguments are passed on as they are. The usual options:
 
   --work-dir DIR           where logs and checkpoints go (default: work_dirs/NAME_OF_CONFIG)
@@ -35,32 +36,34 @@ OPTIONS = dict(
 
 def main(tool: str) -> None:
     """Run ``tool`` ('train' or 'test') with this process's arguments."""
-    config = find_config(sys.argv[1:])
+    arguments = sys.argv[1:]
+    config = find_config(arguments)
     if config is None:
+        wanted = {'-h', '--help'} & set(arguments)
+        if arguments and not wanted and not arguments[0].startswith('-'):
+            sys.exit(f'{tool}.py: {no_config(arguments[0])}')
         print(USAGE.format(tool=tool, arguments=ARGUMENTS[tool], options=OPTIONS[tool]))
-        sys.exit(0 if {'-h', '--help'} & set(sys.argv) else 2)
-    if not Path(config).is_file():
-        sys.exit(f'{tool}.py: no config file {config}')
-    runpy.run_path(stock_tool(library_of(config), f'{tool}.py'), run_name='__main__')
+        sys.exit(0 if wanted else 2)
+    # First of all mmtoken, so that the config may inherit from mmtoken:: configs.
+    from mmtoken.library import library_of, read_config
+
+    try:
+        library = library_of(read_config(config))
+    except (OSError, ValueError) as error:
+        sys.exit(f'{tool}.py: {error}')
+    runpy.run_path(stock_tool(library, f'{tool}.py'), run_name='__main__')
 
 
 def find_config(arguments: list[str]) -> str | None:
     """The first argument that names a config file."""
-    return next((a for a in arguments if a.endswith(('.py', '.json', '.yaml', '.yml'))), None)
+    return next((a for a in arguments if a.endswith(CONFIG_SUFFIXES)), None)
 
 
-def library_of(config: str) -> str:
-    """The library whose tools a config is written for.
-
-    Raises:
-        SystemExit: If the config does not say.
-    """
-    from mmengine.config import Config
-
-    scope = Config.fromfile(config).get('default_scope')
-    if scope not in LIBRARIES:
-        sys.exit(f'{config}: default_scope is {scope!r}; it must be one of {", ".join(LIBRARIES)}')
-    return scope
+def no_config(argument: str) -> str:
+    """Say why an argument is no config file."""
+    if Path(argument).is_dir():
+        return f'no config file {argument}: this is a folder; give a file in it'
+    return f'no config file {argument}; their names end in {", ".join(CONFIG_SUFFIXES)}'
 
 
 def stock_tool(library: str, name: str) -> str:

@@ -76,10 +76,12 @@ def compare(
     """
     torch.set_num_threads(setting.threads)
     device = setting.device
-    images = make_images(setting.batch_size, setting.shape, setting.dtype, device)
     costs, steps = {}, {}
     for name, subject in subjects.items():
         network = subject.build().to(device)
+        images = make_images(
+            setting.batch_size, setting.shape, setting.dtype, device, subject.in_channels
+        )
         inside = subject.overriding
         costs[name] = measure_cost(
             network, images.float(), batch_size=setting.batch_size, inside=inside

@@ -65,7 +65,9 @@ def _measure_peak(
     torch.set_num_threads(threads)
     network, cpu = subject.build(), torch.device('cpu')
     small = tuple(min(side, WARM_UP_SIDE) for side in shape)
-    images = [make_images(batch_size, sides, dtype, cpu) for sides in (small, shape)]
+    images = [
+        make_images(batch_size, sides, dtype, cpu, subject.in_channels) for sides in (small, shape)
+    ]
     warm_up, step = (
         make_step(network, x, train, mixed=subject.mixed, inside=subject.overriding) for x in images
     )

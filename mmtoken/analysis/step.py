@@ -11,11 +11,15 @@ from ..tokens.sink import token_losses
 
 
 def make_images(
-    batch_size: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    batch_size: int,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    channels: int = 3,
 ) -> Tensor:
-    """Noise, the same at every call: ``(batch_size, 3, *shape)``."""
+    """Noise, the same at every call: ``(batch_size, channels, *shape)``."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(batch_size, 3, *shape, generator=generator).to(device, dtype)
+    return torch.randn(batch_size, channels, *shape, generator=generator).to(device, dtype)
 
 
 def make_step(
@@ -35,7 +39,7 @@ def make_step(
 
     Args:
         network: A network on the device of the images; it is changed in place.
-        images: ``(B, 3, H, W)``.
+        images: ``(B, C, H, W)``.
         train: A training step instead of a forward pass.
         compiled: Through ``torch.compile``.
         mixed: Run forward passes in automatic mixed precision too, for networks that make float32

@@ -1,5 +1,6 @@
 """What is measured: a backbone or a whole model of a config, its twin and its peer."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,9 +13,10 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.utils import import_modules_from_strings
 from torch import Tensor, nn
 
+from ..library import library_of, read_config
 from ..tokens.routing import routing_override
 from .peers import peer_config
-from .twin import dense_twin, find_backbone, find_sparse, our_class
+from .twin import dense_twin, find_backbone, find_sparse, mappings, our_class
 
 Part = Literal['backbone', 'model']
 DEFAULT_SHAPES = dict(mmdet=(800, 1280), mmseg=(512, 512), mmpretrain=(224, 224))
@@ -47,23 +49,50 @@ class Subject:
         """Whether half precision needs ``torch.autocast``: all but backbones of ours do."""
         return self.part == 'model' or our_class(self.cfg['backbone']) is None
 
+    @property
+    def in_channels(self) -> int:
+        """Channels of the images that it takes."""
+        return image_channels(self.cfg)
+
     def overriding(self) -> AbstractContextManager:
         """The context to run it in; each time it is entered layouts are drawn anew, the same."""
         return routing_override(**self.routing) if self.routing else nullcontext()
 
     def build(self) -> nn.Module:
-        """The network, with random weights, in eval mode: ``(B, 3, H, W)`` to its outputs."""
+        """The network, with random weights, in eval mode: ``(B, C, H, W)`` to its outputs.
+
+        Raises:
+            ValueError: It cannot be built; the message says why.
+        """
         if self.imports:
             import_modules_from_strings(**self.imports)
         init_default_scope(self.scope)
         torch.manual_seed(0)
         cfg = ConfigDict(self.cfg)
-        if self.part == 'backbone':
-            network = MODELS.build(cfg.backbone)
-        else:
-            network = RawOutputs(revert_sync_batchnorm(MODELS.build(cfg)), self.scope)
+        network = build_model(cfg.backbone if self.part == 'backbone' else cfg)
+        if self.part == 'model':
+            network = RawOutputs(revert_sync_batchnorm(network), self.scope)
         network.eval()  # some backbones of mmdet return None
         return network
+
+
+def image_channels(model: Mapping) -> int:
+    """Channels of the images that the backbone of a model's config takes."""
+    backbones = (part.get('backbone') for part in mappings(model))
+    backbone = next((b for b in backbones if isinstance(b, Mapping)), {})
+    return backbone.get('in_channels', 3)
+
+
+def build_model(cfg: ConfigDict) -> nn.Module:
+    """A model or a part of one, by the scope in force.
+
+    Raises:
+        ValueError: It cannot be built; the message says why.
+    """
+    try:
+        return MODELS.build(cfg)
+    except Exception as error:  # of whatever a library thinks of a user's arguments
+        raise ValueError(f'{cfg.get("type")} cannot be built: {error}') from error
 
 
 class RawOutputs(nn.Module):
@@ -75,7 +104,7 @@ class RawOutputs(nn.Module):
         self.scope = scope
 
     def forward(self, x: Tensor):
-        """``(B, 3, H, W)`` to whatever the model's heads return."""
+        """``(B, C, H, W)`` to whatever the model's heads return."""
         return self.model(x, self._samples(x), mode='tensor')
 
     def _samples(self, x: Tensor) -> list | None:
@@ -92,20 +121,14 @@ class RawOutputs(nn.Module):
 
 
 def load_config(path: str | Path) -> Config:
-    """Read a config of mmdet, mmseg or mmpretrain.
+    """Read a config of mmdet, mmseg or mmpretrain; its ``default_scope`` is then set.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is not of one of these libraries, or has no model.
+        ValueError: It cannot be read, is not of one of these libraries, or has no model.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'no config file {path}')
-    cfg = Config.fromfile(path)
-    scope = cfg.get('default_scope')
-    if scope not in DEFAULT_SHAPES:
-        raise ValueError(
-            f'{path}: default_scope is {scope!r}; it must be one of {", ".join(DEFAULT_SHAPES)}'
-        )
+    cfg = read_config(path)
+    cfg.default_scope = library_of(cfg)
     if 'model' not in cfg:
         raise ValueError(f'{path}: a config needs a `model`; this one has none')
     return cfg
@@ -121,7 +144,7 @@ def make_subject(cfg: Config, part: Part, routing: dict | None = None) -> Subjec
     # Alone it hands out maps: its twin's are compared with what would else be left to a neck.
     if part == 'backbone' and backbone.get('out_type') == 'tokens':
         backbone = dict(backbone, out_type='map')
-    name = str(backbone['type']).rpartition('.')[2]
+    name = our_class(backbone).__name__
     return replace(_subject(cfg, part, backbone, name), routing=routing or {})
 
 
@@ -172,7 +195,7 @@ def default_shape(cfg: Config) -> tuple[int, int]:
     size = (cfg.model.get('data_preprocessor') or {}).get('size')
     if size:
         return tuple(size)
-    for transform in reversed(_test_pipeline(cfg)):
+    for transform in reversed(test_pipeline(cfg)):
         crop, scale = transform.get('crop_size'), transform.get('scale')
         if crop:
             return (crop, crop) if isinstance(crop, int) else tuple(crop)
@@ -184,7 +207,8 @@ def default_shape(cfg: Config) -> tuple[int, int]:
     return DEFAULT_SHAPES[cfg.default_scope]
 
 
-def _test_pipeline(cfg: Config) -> list[dict]:
+def test_pipeline(cfg: Config) -> list[dict]:
+    """The transforms of the data set that a config tests on; none if it has none."""
     dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
     while 'pipeline' not in dataset and 'dataset' in dataset:
         dataset = dataset['dataset']

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 from mmengine.config import Config
+from mmengine.utils import get_object_from_string
 
 from ..backbones.base import TokenBackbone
 from ..registry import MODELS
 
-TOKEN_HOOKS = ('TokenLossHook', 'TokenMapHook')
+TOKEN_HOOK = 'TokenLossHook'
 Cfg = TypeVar('Cfg', dict, Config)
 
 
@@ -24,12 +25,12 @@ def dense_twin(cfg: Cfg) -> Cfg:
 
     Args:
         cfg: Config of a backbone or a neck, config of a model (which holds one, at any depth), or
-            a whole ``Config``.
+            a whole ``Config``; types are names or classes.
 
     Returns:
         A changed deep copy: backbones and necks of ours compute densely and hand out maps, necks
-        that restore tokens give way to necks that take maps, and a ``Config`` loses the hooks for
-        token losses and token maps. A dense twin comes back as it is.
+        that restore tokens give way to necks that take maps, and a ``Config`` loses the hook for
+        token losses. A dense twin comes back as it is.
 
     Raises:
         TypeError: ``cfg`` is no mapping.
@@ -71,11 +72,11 @@ def find_sparse(cfg: dict) -> dict:
 
 
 def _first(cfg: dict, kind: str, base: type) -> dict:
-    for part in _mappings(cfg):
+    for part in mappings(cfg):
         cls = our_class(part)
         if hasattr(cls, 'twin_args') and issubclass(cls, base):
             return part
-    models = [model for model in _mappings(cfg) if isinstance(model.get('backbone'), Mapping)]
+    models = [model for model in mappings(cfg) if isinstance(model.get('backbone'), Mapping)]
     given = [model['backbone'].get('type') for model in models] or [cfg.get('type')]
     raise ValueError(
         f'no {kind} of mmtoken is in this config, only {", ".join(map(repr, given))}; '
@@ -85,7 +86,7 @@ def _first(cfg: dict, kind: str, base: type) -> dict:
 
 def _make_dense(cfg: dict) -> None:
     find_sparse(cfg)  # there must be one
-    for part in list(_mappings(cfg)):
+    for part in list(mappings(cfg)):
         cls = our_class(part)
         if hasattr(cls, 'twin_args'):
             part.update(cls.twin_args)
@@ -109,26 +110,38 @@ def known_parts(base: type = TokenBackbone) -> list[str]:
 
 
 def our_class(cfg: Mapping) -> type | None:
-    """The class that a config names under ``type``, if it is one of ours; else None."""
+    """The class that a config has under ``type``, if it is one of ours or inherits from it.
+
+    Args:
+        cfg: With a class, its name with or without the prefix ``mmtoken.``, or the path to import
+            it from, which MMEngine writes in place of classes; or with something else.
+
+    Returns:
+        The class; None if it is not ours.
+    """
     given = cfg.get('type')
     MODELS.import_from_location()
-    if isinstance(given, type):
-        return given if given in MODELS.module_dict.values() else None
-    return MODELS.module_dict.get(str(given).removeprefix(f'{MODELS.scope}.'))
+    if isinstance(given, str):
+        name = given.removeprefix(f'{MODELS.scope}.')
+        if name in MODELS.module_dict or name == given or '.' not in name:
+            return MODELS.module_dict.get(name)
+        given = get_object_from_string(given)
+    ours = tuple(MODELS.module_dict.values())
+    return given if isinstance(given, type) and issubclass(given, ours) else None
 
 
-def _mappings(node) -> Iterator[dict]:
-    """A config and all mappings inside, outermost first."""
+def mappings(node) -> Iterator[dict]:
+    """A config and all mappings inside it, outermost first."""
     if isinstance(node, Mapping):
         yield node
         node = list(node.values())
     if isinstance(node, (list, tuple)):
         for child in node:
-            yield from _mappings(child)
+            yield from mappings(child)
 
 
 def _is_token_hook(hook: object) -> bool:
-    """Whether a config names, by type or by class, one of :data:`TOKEN_HOOKS`."""
+    """Whether a config names, by type or by class, the hook for token losses."""
     given = hook.get('type') if isinstance(hook, Mapping) else type(hook)
     name = given.__name__ if isinstance(given, type) else str(given).rpartition('.')[2]
-    return name in TOKEN_HOOKS
+    return name == TOKEN_HOOK

@@ -9,14 +9,16 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import init_default_scope
 from mmengine.runner import Runner, load_checkpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..engine.image_sizes import follow_image_sizes
 from ..tokens.record import Decision, record_routing
+from .subject import build_model, image_channels, test_pipeline
 
+LEEWAY = 5  # of values that were normalised and back, or resized, beside those of 8-bit images
 RGB_FLAGS = ('_channel_conversion', 'channel_conversion', 'to_rgb')
 
 
@@ -24,7 +26,7 @@ class Watched(NamedTuple):
     """A batch, and what was decided for it.
 
     Attributes:
-        images: What the network saw, normalised and padded, ``(B, 3, H, W)``.
+        images: What the network saw, normalised and padded, ``(B, C, H, W)``.
         samples: The libraries' data samples, with annotations if the pipeline loads any.
         decisions: Of all blocks that choose, in their order.
     """
@@ -41,10 +43,13 @@ def load_model(cfg: Config, checkpoint: str | Path | None, device: str = 'cpu') 
         cfg: From :func:`~mmtoken.analysis.subject.load_config`.
         checkpoint: Of a training; None leaves random weights.
         device: Where to put it.
+
+    Raises:
+        ValueError: It cannot be built; the message says why.
     """
     init_default_scope(cfg.default_scope)
     torch.manual_seed(0)
-    model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    model = revert_sync_batchnorm(build_model(cfg.model))
     if checkpoint is not None:
         load_checkpoint(model, str(checkpoint), map_location='cpu')
     follow_image_sizes(model)
@@ -52,9 +57,15 @@ def load_model(cfg: Config, checkpoint: str | Path | None, device: str = 'cpu') 
 
 
 def image_pipeline(cfg: Config) -> Compose:
-    """The test pipeline without what loads annotations: an image file to a model's input."""
+    """The test pipeline without what loads annotations: an image file to a model's input.
+
+    Raises:
+        ValueError: The config has none.
+    """
     init_default_scope(cfg.default_scope)
-    transforms = cfg.test_dataloader.dataset.pipeline
+    transforms = test_pipeline(cfg)
+    if not transforms:
+        raise ValueError('the config has no test_dataloader.dataset.pipeline to load images with')
     return Compose([t for t in transforms if 'Annotations' not in str(t['type'])])
 
 
@@ -64,11 +75,39 @@ def load_image(pipeline: Compose, path: str | Path) -> dict:
 
 
 def val_dataloader(cfg: Config) -> DataLoader:
-    """The validation set as the config loads it, in this process."""
+    """The validation set as the config loads it, in this process.
+
+    Raises:
+        ValueError: The config has none.
+    """
+    if not cfg.get('val_dataloader'):
+        raise ValueError('the config has no val_dataloader')
     init_default_scope(cfg.default_scope)
     return Runner.build_dataloader(
         dict(cfg.val_dataloader.to_dict(), num_workers=0, persistent_workers=False)
     )
+
+
+def check_channels(cfg: Config, batch: Mapping) -> None:
+    """Refuse images that the network of a config does not take.
+
+    Args:
+        cfg: Of the network.
+        batch: Of a dataloader, or of :func:`load_image`.
+
+    Raises:
+        ValueError: They have other channels; the message says which settings disagree.
+    """
+    taken = image_channels(cfg.model)
+    mean = (cfg.model.get('data_preprocessor') or {}).get('mean')
+    values = taken if mean is None or len(mean) == 1 else len(mean)
+    for image in batch['inputs']:
+        if not image.shape[0] == taken == values:
+            normalised = '' if mean is None else f', data_preprocessor.mean has {len(mean)} values'
+            raise ValueError(
+                f'the pipeline loads images of {image.shape[0]} channels{normalised}, and '
+                f'backbone.in_channels is {taken}: they must agree'
+            )
 
 
 def watch(model: nn.Module, batch: Mapping) -> Watched:
@@ -85,10 +124,33 @@ def watch(model: nn.Module, batch: Mapping) -> Watched:
 
 
 def to_picture(image: Tensor, preprocessor: nn.Module) -> np.ndarray:
-    """Undo a normalisation: ``(3, H, W)`` to RGB ``(H, W, 3)``, uint8."""
-    image = image.cpu()
-    if hasattr(preprocessor, 'mean') and getattr(preprocessor, '_enable_normalize', True):
+    """Undo a normalisation, to show an image.
+
+    One channel is shown in grey. Of two or of more than three there is no telling which are
+    colours: their mean is shown, each as the network sees it, so that none outweighs the others.
+
+    Args:
+        image: ``(C, H, W)``, normalised.
+        preprocessor: What normalised it.
+
+    Returns:
+        RGB ``(H, W, 3)``, uint8. Values that are not those of 8-bit images, such as those of
+        satellites, are stretched from black to white.
+    """
+    image = image.float().cpu()
+    if len(image) not in (1, 3):
+        image = _stretch(image.mean(dim=0, keepdim=True))
+    elif hasattr(preprocessor, 'mean') and getattr(preprocessor, '_enable_normalize', True):
         image = image * preprocessor.std.cpu() + preprocessor.mean.cpu()
+    low, high = image.min(), image.max()
+    if low < -LEEWAY or high > 255 + LEEWAY or high <= 1:
+        image = _stretch(image)
     if not any(getattr(preprocessor, flag, False) for flag in RGB_FLAGS):
         image = image.flip(0)  # as OpenCV loads it
-    return image.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    return image.expand(3, -1, -1).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+
+
+def _stretch(image: Tensor) -> Tensor:
+    """The lowest value to 0 and the highest to 255."""
+    low, high = image.min(), image.max()
+    return (image - low) / (high - low).clamp(min=torch.finfo().tiny) * 255

@@ -10,11 +10,11 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn as nn
-from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from ..layers.cross_block import NORM_EPS
 from ..layers.generation import PoolLayer, RefineLayer, Residual
+from ..layers.plain_block import PlainBlock
 from ..layers.recompute import run_block
 from ..layers.recovery import SemanticRecovery
 from ..layers.spatial_pooling import Pooling
@@ -144,7 +144,7 @@ class STViTDeiT(PlainBackbone):
             else:
                 # timm truncates the product of width and ratio
                 ratio = (arch['feedforward_channels'] + 0.5) / dims
-                block = Block(
+                block = PlainBlock(
                     dims, heads, ratio, qkv_bias, drop_path=rate,
                     norm_layer=partial(nn.LayerNorm, eps=NORM_EPS),
                 )  # fmt: skip

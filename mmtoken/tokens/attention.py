@@ -39,6 +39,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = N
     # than plain products.
     if bias is not None and bias.requires_grad and query.device.type == 'cpu':
         return attention_reference(query, key, value, bias)
+    # Counters of operations that read a trace know products, but not torch's name for all of it.
+    if torch.jit.is_tracing():
+        return attention_reference(query, key, value, bias)
     if bias is not None:
         bias = bias.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)

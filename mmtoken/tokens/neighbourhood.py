@@ -287,6 +287,7 @@ def _group(pattern: _Pattern, down: _Band, across: _Band, hood: Neighbourhood) -
     return Group(queries, pattern.window, keys, pattern.log_count)
 
 
+@cached_plan
 def _hidden_keys(hood: Neighbourhood) -> Tensor:
     """Which places of its patch a window must not attend to: ``(windows, size * size)``."""
     rows, columns = (n * hood.stride for n in hood.num_windows)

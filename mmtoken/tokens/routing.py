@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .tracing import untraced
+
 
 def straight_through(scores: Tensor) -> Tensor:
     """One-hot choices of the highest score that have the gradient of a softmax.
@@ -51,10 +53,23 @@ def choose(
 
     Returns:
         ``(B, Hr, Wr, K)``, exactly 0 and 1.
+
+    Raises:
+        RuntimeError: ``torch.jit.trace`` is recording, and no override is in force.
     """
     override = current_override(kind)
+    if override is None and torch.jit.is_tracing():
+        option = f'--{kind.replace("_", "-")}'
+        raise RuntimeError(
+            'this network chooses its tokens image by image, and torch.jit.trace would keep the '
+            'choices that it makes for one. To count operations: python tools/analysis/flops.py '
+            f'CONFIG {option} R, or count inside of `with mmtoken.routing_override({kind}=R):`. '
+            'To export: mmtoken.dense_twin(cfg) does not choose'
+        )
     if override is not None:
-        drawn = override.draw(counts, len(scores)).view(scores.shape[:-1]).to(scores.device)
+        with untraced():
+            drawn = override.draw(counts, len(scores))
+        drawn = drawn.view(scores.shape[:-1]).to(scores.device)
         gates = one_hot(drawn, scores)
         if training:
             gates = with_gradient_of(gates, scores.softmax(dim=-1))

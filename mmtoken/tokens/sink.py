@@ -68,12 +68,13 @@ def wanted(training: bool) -> bool:
 
     Returns:
         True in training with gradients, also while backward makes activations again: it must do
-        the same as the forward pass did, though :func:`publish` drops the result.
+        the same as the forward pass did, though :func:`publish` drops the result. False in a trace,
+        which trains nothing.
 
     Raises:
         RuntimeError: It should, but nobody collects.
     """
-    if not training or not torch.is_grad_enabled():
+    if not training or not torch.is_grad_enabled() or torch.jit.is_tracing():
         return False
     if not recomputing():
         _require_sink()
@@ -83,8 +84,8 @@ def wanted(training: bool) -> bool:
 def publish(values: Mapping[str, Tensor]) -> None:
     """Give losses and statistics to the open sink.
 
-    Dropped are those that backward gives again as it recomputes activations, and, if nobody
-    collects, those made under ``no_grad``.
+    Dropped are those that backward gives again as it recomputes activations, those of a trace, and,
+    if nobody collects, those made under ``no_grad``.
 
     Args:
         values: Scalars ``()`` by name. Those with "loss" in their name are losses, which are added
@@ -94,7 +95,7 @@ def publish(values: Mapping[str, Tensor]) -> None:
         TypeError: A value that is no scalar tensor.
         RuntimeError: Nobody collects.
     """
-    if recomputing() or not (_open or torch.is_grad_enabled()):
+    if recomputing() or torch.jit.is_tracing() or not (_open or torch.is_grad_enabled()):
         return
     _require_sink()
     for name, value in values.items():

@@ -1,3 +1,4 @@
+import pickle
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,46 @@ def test_model_with_a_neck_of_ours_alone():
     assert cost.query_ratio == pytest.approx(0.5, abs=0.05)
     with pytest.raises(ValueError, match='no backbone of mmtoken'):
         make_subject(cfg, 'backbone')
+
+
+PURE = """
+from mmseg.models import EncoderDecoder, FCNHead
+from mmtoken.backbones import STViTRSwin
+
+default_scope = None
+backbone = dict(
+    type=STViTRSwin, in_channels={channels},
+    arch=dict(embed_dims=16, depths=(1, 1, 6, 1), num_heads=(1, 2, 2, 4)),
+)
+head = dict(
+    type=FCNHead, in_channels=128, channels=8, num_classes=2, num_convs=1, in_index=3,
+)
+model = dict(type=EncoderDecoder, backbone=backbone, decode_head=head)
+"""
+
+
+@pytest.mark.parametrize('part', ['backbone', 'model'])
+@pytest.mark.parametrize('channels', [1, 4, 6])
+def test_pure_python_config_with_other_channels(channels, part, tmp_path):
+    path = tmp_path / 'config.py'
+    path.write_text(PURE.format(channels=channels))
+    cfg = load_config(path)
+    assert cfg.default_scope == 'mmseg'
+    sparse = make_subject(cfg, part)
+    assert sparse.name == 'STViTRSwin' and sparse.in_channels == channels
+    for subject in (sparse, twin_of(sparse), peer_of(sparse), pickle.loads(pickle.dumps(sparse))):
+        assert subject.in_channels == channels
+        subject.build()(torch.zeros(1, channels, 64, 64))
+    # As MMEngine writes it into a work dir
+    cfg.dump(tmp_path / 'dump.py')
+    assert make_subject(load_config(tmp_path / 'dump.py'), part).name == 'STViTRSwin'
+
+
+def test_what_cannot_be_built_is_said():
+    backbone = dict(type='mmtoken.STViTRSwin', arch='huge')
+    cfg = Config(dict(model=dict(backbone=backbone), default_scope='mmdet'))
+    with pytest.raises(ValueError, match="mmtoken.STViTRSwin cannot be built: .*'huge'"):
+        make_subject(cfg, 'backbone').build()
 
 
 def pipeline(*transforms):

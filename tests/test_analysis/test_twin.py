@@ -6,6 +6,7 @@ from mmengine.config import Config, ConfigDict
 import mmtoken
 from mmtoken.analysis.twin import find_backbone, known_parts
 from mmtoken.backbones import STViTRSwin
+from mmtoken.engine import TokenLossHook
 from mmtoken.registry import MODELS
 
 BACKBONE = dict(type='mmtoken.STViTRSwin', arch='tiny', semantic_size=3)
@@ -22,7 +23,14 @@ def restoring_neck(monkeypatch):
     return dict(type='mmtoken.RestoringNeck', in_channels=96, num_heads=3)
 
 
-@pytest.mark.parametrize('kind', ['mmtoken.STViTRSwin', 'STViTRSwin', STViTRSwin])
+class Derived(STViTRSwin):
+    pass
+
+
+@pytest.mark.parametrize(
+    'kind',
+    ['mmtoken.STViTRSwin', 'STViTRSwin', STViTRSwin, 'mmtoken.backbones.STViTRSwin', Derived],
+)
 def test_backbone(kind):
     cfg = dict(BACKBONE, type=kind)
     before = copy.deepcopy(cfg)
@@ -101,7 +109,7 @@ def test_nested_models():
 
 
 def test_config_loses_the_token_hooks():
-    hooks = [dict(type='mmtoken.TokenLossHook'), dict(type='EMAHook'), dict(type='TokenMapHook')]
+    hooks = [dict(type='mmtoken.TokenLossHook'), dict(type='EMAHook'), dict(type=TokenLossHook)]
     cfg = Config(
         dict(
             model=dict(backbone=BACKBONE),

@@ -30,6 +30,39 @@ def test_missing_config_and_unknown_scope(tmp_path):
     assert result.returncode == 1 and "'mmpose'; it must be one of mmdet" in result.stderr
 
 
+@pytest.mark.parametrize('suffix', ['', '.py', '.json', '.yaml'])
+def test_what_is_no_config(suffix, tmp_path, monkeypatch):
+    from dispatch import main
+
+    folder = tmp_path / f'folder{suffix}'
+    folder.mkdir()
+    for given, words in ((folder, 'this is a folder'), (tmp_path / f'none{suffix}', 'none')):
+        monkeypatch.setattr(sys, 'argv', ['test.py', str(given), 'epoch_1.pth'])
+        with pytest.raises(SystemExit, match=f'^test.py: no config file .*{words}'):
+            main('test')
+
+
+@pytest.mark.parametrize(
+    'name, text',
+    [
+        ('a.py', "_base_ = ['mmtoken::shapes/fpn_vit-nano_1xb16-1500i_shapes-128x128.py']"),
+        ('b.json', '{"default_scope": "mmseg"}'),
+        ('c.yaml', 'default_scope: mmseg'),
+        ('d.py', 'from mmseg.models import EncoderDecoder\nmodel = dict(type=EncoderDecoder)'),
+    ],
+)
+def test_all_styles_of_configs(name, text, tmp_path, monkeypatch):
+    import dispatch
+
+    (tmp_path / name).write_text(f'{text}\n')
+    called = []
+    monkeypatch.setattr(dispatch, 'stock_tool', lambda *args: '/'.join(args))
+    monkeypatch.setattr(dispatch.runpy, 'run_path', lambda path, **kwargs: called.append(path))
+    monkeypatch.setattr(sys, 'argv', ['train.py', str(tmp_path / name), '--amp'])
+    dispatch.main('train')
+    assert called == ['mmseg/train.py']
+
+
 @pytest.mark.parametrize(
     'scope, words', [('mmdet', 'Train a detector'), ('mmseg', 'Train a segmentor')]
 )

@@ -93,10 +93,8 @@ def main() -> int:
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task('measuring', total=count_advances(len(subjects), args.rounds))
             measured = compare(subjects, setting, lambda: progress.advance(task))
-    except ValueError as error:
-        if not routing_of(args):
-            raise
-        return fail(error)  # another kind of ratio
+    except ValueError as error:  # a model that cannot be built, another kind of ratio
+        return fail(error)
     results = summarise(measured, subjects) | describe(args, setting)
     report(results, measured, subjects)
     write_json(args.json, results)
@@ -212,12 +210,13 @@ def report(results: dict, measured: dict, subjects: dict) -> None:
 
     console = Console()
     height, width = results['shape']
+    channels = subjects['sparse'].in_channels
     step = 'training step' if results['train'] else 'forward pass'
     given = {name: results[name] for name in ('query_ratio', 'coarse_ratio')}
     routing = {name: ratio for name, ratio in given.items() if ratio is not None}
     title = [
         results['part'].capitalize(),
-        f'{step} of {results["batch_size"]} x 3 x {height} x {width}',
+        f'{step} of {results["batch_size"]} x {channels} x {height} x {width}',
         results['dtype'],
         *['compiled'] * results['compile'],
         *routing_words(routing),

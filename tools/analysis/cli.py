@@ -118,7 +118,7 @@ def figure(number: float) -> str:
 
 def fail(error: Any) -> int:
     """Say in one line what went wrong; return the exit status."""
-    print(f'{Path(sys.argv[0]).stem}: {error}', file=sys.stderr)
+    print(f'{Path(sys.argv[0]).stem}: {" ".join(str(error).split())}', file=sys.stderr)
     return 1
 
 

@@ -50,6 +50,7 @@ def main() -> int:
 
     from mmtoken.analysis import measure_cost
     from mmtoken.analysis.compare import check_routing
+    from mmtoken.analysis.step import make_images
     from mmtoken.analysis.subject import default_shape, load_config, make_subject, twin_of
 
     try:
@@ -61,7 +62,7 @@ def main() -> int:
         return fail(error)
     shape = tuple(args.shape or default_shape(cfg))
     batch_size = len(args.coarse_ratio or (None,))
-    images = torch.randn(batch_size, 3, *shape)
+    images = make_images(batch_size, shape, torch.float32, torch.device('cpu'), sparse.in_channels)
     costs = {}
     try:
         with Console(stderr=True).status('counting'):
@@ -72,10 +73,8 @@ def main() -> int:
                     network, images, root=root, batch_size=batch_size, inside=subject.overriding
                 )
                 check_routing(subject, costs[name])
-    except ValueError as error:
-        if not sparse.routing:
-            raise
-        return fail(error)  # another kind of ratio
+    except ValueError as error:  # a model that cannot be built, another kind of ratio
+        return fail(error)
     number = 'one image' if batch_size == 1 else f'mean of {batch_size} images'
     what = ', '.join([f'{number} of {shape[0]} x {shape[1]}', *routing_words(sparse.routing)])
     report(sparse.name, args.part, what, **costs)

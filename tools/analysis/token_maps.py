@@ -45,13 +45,23 @@ def main() -> int:
         cfg = load_config(args.config)
     except (OSError, ValueError) as bad:
         return fail(bad)
-    from mmtoken.analysis.watch import image_pipeline, load_image, load_model, to_picture, watch
+    from mmtoken.analysis.watch import (
+        check_channels,
+        image_pipeline,
+        load_image,
+        load_model,
+        to_picture,
+        watch,
+    )
     from mmtoken.visualization.decisions import coarse_ratio, query_ratio, ratio_unit, split_stages
     from mmtoken.visualization.token_maps import draw_blocks, draw_stages, draw_tokens
 
     if checkpoint is None:
         print('No checkpoint is given: weights are random, and the pictures mean nothing.')
-    model, pipeline = load_model(cfg, checkpoint, args.device), image_pipeline(cfg)
+    try:
+        model, pipeline = load_model(cfg, checkpoint, args.device), image_pipeline(cfg)
+    except (OSError, ValueError) as bad:
+        return fail(bad)
     draw = draw_blocks if args.per_block else draw_stages
     args.out.mkdir(parents=True, exist_ok=True)
     ratios = {}
@@ -59,7 +69,12 @@ def main() -> int:
     for path, target in track(
         list(zip(files, pictures, strict=True)), 'drawing', console=console, transient=True
     ):
-        watched = watch(model, load_image(pipeline, path))
+        try:
+            batch = load_image(pipeline, path)
+            check_channels(cfg, batch)
+        except (OSError, ValueError) as bad:
+            return fail(f'{path}: {bad}')
+        watched = watch(model, batch)
         if not watched.decisions:
             return fail(f'no part of the model in {args.config} chooses its tokens')
         picture = to_picture(watched.images[0], model.data_preprocessor)

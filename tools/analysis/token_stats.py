@@ -42,22 +42,26 @@ def main() -> int:
     quieten()
     from mmtoken.analysis.subject import load_config
     from mmtoken.analysis.token_stats import annotated, collect
-    from mmtoken.analysis.watch import load_model, val_dataloader, watch
+    from mmtoken.analysis.watch import check_channels, load_model, val_dataloader, watch
 
     try:
         cfg = load_config(args.config)
+        loader = val_dataloader(cfg)
     except (OSError, ValueError) as error:
         return fail(error)
-    loader = val_dataloader(cfg)
     if cfg.default_scope == 'mmseg' and not args.background:
         classes = loader.dataset.metainfo['classes']
         some = ', '.join(f'{i} {name}' for i, name in enumerate(classes[:5]))
         return fail(f'--background says which classes are no objects; there are {some}, ...')
-    model = load_model(cfg, args.checkpoint, args.device)
+    try:
+        model = load_model(cfg, args.checkpoint, args.device)
+    except (OSError, ValueError) as error:
+        return fail(error)
     console = Console(stderr=True)
 
     def batches():
         for batch in track(loader, 'running', console=console, transient=True):
+            check_channels(cfg, batch)
             watched = watch(model, batch)
             yield watched, *annotated(watched, args.background)
 

@@ -1,0 +1,21 @@
+"""What ``torch.jit.trace`` must not record.
+
+In a trace sizes are tensors, a new one at each look. What depends on them alone is worked out
+outside of it, and is a constant inside.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Inside this context nothing is recorded."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
