@@ -39,6 +39,17 @@ def save(tmp_path):
     return save_to
 
 
+@pytest.fixture
+def log(monkeypatch):
+    """What is logged about weights."""
+    lines = []
+    for place in ('module', 'load'):
+        monkeypatch.setattr(
+            f'mmtoken.checkpoints.{place}.print_log', lambda text, **_: lines.append(text)
+        )
+    return lines
+
+
 def awake(cfg, **kwargs):
     torch.manual_seed(1)
     model = build(cfg, **kwargs)
@@ -115,12 +126,12 @@ def test_weights_of_something_else_are_refused(cfg, road, save):
 
 
 @each
-def test_a_part_of_the_weights_is_reported(cfg, save, capsys):
+def test_a_part_of_the_weights_is_reported(cfg, save, log):
     source, model = awake(cfg), build(cfg)
     own = {name: t for name, t in source.state_dict().items() if 'blocks.0.mlp' in name}
     load_checkpoint(Whole(model), save({f'backbone.{name}': t for name, t in own.items()}))
     assert all(torch.equal(model.state_dict()[name], t) for name, t in own.items())
-    assert f'lacks {len(model.state_dict()) - len(own)} of' in ''.join(capsys.readouterr())
+    assert f'lacks {len(model.state_dict()) - len(own)} of' in ''.join(log)
 
 
 @pytest.mark.parametrize('cfg', CASES)
@@ -227,12 +238,12 @@ def test_positions_are_resampled_once(name, args, size, sizes, road, save):
 
 @each
 @pytest.mark.parametrize('channels', [1, 2, 4, 6])
-def test_other_input_channels(cfg, channels, save, capsys):
+def test_other_input_channels(cfg, channels, save, log):
     """As in timm: what an image says that is grey in all channels, or alike in all of them."""
     source = awake(cfg)
     model = build(cfg, in_channels=channels)
     load_into(model, save(source.state_dict()))
-    assert f'takes {channels} channels, from weights for 3' in ''.join(capsys.readouterr())
+    assert f'takes {channels} channels, from weights for 3' in ''.join(log)
     grey = torch.randn(1, 1, 64, 96)
     with torch.no_grad():
         expected = source.eval()(grey.expand(-1, 3, -1, -1))
@@ -240,7 +251,7 @@ def test_other_input_channels(cfg, channels, save, capsys):
             for ours, theirs in zip(
                 model.eval()(grey.expand(-1, channels, -1, -1)), expected, strict=True
             ):
-                torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
     with pytest.raises(ValueError, match='set in_channels to that of the file'):
         load_into(source, save(model.state_dict()))
 

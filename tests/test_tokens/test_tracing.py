@@ -1,7 +1,7 @@
 import torch
 
 from mmtoken.tokens.neighbourhood import Neighbourhood, _hidden_keys
-from mmtoken.tokens.tracing import as_numbers, untraced
+from mmtoken.tokens.tracing import untraced
 from mmtoken.tokens.windows import shifted_window_mask
 
 
@@ -19,18 +19,6 @@ def test_nothing_is_recorded():
     graph = str(trace(function, torch.zeros(2)).graph)
     assert 'aten::add' in graph and 'aten::ones' not in graph and 'aten::mul' not in graph
     assert not torch.jit.is_tracing()
-
-
-def test_sizes_become_numbers():
-    def function(x):
-        assert isinstance(x.shape[0], torch.Tensor)
-        given = Neighbourhood(tuple(x.shape), 4, (8, 8), 2, 6, (0, x.shape[0]), None)
-        taken.append(as_numbers(given))
-        return x + 1
-
-    taken = []
-    trace(function, torch.zeros(2, 3))
-    assert taken == [Neighbourhood((2, 3), 4, (8, 8), 2, 6, (0, 2), None)]
 
 
 def test_plans_of_a_trace_are_those_of_eager_runs():
