@@ -18,6 +18,7 @@ from mmtoken.checkpoints import (
     fit_to,
     read_checkpoint,
 )
+from mmtoken.checkpoints.convert import take_prefix
 from mmtoken.checkpoints.sources import SOURCES
 
 
@@ -45,10 +46,11 @@ def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=(
             'Turn a checkpoint of another project into one of ours: names and layout become those\n'
-            'of our backbones, and heads, necks and the optimizer are left out. With --config the\n'
-            'weights are also fitted to a backbone (resized position embeddings, patch embeddings\n'
-            'and bias tables, split projections), and what does not fit is an error.\n\n'
-            'Backbones do the same by themselves when they load a file (init_cfg, Pretrained);\n'
+            'of our backbones. The optimizer is left out, and so are heads and necks, unless\n'
+            '--whole keeps them. With --config the weights are also fitted to a backbone (patch\n'
+            'embeddings and bias tables resized, projections split), and what does not fit is an\n'
+            'error.\n\n'
+            'Backbones do the same by themselves when they load a file (init_cfg or load_from);\n'
             'this is for looking into a file, and for keeping the result. Nothing that a file\n'
             'contains is run.'
         ),
@@ -83,12 +85,33 @@ def _make_parser() -> argparse.ArgumentParser:
         metavar='P',
         help="what precedes the backbone's names in SRC (default: 'backbone.' if that occurs)",
     )
+    parser.add_argument(
+        '--whole',
+        action='store_true',
+        help='keep what is outside of the backbone (necks, heads) by its names, for load_from',
+    )
     parser.add_argument('--force', action='store_true', help='overwrite DST')
     return parser
 
 
 def _convert(args: argparse.Namespace) -> tuple[dict[str, Tensor], Report]:
     weights = find_weights(read_checkpoint(args.src), args.src)
+    state, report = _convert_backbone(weights, args)
+    if not args.whole:
+        return state, report
+    _, outside = take_prefix(weights, args.prefix)
+    if not outside:
+        raise ValueError(f'{args.src} has nothing beside a backbone; leave out --whole')
+    report.kept = outside
+    report.dropped = [name for name in report.dropped if name not in outside]
+    named = {name.removeprefix('module.'): tensor for name, tensor in weights.items()}
+    state = {f'backbone.{name}': tensor for name, tensor in state.items()}
+    return state | {name: named[name] for name in outside}, report
+
+
+def _convert_backbone(
+    weights: dict[str, Tensor], args: argparse.Namespace
+) -> tuple[dict[str, Tensor], Report]:
     if args.config:
         return fit_to(_build_backbone(args.config), weights, args.src, args.prefix, args.source)
     source = args.source or detect_source(weights, args.prefix)

@@ -48,10 +48,40 @@ def main(tool: str) -> None:
     from mmtoken.library import library_of, read_config
 
     try:
-        library = library_of(read_config(config))
+        cfg = read_config(config)
+        library = library_of(cfg)
+        if tool == 'test' and 'backbone' in cfg.get('model', {}):
+            check_checkpoint(arguments[arguments.index(config) + 1 :])
     except (OSError, ValueError) as error:
         sys.exit(f'{tool}.py: {error}')
     runpy.run_path(stock_tool(library, f'{tool}.py'), run_name='__main__')
+
+
+def check_checkpoint(arguments: list[str]) -> None:
+    """Refuse a checkpoint without a trained model, which MMEngine would test with random weights.
+
+    Args:
+        arguments: What follows the config.
+
+    Raises:
+        OSError, ValueError: It cannot be read, or holds the weights of a backbone alone.
+    """
+    from mmtoken.checkpoints import find_weights, read_checkpoint
+    from mmtoken.checkpoints.download import find_local
+
+    if not arguments or arguments[0].startswith('-'):
+        return  # the library's tool says what it misses
+    file = find_local(arguments[0])
+    if file is None:
+        return
+    names = list(find_weights(read_checkpoint(file), file))
+    if not any('backbone.' in name for name in names):
+        beginnings = sorted({name.partition('.')[0] for name in names})[:6]
+        raise ValueError(
+            f'{file} holds no trained model: none of its {len(names)} names has a `backbone.`, '
+            f'they begin with {", ".join(beginnings)}. To test takes the checkpoint of a training, '
+            'such as work_dirs/NAME/epoch_12.pth; weights of a backbone alone are for init_cfg'
+        )
 
 
 def find_config(arguments: list[str]) -> str | None:

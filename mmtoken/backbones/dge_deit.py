@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..arguments import as_tuple
 from ..layers.cross_block import NORM_EPS
 from ..layers.grained import GrainedBlock, TrainMode
 from ..layers.spatial_reduction import SpatialReductionAttention
@@ -102,14 +103,14 @@ class DGEDeiT(PlainBackbone):
         self.out_channels = (dims,) * len(self.out_indices)
         self.stride = patch_size
         self.in_channels = in_channels
-        self.granularities = tuple(granularities)
+        self.granularities = as_tuple(granularities)
         self.region_size = region_size
         self.budget = build_budget(budget, self.granularities)
         rates = torch.linspace(0, drop_path_rate, depth, device='cpu').tolist()
         self.blocks = nn.ModuleList(
             GrainedBlock(
                 dims, SpatialReductionAttention(dims, heads, 1, qkv_bias, counted_products=2),
-                arch['feedforward_channels'], granularities, region_size, train_mode, rate,
+                arch['feedforward_channels'], self.granularities, region_size, train_mode, rate,
                 NORM_EPS, with_cp,
             )
             for rate in rates[: self.num_built]

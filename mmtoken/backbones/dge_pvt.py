@@ -13,6 +13,7 @@ import torch.nn as nn
 from timm.layers import to_2tuple
 from torch import Tensor
 
+from ..arguments import as_tuple
 from ..layers.deformable import DeformableAttention
 from ..layers.grained import GrainedBlock, TrainMode
 from ..layers.grained_stage import GrainedStage
@@ -109,7 +110,7 @@ class DGEPVT(TokenBackbone):
         super().__init__(len(dims), out_indices, frozen_stages, norm_eval, init_cfg)
         check_out_type(out_type, get_args(OutType), self.out_indices, len(dims) - 1, cls_token)
         self.out_type = out_type
-        self.granularities = tuple(granularities)
+        self.granularities = as_tuple(granularities)
         if cls_token and arch.get('sr_ratios', (1,))[-1] != 1:
             raise ValueError(
                 f'a class token needs sr_ratio 1 in the last stage, got {arch["sr_ratios"][-1]}'

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from torch import Tensor
 
+from ..arguments import as_tuple
 from ..checkpoints.fit import enlarge
 from ..layers.cross_block import NORM_EPS
 from ..layers.packed_block import PackedBlock
@@ -238,7 +239,7 @@ class MSViT(PlainBackbone):
             )
         if global_blocks is None:
             return frozenset(depth * (i + 1) // 4 - 1 for i in range(4))
-        blocks = frozenset(i + depth if i < 0 else i for i in global_blocks)
+        blocks = frozenset(i + depth if i < 0 else i for i in as_tuple(global_blocks))
         if not blocks <= set(range(depth)):
             raise ValueError(
                 f'global_blocks must be from {-depth} to {depth - 1}, got {sorted(blocks)}'

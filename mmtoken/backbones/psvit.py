@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..arguments import as_tuple
 from ..layers.cross_block import NORM_EPS
 from ..layers.sharing_stage import SharingStage
 from ..layers.token_pooling import Pooling, TokenPooling
@@ -49,9 +50,9 @@ class PSViT(PlainBackbone):
             fused attention in every layer: more arithmetic, less memory. ``'auto'`` does what is
             faster. ``None`` gives the dense twin: every layer has a map of its own.
         max_map_tokens: ``'map'`` refuses windows, or grids, of more tokens; see :meth:`map_bytes`.
-        window_sizes: For each stage, the side of the windows that bound attention, in tokens, or
-            None for none. At the border of the grid windows are smaller. By default the second
-            stage is one window in images of up to 512 pixels, and the third always is.
+        window_sizes: For each stage, or one for all, the side of the windows that bound attention,
+            in tokens, or None for none. At the border of the grid windows are smaller. By default
+            the second stage is one window in images of up to 512 pixels, and the third always is.
         img_size: Image that the position embedding is laid out for, in pixels: a side, or
             ``(H, W)``. Images of any size are accepted.
         patch_size: Side of a patch, in pixels; it is the first stage's stride.
@@ -108,6 +109,9 @@ class PSViT(PlainBackbone):
     ) -> None:
         stages = self.resolve_arch(arch)['stages']
         check_sharing(sharing, max_map_tokens)
+        window_sizes = as_tuple(window_sizes)
+        if len(window_sizes) == 1:
+            window_sizes *= len(stages)
         check_windows(window_sizes, len(stages))
         super().__init__(
             stages[0][0], len(stages), img_size, patch_size, in_channels,

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 import torch.nn as nn
 
+from ..arguments import as_tuple
 from ..layers.semantic import UNIT_DEPTH, Windowing
 from ..layers.stages import SemanticStage, SwinStage, classification_unit, dense_unit
 from ..layers.stem import ConvStem, PatchStem
@@ -159,11 +160,9 @@ def _check_semantics(
             f'there must be a third depth, a multiple of {UNIT_DEPTH}, the blocks of a unit; '
             f'got depths={depths}'
         )
-    strides = (window_size, window_size, semantic_size)
+    strides, key_sizes = (window_size, window_size, semantic_size), as_tuple(key_sizes)
     if len(key_sizes) != 3 or any(k < s for k, s in zip(key_sizes, strides, strict=True)):
-        raise ValueError(
-            f'key_sizes are three sides no smaller than {strides}, got {tuple(key_sizes)}'
-        )
+        raise ValueError(f'key_sizes are three sides no smaller than {strides}, got {key_sizes}')
     if pad_mask not in ('released', 'exact', None):
         raise ValueError(f"pad_mask must be 'released', 'exact' or None, got {pad_mask!r}")
 

@@ -31,6 +31,7 @@ class Report:
         dropped: Names in the file that were left out.
         unknown: Names in the file that the layout does not know; they are kept as they are.
         fresh: Names of ours that the file does not have, and that keep their initial values.
+        kept: Names in the file of necks and heads, which stay as they are.
         grids: Names of positions to the grid, ``(H, W)`` in tokens, that the module takes over.
         channels: Of the image, in the file and in the model, where they differ.
     """
@@ -44,6 +45,7 @@ class Report:
     dropped: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
     grids: dict[str, tuple[int, int]] = field(default_factory=dict)
     channels: tuple[int, int] | None = None
 
@@ -97,6 +99,7 @@ class Report:
             ('mapped', len(self.mapped), group_names(self.mapped)),
             ('split', len(self.split), group_names(self.split)),
             ('resized', len(self.resized), _count_each(resized)),
+            ('kept', len(self.kept), group_names(self.kept)),
             ('dropped', len(self.dropped), group_names(self.dropped)),
             ('unknown', len(self.unknown), group_names(self.unknown)),
             ('neutral', len(self.neutral), group_names(self.neutral)),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch.nn as nn
 from torch import Tensor
 
+from ..arguments import as_tuple
 from ..checkpoints.module import CheckpointedModule
 from ..layers.grained import GrainedBlock, TrainMode
 from ..layers.init import init_own
@@ -84,6 +85,7 @@ class GrainUnpoolNeck(CheckpointedModule):
         init_cfg: dict | list[dict] | None = INIT,
     ) -> None:
         super().__init__(init_cfg)
+        granularities = as_tuple(granularities)
         widths = [in_channels] if isinstance(in_channels, int) else list(in_channels)
         heads = _for_each('num_heads', num_heads, len(widths))
         ratios = _for_each('sr_ratios', sr_ratios, len(widths))
@@ -109,7 +111,7 @@ class GrainUnpoolNeck(CheckpointedModule):
             )
             for dims, count, ratio in zip(widths, heads, ratios, strict=True)
         )
-        self.budget = build_budget(budget, tuple(granularities))
+        self.budget = build_budget(budget, granularities)
         self.pyramid = None
         if isinstance(in_channels, int):
             self.pyramid = SimpleFeaturePyramid(

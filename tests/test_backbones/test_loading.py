@@ -9,7 +9,7 @@ from mmengine.model import BaseModule, PretrainedInit
 from mmengine.runner import load_checkpoint
 from torch import nn
 
-from mmtoken import backbones
+from mmtoken import backbones, necks
 from mmtoken.checkpoints import load_into
 
 from .test_contract import CASES, FAMILIES, PVT, SWIN, VIT, build, train, wake
@@ -295,3 +295,43 @@ def test_arguments_of_other_backbones(cfg, bad, error, message):
 @each
 def test_one_number_for_one_output(cfg):
     assert build(cfg, out_indices=2).out_indices == (2,)
+
+
+def test_one_number_for_a_sequence():
+    """Where a sequence of one means something; elsewhere it is refused by name."""
+    assert backbones.DGEPVT(PVT, granularities=1).granularities == (1,)
+    args = FAMILIES['PSViT'].variants[0]
+    stages = backbones.PSViT(**{**args, 'window_sizes': 7}).layers
+    assert [stage.window_size for stage in stages] == [7, 7, 7]
+    vit = backbones.MSViT(VIT, cls_token=False, window_size=4, global_blocks=-1)
+    assert vit.global_blocks == {5}
+    with pytest.raises(ValueError, match=r'key_sizes are three sides .* got \(14,\)'):
+        backbones.STViTRSwin(SWIN, key_sizes=14)
+    with pytest.raises(ValueError, match=r'behind a backbone of several widths use FPN'):
+        necks.SimpleFeaturePyramid([96, 192])
+    assert len(necks.SimpleFeaturePyramid([32, 32], 8, scales=1, num_outs=1).levels) == 1
+
+
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda **kwargs: necks.SimpleFeaturePyramid(32, 8, **kwargs),
+        lambda **kwargs: necks.SemanticRecoveryNeck(32, 2, out_channels=8, **kwargs),
+        lambda **kwargs: necks.MixedScaleNeck(32, refine=True, out_channels=8, **kwargs),
+        lambda **kwargs: necks.GrainUnpoolNeck(32, 2, out_channels=8, **kwargs),
+    ],
+)
+@pytest.mark.parametrize('form', FORMS)
+def test_necks_load_as_strictly(make, form, save):
+    source = make()
+    for parameter in source.parameters():
+        nn.init.normal_(parameter)
+    state = {f'neck.{name}': tensor for name, tensor in source.state_dict().items()}
+    neck = make(init_cfg=FORMS[form](save({**state, 'backbone.stem.weight': torch.zeros(1)})))
+    neck.init_weights()
+    assert_same(neck, source)
+    neck = make(init_cfg=FORMS[form](save(dict(x=torch.zeros(1)))))
+    with pytest.raises(ValueError, match='does not fit'):
+        neck.init_weights()
+    with pytest.raises(TypeError, match='takes no colour'):
+        make(colour='red')

@@ -187,3 +187,21 @@ def test_as_a_command():
     )
     assert done.returncode == 1 and done.stdout == ''
     assert done.stderr.startswith('convert_checkpoint: none.pth does not exist')
+
+
+def test_whole_detectors_keep_their_heads(run, swin, tmp_path):
+    """What mmdet's or Microsoft's detector was trained to is there for ``load_from``."""
+    weights = torch.load(swin, weights_only=False)['state_dict']
+    state = {f'backbone.{name}': tensor for name, tensor in weights.items()}
+    state['rpn_head.rpn_conv.weight'] = torch.randn(2, 2)
+    torch.save(dict(state_dict=state), tmp_path / 'detector.pth')
+    code, out, _ = run(tmp_path / 'detector.pth', tmp_path / 'new.pth', '--whole')
+    assert code == 0 and 'kept' in out
+    new = torch.load(tmp_path / 'new.pth')['state_dict']
+    assert torch.equal(new['rpn_head.rpn_conv.weight'], state['rpn_head.rpn_conv.weight'])
+    assert torch.equal(
+        new['backbone.layers.0.downsample.reduction.weight'],
+        weights['layers.1.downsample.reduction.weight'],
+    )
+    code, _, err = run(swin, tmp_path / 'other.pth', '--whole')
+    assert code == 1 and 'nothing beside a backbone' in err

@@ -141,3 +141,19 @@ def test_slurm_launchers(tmp_path):
 def test_launchers_tell_their_usage(name):
     result = run(TOOLS / f'{name}.sh')
     assert result.returncode == 2 and f'tools/{name}.sh' in result.stdout
+
+
+def test_weights_of_a_backbone_alone_are_not_tested(tmp_path, monkeypatch):
+    """MMEngine would warn, and print an AP of 0."""
+    import torch
+    from dispatch import main
+
+    config = tmp_path / 'config.py'
+    config.write_text("default_scope = 'mmseg'\nmodel = dict(backbone=dict(type='ResNet'))\n")
+    torch.save(dict(state_dict={'layers.0.weight': torch.zeros(1)}), tmp_path / 'swin.pth')
+    monkeypatch.setattr(sys, 'argv', ['test.py', str(config), str(tmp_path / 'swin.pth')])
+    with pytest.raises(SystemExit, match=r'holds no trained model: none of its 1 names has'):
+        main('test')
+    (tmp_path / 'swin.pth').write_text('<html>404</html>')
+    with pytest.raises(SystemExit, match='is no checkpoint: it is a web page'):
+        main('test')
