@@ -11,6 +11,8 @@ import torch.nn as nn
 from timm.layers import trunc_normal_
 from torch import Tensor
 
+from ..tokens.plain import weight_dtype
+
 
 class ScaleGate(nn.Module):
     """Scores for the two scales of each region.
@@ -59,5 +61,5 @@ class ScaleGate(nn.Module):
         Their softmax is the probability of a coarse token that the paper's sigmoid gives.
         """
         with torch.autocast(x.device.type, enabled=False):
-            coarse = self.layers(x.to(self.layers[0].weight.dtype)).float()
+            coarse = self.layers(x.to(weight_dtype(self.layers[0]))).float()
         return torch.cat([torch.zeros_like(coarse), coarse], dim=-1)
