@@ -8,13 +8,13 @@ from typing import ClassVar
 
 import torch
 import torch.nn as nn
-from timm.layers import PatchEmbed, to_2tuple, trunc_normal_
+from timm.layers import to_2tuple, trunc_normal_
 from torch import Tensor
 
 from ..arguments import as_tuple
 from ..checkpoints.module import CheckpointedBackbone
 from ..layers.init import init_own
-from ..layers.stem import patchify, project
+from ..layers.stem import PatchStem
 from ..tokens.positions import resample
 
 MAX_STAGES = 10  # of a hierarchical architecture
@@ -168,7 +168,7 @@ class PlainBackbone(TokenBackbone):
         norm_eval: Keep batch norms in eval mode while training.
         init_cfg: MMEngine's initialisation config.
         cls_token: Whether a class token goes first.
-        patch_embed: Another stem than timm's, for a subclass with its own ``embed_patches``.
+        patch_embed: Another stem than ViT's, ``(B, in_channels, H, W) -> (B, H', W', C)``.
 
     Raises:
         ValueError: ``out_indices`` or ``frozen_stages`` out of range.
@@ -199,7 +199,7 @@ class PlainBackbone(TokenBackbone):
     ) -> None:
         super().__init__(num_layers, out_indices, frozen_stages, norm_eval, init_cfg)
         self.patch_size = patch_size
-        self.patch_embed = patch_embed or PatchEmbed(None, patch_size, in_channels, embed_dims)
+        self.patch_embed = patch_embed or PatchStem(embed_dims, in_channels, patch_size, norm=False)
         self.pos_grid = tuple(-(-side // patch_size) for side in to_2tuple(img_size))
         self.cls_token = small_parameter(1, 1, embed_dims) if cls_token else None
         self.pos_embed = small_parameter(1, math.prod(self.pos_grid) + cls_token, embed_dims)
@@ -234,16 +234,12 @@ class PlainBackbone(TokenBackbone):
             Tokens ``(B, H' * W', C)``, row by row, behind the class token if there is one, and
             their grid ``(H', W')``.
         """
-        x = self.embed_patches(x)
+        x = self.patch_embed(x)
         grid = (x.shape[1], x.shape[2])
         x = x.flatten(1, 2)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x), x], dim=1)
         return x + self.positions(grid), grid
-
-    def embed_patches(self, x: Tensor) -> Tensor:
-        """Images to the tokens of their patches: ``(B, in_channels, H, W) -> (B, H', W', C)``."""
-        return project(patchify(x, self.patch_size), self.patch_embed.proj)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """The position embedding of a grid, ``(1, N, C)``; that of a class token first."""

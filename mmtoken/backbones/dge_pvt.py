@@ -199,13 +199,12 @@ class DGEPVT(TokenBackbone):
         if self.budget is None:
             return 0.0
         pixels = counted_pixels(valid, self.in_channels, self.budget.legacy, dtype)
-        dims = self.layers[-1].blocks[0].norm1.normalized_shape[0]
+        dims = self.layers[-1].embed_dims
         total = torch.full_like(pixels, dims * self.budget.num_classes)
         for stage in self.layers:
-            out_dims, in_dims, side, _ = stage.patch_embed.proj.weight.shape
-            total = total + pixels * in_dims * out_dims
-            pixels = pixels / side**2
-            total = total + pixels * out_dims
+            total = total + pixels * stage.in_channels * stage.embed_dims
+            pixels = pixels / stage.patch_size**2
+            total = total + pixels * stage.embed_dims
         return total
 
 

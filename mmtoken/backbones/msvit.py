@@ -11,7 +11,6 @@ from typing import ClassVar, Literal, get_args
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import PatchEmbed
 from torch import Tensor
 
 from ..arguments import as_tuple
@@ -20,14 +19,15 @@ from ..layers.cross_block import NORM_EPS
 from ..layers.packed_block import PackedBlock
 from ..layers.recompute import run_block
 from ..layers.scale_gate import ScaleGate
-from ..layers.stem import pad_to_stride, patchify, project
+from ..layers.stem import PatchStem, pad_to_stride, patchify
 from ..registry import MODELS
 from ..tokens.maps import join_maps, to_map
 from ..tokens.mixed_scale import Mixture, mix_all, mix_scales
 from ..tokens.packed import SparseFeatures
 from ..tokens.padding import padding_regions, valid_size
+from ..tokens.plain import is_plain
 from ..tokens.record import Decision, note_decision
-from ..tokens.regions import Regions, join_levels, lay_regions, pool_cells, take_level
+from ..tokens.regions import CellSet, Regions, join_levels, lay_regions, pool_cells, take_level
 from ..tokens.routing import choose, explores
 from ..tokens.sink import publish, wanted
 from ..tokens.tiles import tokenwise
@@ -169,7 +169,7 @@ class MSViT(PlainBackbone):
         self.gate = self.gate_loss = self.patch_embed_coarse = None
         if gate is not None:
             if not share_patch_embed:
-                self.patch_embed_coarse = PatchEmbed(None, coarse_size, in_channels, dims)
+                self.patch_embed_coarse = PatchStem(dims, in_channels, coarse_size, norm=False)
                 self.patch_embed_coarse.proj.load_state_dict(
                     dict(
                         weight=enlarge(self.patch_embed.proj.weight, self.ratio),
@@ -284,8 +284,7 @@ class MSViT(PlainBackbone):
             Packed tokens with their positions, ``(M, C)``, and where they stand.
         """
         batch = len(x)
-        patches = patchify(x, self.patch_size)
-        grid = (patches.shape[1], patches.shape[2])
+        grid = tuple(-(-side // self.patch_size) for side in x.shape[-2:])
         regions = lay_regions(grid, self.granularities, self.ratio, self.num_extra, x.device)
         window = None if self.window_size is None else self.window_size // self.ratio
         extra, position = self.extra_tokens(grid)
@@ -302,9 +301,8 @@ class MSViT(PlainBackbone):
             level: take_level(tokens.expand(batch, -1, -1), level, mixture.cells)
             for level, tokens in levels.items()
         }
-        chosen = take_level(patches.flatten(1, 2), FINE, mixture.cells)
         position = position.flatten(1, 2).expand(batch, -1, -1)
-        fine = project(chosen, self.patch_embed.proj)
+        fine = self.embed_fine(x, mixture.cells)
         packed[FINE] = fine + take_level(position, FINE, mixture.cells)
         tokens = join_levels([packed[level] for level in sorted(packed)], mixture.cells)
         return mixture.pack(tokens), mixture
@@ -322,12 +320,28 @@ class MSViT(PlainBackbone):
 
     def embed_coarse(self, x: Tensor) -> Tensor:
         """Embed whole regions, without positions: ``(B, in_channels, H, W) -> (B, Hr, Wr, C)``."""
-        x = pad_to_stride(x, self.patch_size * self.ratio)
         if self.patch_embed_coarse is not None:
-            return project(patchify(x, self.patch_size * self.ratio), self.patch_embed_coarse.proj)
-        return project(
-            patchify(F.avg_pool2d(x, self.ratio), self.patch_size), self.patch_embed.proj
-        )
+            return self.patch_embed_coarse(x)
+        x = pad_to_stride(x, self.patch_size * self.ratio)
+        return self.patch_embed(F.avg_pool2d(x, self.ratio))
+
+    def embed_fine(self, x: Tensor, cells: CellSet) -> Tensor:
+        """Embed the patches whose regions are fine, without positions.
+
+        All patches are embedded where somebody has replaced or watches the layer that does it.
+
+        Args:
+            x: Images, ``(B, in_channels, H, W)``.
+            cells: The tokens there are.
+
+        Returns:
+            Packed fine tokens, ``(m, C)``.
+        """
+        stem = self.patch_embed
+        if is_plain(stem, PatchStem) and stem.embeds_patches():
+            patches = patchify(x, self.patch_size).flatten(1, 2)
+            return stem.embed(take_level(patches, FINE, cells))
+        return take_level(stem(x).flatten(1, 2), FINE, cells)
 
     def choose_scales(self, x: Tensor, coarse: Tensor, regions: Regions) -> Tensor:
         """One-hot choices, with gradients in training, and their loss published.
@@ -363,7 +377,7 @@ class MSViT(PlainBackbone):
     def _tap(self, index: int, tokens: Tensor, mixture: Mixture) -> Tensor | SparseFeatures:
         """The output behind one block."""
         if index == self.num_stages - 1:
-            tokens = tokenwise(self.norm, tokens, training=self.training)
+            tokens = tokenwise(self.norm, tokens, training=self.training, layers=(self.norm,))
         if self.out_type == 'cls_token':
             return torch.stack([image[0] for image in tokens.split(mixture.lengths)])
         if self.out_type == 'tokens':

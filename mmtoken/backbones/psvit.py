@@ -203,7 +203,8 @@ class PSViT(PlainBackbone):
             tokens = stage(tokens)
             if i in self.out_indices:
                 norm = getattr(self, f'norm{i}')
-                maps.append(to_map(tokenwise(norm, tokens, training=self.training)))
+                normed = tokenwise(norm, tokens, training=self.training, layers=(norm,))
+                maps.append(to_map(normed))
         if self.finest is not None:
             stride = self.patch_size // 2
             finest = self.finest(maps[0])[:, :, : -(-height // stride), : -(-width // stride)]

@@ -103,7 +103,6 @@ class SWATDeiT(PlainBackbone):
             out_indices, frozen_stages, norm_eval, init_cfg, patch_embed=stem,
         )  # fmt: skip
         check_out_type(out_type, get_args(OutType), self.out_indices, depth - 1)
-        self.structured = structured
         self.out_type = out_type
         self.with_cp = with_cp
         self.out_channels = (dims,) * len(self.out_indices)
@@ -125,10 +124,6 @@ class SWATDeiT(PlainBackbone):
         normed = depth - 1 in self.out_indices
         self.norm = nn.LayerNorm(dims, NORM_EPS) if normed else nn.Identity()
         self.train()
-
-    def embed_patches(self, x: Tensor) -> Tensor:
-        """Images to the tokens of their patches: ``(B, in_channels, H, W) -> (B, H', W', C)``."""
-        return self.patch_embed(x) if self.structured else super().embed_patches(x)
 
     def output_layers(self, index: int) -> list[nn.Module]:
         return [self.norm] if index == self.num_stages - 1 else []
@@ -154,7 +149,7 @@ class SWATDeiT(PlainBackbone):
     def _tap(self, index: int, x: Tensor) -> Tensor:
         """The output behind one block."""
         if index == self.num_stages - 1:
-            x = tokenwise(self.norm, x, training=self.training)
+            x = tokenwise(self.norm, x, training=self.training, layers=(self.norm,))
         return to_map(x) if self.out_type == 'map' else x.mean(dim=(1, 2))
 
 

@@ -9,6 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..tokens.plain import known_to_fast_paths
 from ..tokens.regions import CellSet
 from ..tokens.tiles import tokenwise
 
@@ -16,6 +17,7 @@ from ..tokens.tiles import tokenwise
 OFFSET_GRADIENT = 0.1
 
 
+@known_to_fast_paths
 class DeformableAttention(nn.Module):
     """Each query samples the map at a few places per head and sums up what it finds there.
 
@@ -27,6 +29,7 @@ class DeformableAttention(nn.Module):
 
     def __init__(self, embed_dims: int, num_heads: int, num_points: int = 4) -> None:
         super().__init__()
+        self.embed_dims = embed_dims
         self.num_heads = num_heads
         self.num_points = num_points
         self.value = nn.Linear(embed_dims, embed_dims)
@@ -45,7 +48,8 @@ class DeformableAttention(nn.Module):
         Returns:
             ``(B, heads, d, H, W)``.
         """
-        value = tokenwise(lambda t: self.value(norm(t)), x, training=self.training)
+        layers = (self.value, norm)
+        value = tokenwise(lambda t: self.value(norm(t)), x, training=self.training, layers=layers)
         value = value.unflatten(-1, (self.num_heads, -1)).unflatten(1, grid)
         return value.permute(0, 3, 4, 1, 2).contiguous()
 
@@ -74,7 +78,7 @@ class DeformableAttention(nn.Module):
         The release has no deformable attention with dynamic granularity; this counts the Linear
         layers, and of each sampled value the four tokens it is interpolated from and its weight.
         """
-        dims, places = self.proj.in_features, self.num_heads * self.num_points
+        dims, places = self.embed_dims, self.num_heads * self.num_points
         sampling = queries * dims * self.num_points * 5
         return tokens * dims**2 + queries * (dims**2 + 3 * dims * places) + sampling
 

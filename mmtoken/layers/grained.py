@@ -14,6 +14,7 @@ import torch.nn as nn
 from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import Tensor
 
+from ..tokens.plain import draws, weight_dtype
 from ..tokens.precision import full_precision
 from ..tokens.record import Decision, note_decision
 from ..tokens.regions import (
@@ -50,6 +51,8 @@ class GrainRouter(nn.Module):
 
     def __init__(self, embed_dims: int, num_granularities: int, region_size: int) -> None:
         super().__init__()
+        self.embed_dims = embed_dims
+        self.num_granularities = num_granularities
         self.region_size = region_size
         self.gate = nn.Linear(embed_dims, num_granularities)
         self.init_weights()
@@ -57,7 +60,7 @@ class GrainRouter(nn.Module):
     def init_weights(self) -> None:
         """Nearly all regions start at the finest granularity, where the block is a plain one."""
         trunc_normal_(self.gate.weight, std=0.01)
-        rest = self.gate.out_features - 1
+        rest = self.num_granularities - 1
         odds = FINEST_PROBABILITY * rest / (1 - FINEST_PROBABILITY)
         with torch.no_grad():
             self.gate.bias.fill_(-math.log(odds) / 2)
@@ -66,12 +69,12 @@ class GrainRouter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C) -> (B, Hr, Wr, K)``, float32 even in mixed precision."""
         with full_precision(x.device):
-            means = pool_cells(x, self.region_size).to(self.gate.weight.dtype)
+            means = pool_cells(x, self.region_size).to(weight_dtype(self.gate))
             return self.gate(means).float()
 
     def complexity(self, tokens: Tensor) -> Tensor:
         """Operations of a number of tokens, as the budget counts them."""
-        dims, choices = self.gate.in_features, self.gate.out_features
+        dims, choices = self.embed_dims, self.num_granularities
         return tokens / self.region_size**2 * dims * (1 + choices)
 
 
@@ -119,6 +122,8 @@ class GrainedBlock(nn.Module):
         self.granularities = check_granularities(granularities, region_size)
         if train_mode not in ('exact', 'dense', 'sparse'):
             raise ValueError(f"train_mode must be 'exact', 'dense' or 'sparse', got {train_mode!r}")
+        self.embed_dims = embed_dims
+        self.feedforward_channels = feedforward_channels
         self.region_size = region_size
         self.train_mode = train_mode
         self.with_cp = with_cp
@@ -196,7 +201,7 @@ class GrainedBlock(nn.Module):
 
     def draw_kept(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Stochastic depth: what attention and MLP of each image are multiplied by, ``(B, 1)``."""
-        if not self.training or not self.drop_path.drop_prob:
+        if not draws(self.drop_path):
             return None
         ones = x.new_ones(len(x), 1)
         return self.drop_path(ones), self.drop_path(ones)
@@ -221,11 +226,11 @@ class GrainedBlock(nn.Module):
         Returns:
             ``(M, C)``.
         """
-        if not works_in_tiles(queries, training=False):
+        if not works_in_tiles(queries, False, self.attn, self.norm1, self.norm2, self.mlp):
             change = self.change(queries, keys, cells, kept)
             return queries + change if residual else change
         out = torch.empty_like(queries)
-        for image, part, tile in cells.tiles(tile_length(self.mlp.fc1.out_features // 4)):
+        for image, part, tile in cells.tiles(tile_length(self.feedforward_channels // 4)):
             of_image = None if kept is None else tuple(k[image : image + 1] for k in kept)
             change = self.change(queries[part], keys[image : image + 1], tile, of_image)
             out[part] = queries[part] + change if residual else change
@@ -272,7 +277,7 @@ class GrainedBlock(nn.Module):
 
         These are no multiply-accumulates, but what the budget's target is a fraction of.
         """
-        dims, hidden = self.norm1.normalized_shape[0], self.mlp.fc1.out_features
+        dims, hidden = self.embed_dims, self.feedforward_channels
         total = 2 * tokens * dims + 2 * queries * dims * hidden + queries * hidden
         return total + self.attn.complexity(tokens, queries) + self.router.complexity(tokens)
 

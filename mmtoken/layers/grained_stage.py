@@ -44,7 +44,9 @@ class GrainedStage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.stride = stride
         self.pos_grid = pos_grid
-        dims = self.blocks[0].norm1.normalized_shape[0]
+        self.in_channels = in_channels
+        self.patch_size = patch_size
+        self.embed_dims = dims = self.blocks[0].embed_dims
         self.patch_embed = PatchStem(dims, in_channels, patch_size)
         self.cls_token = nn.Parameter(_small(1, 1, dims)) if cls_token else None
         self.pos_embed = nn.Parameter(_small(1, pos_grid[0] * pos_grid[1] + cls_token, dims))

@@ -3,7 +3,9 @@
 Source: ViT, arXiv 2010.11929. Parameter names are timm's.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -11,14 +13,45 @@ import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor
 
-from ..tokens.tiles import tokenwise
+from ..tokens.plain import draws, is_plain, known_to_fast_paths
+from ..tokens.tiles import tokenwise, works_in_tiles
 from .cross_block import NORM_EPS
 
 Attend = Callable[..., Tensor]
 
 
-class PackedAttention(nn.Module):
-    """The projections of multi-head self-attention.
+class HeadedAttention(nn.Module):
+    """Multi-head attention of packed tokens; who attends to whom is the caller's.
+
+    Subclasses have the last layer, ``proj``, and :meth:`project`.
+
+    Args:
+        embed_dims: Channels.
+        num_heads: Attention heads.
+    """
+
+    def __init__(self, embed_dims: int, num_heads: int) -> None:
+        super().__init__()
+        self.embed_dims = embed_dims
+        self.num_heads = num_heads
+
+    def forward(self, x: Tensor, attend: Attend, follow: bool = False) -> Tensor:
+        """``(M, C) -> (M, C)``; ``attend`` and ``follow`` as for :class:`PackedBlock`."""
+        return self.proj(self.attend(self.project(x, follow), attend))
+
+    def attend(self, projected: Tensor, attend: Attend) -> Tensor:
+        """Attention of what :meth:`project` returns: ``(M, C)``, for the last layer."""
+        heads = projected.unflatten(-1, (-1, self.num_heads, self.embed_dims // self.num_heads))
+        return attend(*heads.unbind(1)).flatten(1)
+
+    @abstractmethod
+    def project(self, x: Tensor, follow: bool) -> Tensor:
+        """To queries, keys and values, ``(M, 3 * C)``, or with ``follow`` to values, ``(M, C)``."""
+
+
+@known_to_fast_paths
+class PackedAttention(HeadedAttention):
+    """Attention with one layer for queries, keys and values, as in ViT.
 
     Args:
         embed_dims: Channels.
@@ -27,18 +60,21 @@ class PackedAttention(nn.Module):
     """
 
     def __init__(self, embed_dims: int, num_heads: int, qkv_bias: bool = True) -> None:
-        super().__init__()
-        self.num_heads = num_heads
+        super().__init__(embed_dims, num_heads)
         self.qkv = nn.Linear(embed_dims, 3 * embed_dims, bias=qkv_bias)
         self.proj = nn.Linear(embed_dims, embed_dims)
 
-    def project_value(self, x: Tensor) -> Tensor:
-        """The values alone, the last third of ``qkv``: ``(M, C) -> (M, C)``."""
-        rows = slice(2 * self.proj.in_features, None)
-        bias = None if self.qkv.bias is None else self.qkv.bias[rows]
-        return F.linear(x, self.qkv.weight[rows], bias)
+    def project(self, x: Tensor, follow: bool = False) -> Tensor:
+        if not follow:
+            return self.qkv(x)
+        values = slice(2 * self.embed_dims, None)
+        if not is_plain(self.qkv, nn.Linear):
+            return self.qkv(x)[:, values]
+        bias = None if self.qkv.bias is None else self.qkv.bias[values]
+        return F.linear(x, self.qkv.weight[values], bias)
 
 
+@known_to_fast_paths
 class PackedBlock(nn.Module):
     """Attention and MLP, each behind a LayerNorm and with a residual.
 
@@ -89,32 +125,25 @@ class PackedBlock(nn.Module):
         Returns:
             ``(M, C)``.
         """
-        projected = (self.project_value(x),) if follow else self.project(x)
-        attended = attend(*projected).flatten(1)
-        if self.training and self.drop_path.drop_prob:
-            return self.mix(x, attended, *self.draw_kept(x, lengths))
-        return tokenwise(self.mix, x, attended, training=self.training)
+        attn, tile = self.attn, partial(tokenwise, training=self.training, layers=(self,))
+        if works_in_tiles(x, self.training, self):
+            projected = tile(lambda t: attn.project(self.norm1(t), follow), x)
+            attended = attn.attend(projected, attend)
+            return tile(lambda t, a: self.add(t, attn.proj(a)), x, attended)
+        update = attn(self.norm1(x), attend, follow)
+        return self.add(x, update, *self.draw_kept(x, lengths))
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values: ``(M, C)`` to ``(M, heads, d)`` each."""
-        qkv = tokenwise(lambda t: self.attn.qkv(self.norm1(t)), x, training=self.training)
-        return qkv.unflatten(-1, (3, self.attn.num_heads, -1)).unbind(1)
-
-    def project_value(self, x: Tensor) -> Tensor:
-        """Values: ``(M, C) -> (M, heads, d)``."""
-        project = self.attn.project_value
-        value = tokenwise(lambda t: project(self.norm1(t)), x, training=self.training)
-        return value.unflatten(-1, (self.attn.num_heads, -1))
-
-    def mix(self, x: Tensor, attended: Tensor, *kept: Tensor) -> Tensor:
-        """What follows attention, token by token; ``kept`` is from :meth:`draw_kept`, if at all."""
-        change = self.ls1(self.attn.proj(attended))
+    def add(self, x: Tensor, update: Tensor, *kept: Tensor) -> Tensor:
+        """Add what attention gave, and then the MLP; ``kept`` is from :meth:`draw_kept`."""
+        change = self.ls1(update)
         x = x + (change * kept[0] if kept else change)
         change = self.ls2(self.mlp(self.norm2(x)))
         return x + (change * kept[1] if kept else change)
 
     def draw_kept(self, x: Tensor, lengths: list[int]) -> list[Tensor]:
-        """Stochastic depth: what attention and MLP are multiplied by, ``(M, 1)`` each."""
+        """Stochastic depth: what attention and MLP are multiplied by, ``(M, 1)``; empty if none."""
+        if not draws(self.drop_path):
+            return []
         images = x.new_ones(len(lengths), 1)
         repeats = torch.tensor(lengths, device=x.device)
         return [

@@ -11,6 +11,7 @@ import torch.nn as nn
 from timm.layers import trunc_normal_
 from torch import Tensor
 
+from ..tokens.plain import weight_dtype
 from ..tokens.precision import full_precision
 
 
@@ -61,5 +62,5 @@ class ScaleGate(nn.Module):
         Their softmax is the probability of a coarse token that the paper's sigmoid gives.
         """
         with full_precision(x.device):
-            coarse = self.layers(x.to(self.layers[0].weight.dtype)).float()
+            coarse = self.layers(x.to(weight_dtype(self.layers[0]))).float()
         return torch.cat([torch.zeros_like(coarse), coarse], dim=-1)

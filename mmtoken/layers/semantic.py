@@ -17,6 +17,8 @@ the release, which normalises and projects a token once for every patch that con
 times), keys and values are made once per token: the result is the same.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,8 +29,9 @@ from torch import Tensor
 
 from ..tokens.attention import attention, join_heads, split_heads
 from ..tokens.neighbourhood import Neighbourhood, PadMask, attend_groups, attend_patches
+from ..tokens.plain import known_to_fast_paths
 from ..tokens.reference import on_reference_path
-from ..tokens.tiles import tokenwise
+from ..tokens.tiles import tokenwise, works_in_tiles
 from ..tokens.windows import (
     max_pool_windows,
     merge_windows,
@@ -55,8 +58,13 @@ class Windowing(NamedTuple):
     pad_mask: PadMask
 
 
+# Attention between projected queries ``(..., C)`` and keys and values ``(..., 2 * C)``.
+Between = Callable[[Tensor, Tensor], Tensor]
+
+
+@known_to_fast_paths
 class CrossAttention(nn.Module):
-    """Projections of multi-head attention whose queries and keys are different tokens."""
+    """Multi-head attention whose queries and keys are different tokens."""
 
     def __init__(self, embed_dims: int, num_heads: int) -> None:
         super().__init__()
@@ -65,15 +73,24 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(embed_dims, 2 * embed_dims)
         self.proj = nn.Linear(embed_dims, embed_dims)
 
-    def forward(self, query: Tensor, tokens: Tensor) -> Tensor:
-        """Attend to all tokens: ``(B, Q, C), (B, K, C) -> (B, Q, C)``."""
-        return self.proj(self.attend(query, tokens))
+    def forward(self, query: Tensor, tokens: Tensor, between: Between | None = None) -> Tensor:
+        """Attend.
 
-    def attend(self, query: Tensor, tokens: Tensor) -> Tensor:
-        """:meth:`forward` without the last projection."""
-        key, value = self.kv(tokens).chunk(2, dim=-1)
-        query, key, value = (split_heads(t, self.num_heads) for t in (self.q(query), key, value))
-        return join_heads(attention(query, key, value))
+        Args:
+            query: ``(B, Q, C)``, or as ``between`` takes it.
+            tokens: ``(B, K, C)``, likewise.
+            between: Attention of what both are projected to, :meth:`attend` by default: each query
+                attends to all tokens.
+
+        Returns:
+            In the shape of ``query``.
+        """
+        return self.proj((between or self.attend)(self.q(query), self.kv(tokens)))
+
+    def attend(self, query: Tensor, key_value: Tensor) -> Tensor:
+        """Attention of projected tokens to all: ``(B, Q, C), (B, K, 2 * C) -> (B, Q, C)``."""
+        heads = (split_heads(t, self.num_heads) for t in (query, *key_value.chunk(2, dim=-1)))
+        return join_heads(attention(*heads))
 
 
 class SemanticBlock(nn.Module):
@@ -94,21 +111,42 @@ class SemanticBlock(nn.Module):
         self.norm2 = nn.LayerNorm(embed_dims)
         self.mlp = Mlp(embed_dims, int(embed_dims * mlp_ratio))
 
-    def add_attention(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Project what attention gave and add it to ``x``, both ``(..., C)``."""
+    def update(
+        self, query: Tensor, tokens: Tensor, between: Between, shortcut: bool = True
+    ) -> Tensor:
+        """Attention and MLP.
+
+        Args:
+            query: Not normalised, ``(..., C)``.
+            tokens: What they attend to, not normalised, ``(..., C)``.
+            between: Attention of projected tokens, see :class:`CrossAttention`.
+            shortcut: Whether attention is added to the queries.
+
+        Returns:
+            In the shape of ``query``.
+        """
+        attn = self.attn
 
         def add(x: Tensor, attended: Tensor) -> Tensor:
-            return x + self.drop_path(self.layer_scale_1 * self.attn.proj(attended))
-
-        return tokenwise(add, x, attended, training=self.training)
-
-    def add_mlp(self, x: Tensor) -> Tensor:
-        def add(x: Tensor) -> Tensor:
+            change = self.layer_scale_1 * attended
+            x = x + self.drop_path(change) if shortcut else change
             return x + self.drop_path(self.layer_scale_2 * self.mlp(self.norm2(x)))
 
-        return tokenwise(add, x, training=self.training)
+        if works_in_tiles(query, self.training, self):
+            tile = partial(tokenwise, training=self.training, layers=(self,))
+            attended = between(
+                tile(lambda t: attn.q(self.norm1(t)), query),
+                tile(lambda t: attn.kv(self.norm1(t)), tokens),
+            )
+            return tile(lambda t, a: add(t, attn.proj(a)), query, attended)
+        return add(query, attn(self.norm1(query), self.norm1(tokens), between))
+
+    def attend_to_all(self, query: Tensor, key_value: Tensor) -> Tensor:
+        """Attention of projected tokens of grids ``(B, H, W, ...)`` to all others of the image."""
+        return self.attn.attend(query.flatten(1, 2), key_value.flatten(1, -2)).view_as(query)
 
 
+@known_to_fast_paths
 class NeighbourhoodBlock(SemanticBlock):
     """A block whose keys lie in a patch around each window of queries.
 
@@ -127,8 +165,8 @@ class NeighbourhoodBlock(SemanticBlock):
         super().__init__(embed_dims, num_heads, mlp_ratio, drop_path)
         self.key_size = key_size
 
-    def attend(self, query: Tensor, keys: Tensor, hood: Neighbourhood) -> Tensor:
-        """Attend from each window of ``query`` to the patch of ``keys`` around it.
+    def look_around(self, query: Tensor, keys: Tensor, hood: Neighbourhood) -> Tensor:
+        """Attend from each window of ``query`` to the patch of ``keys`` around it, then the MLP.
 
         Padding is added before the norm.
 
@@ -138,20 +176,22 @@ class NeighbourhoodBlock(SemanticBlock):
             hood: Who attends to whom.
 
         Returns:
-            ``(B, H, W, C)``, not yet projected.
+            ``(B, H, W, C)``.
         """
-        attn, norm = self.attn, self.norm1
-        query = tokenwise(lambda x: attn.q(norm(x)), query, training=self.training)
+        num_heads = self.attn.num_heads
         if on_reference_path():
-            key_value = attn.kv(norm(F.pad(keys, (0, 0, *hood.padding))))
-            return attend_patches(query, key_value, hood, attn.num_heads)
-        keys = F.pad(keys.flatten(1, 2), (0, 0, 0, 1))
-        key_value = tokenwise(lambda x: attn.kv(norm(x)), keys, training=self.training)
-        # Copies of overlapping patches are made again in backward: that takes less than it would
-        # to keep them.
-        return run_block(attend_groups, query, key_value, hood, attn.num_heads, recompute=True)
+            keys = F.pad(keys, (0, 0, *hood.padding))
+            return self.update(query, keys, lambda q, kv: attend_patches(q, kv, hood, num_heads))
+
+        def between(q: Tensor, kv: Tensor) -> Tensor:
+            # Copies of overlapping patches are made again in backward: that takes less than it
+            # would to keep them.
+            return run_block(attend_groups, q, kv, hood, num_heads, recompute=True)
+
+        return self.update(query, F.pad(keys.flatten(1, 2), (0, 0, 0, 1)), between)
 
 
+@known_to_fast_paths
 class ReduceBlock(NeighbourhoodBlock):
     """Semantic tokens gather from the image tokens around their window."""
 
@@ -178,9 +218,10 @@ class ReduceBlock(NeighbourhoodBlock):
             hidden=tuple(-side % size for side in grid),
             pad_mask=windows.pad_mask,
         )
-        return self.add_mlp(self.add_attention(semantic, self.attend(semantic, x, hood)))
+        return self.look_around(semantic, x, hood)
 
 
+@known_to_fast_paths
 class PoolBlock(ReduceBlock):
     """The first of the two reductions: it also makes the semantic tokens.
 
@@ -199,6 +240,7 @@ class PoolBlock(ReduceBlock):
         return semantic if self.conv_pos is None else self.conv_pos(semantic, windows.pooled_size)
 
 
+@known_to_fast_paths
 class WindowPositionConv(nn.Module):
     """Depth-wise 3 x 3 convolution inside each window of semantic tokens, added to them."""
 
@@ -216,27 +258,31 @@ class WindowPositionConv(nn.Module):
         return semantic + merge_windows(position, size, grid)
 
 
+@known_to_fast_paths
 class LocalBlock(SemanticBlock):
     """Self-attention among the semantic tokens of each window."""
 
     def forward(self, semantic: Tensor, windows: Windowing) -> Tensor:
         """``(B, H, W, C) -> (B, H, W, C)``, the grid of semantic tokens."""
         size, grid = windows.pooled_size, semantic.shape[1:3]
-        normed = partition_windows(self.norm1(semantic), size)
-        update = merge_windows(self.attn.attend(normed, normed), size, grid)
-        return self.add_mlp(self.add_attention(semantic, update))
+
+        def between(query: Tensor, key_value: Tensor) -> Tensor:
+            windows = (partition_windows(t, size) for t in (query, key_value))
+            return merge_windows(self.attn.attend(*windows), size, grid)
+
+        return self.update(semantic, semantic, between)
 
 
+@known_to_fast_paths
 class GlobalBlock(SemanticBlock):
     """Self-attention among all semantic tokens of an image."""
 
     def forward(self, semantic: Tensor) -> Tensor:
         """``(B, H, W, C) -> (B, H, W, C)``, the grid of semantic tokens."""
-        normed = self.norm1(semantic).flatten(1, 2)
-        update = self.attn.attend(normed, normed).view_as(semantic)
-        return self.add_mlp(self.add_attention(semantic, update))
+        return self.update(semantic, semantic, self.attend_to_all)
 
 
+@known_to_fast_paths
 class RecoverBlock(NeighbourhoodBlock):
     """Image tokens query the semantic tokens around their window."""
 
@@ -262,7 +308,7 @@ class RecoverBlock(NeighbourhoodBlock):
             hidden=padding,
             pad_mask=pad_mask,
         )
-        return self.add_mlp(self.add_attention(x, self.attend(x, semantic, hood)))
+        return self.look_around(x, semantic, hood)
 
 
 def _pooled_padding(padding: int, size: int, pooled_size: int) -> int:

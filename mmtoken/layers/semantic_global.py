@@ -11,12 +11,13 @@ Source: STViT-R, arXiv 2303.08685; released classifier, github.com/changsn/STViT
 import torch
 from torch import Tensor
 
-from ..tokens.attention import attention, join_heads, split_heads
+from ..tokens.plain import known_to_fast_paths
 from ..tokens.plan import cached_plan
 from ..tokens.windows import merge_windows, partition_windows
 from .semantic import PoolBlock, SemanticBlock, Windowing
 
 
+@known_to_fast_paths
 class OwnPoolBlock(PoolBlock):
     """Fresh semantic tokens attend to those of their own window and to the image tokens around it.
 
@@ -33,17 +34,19 @@ class OwnPoolBlock(PoolBlock):
 
     def forward(self, semantic: Tensor, x: Tensor, windows: Windowing) -> Tensor:
         """Update semantic tokens ``(B, rows * n, columns * n, C)`` from ``x``, ``(B, H, W, C)``."""
-        attn, size, grid = self.attn, windows.pooled_size, semantic.shape[1:3]
-        own = partition_windows(self.norm1(semantic), size)
+        size, grid = windows.pooled_size, semantic.shape[1:3]
         patches = inner_patches(tuple(x.shape[1:3]), self.key_size, windows.size, x.device)
-        around = attn.kv(self.norm1(x)).flatten(1, 2).index_select(1, patches.flatten())
-        around = around.view(-1, patches.shape[1], around.shape[-1])
-        keys = torch.cat([attn.kv(own), around], dim=1).chunk(2, dim=-1)
-        update = attention(*(split_heads(t, attn.num_heads) for t in (attn.q(own), *keys)))
-        update = merge_windows(join_heads(update), size, grid)
-        if self.shortcut:
-            return self.add_mlp(self.add_attention(semantic, update))
-        return self.add_mlp(self.layer_scale_1 * attn.proj(update))
+        tokens = [semantic.flatten(1, 2), x.flatten(1, 2)]
+
+        def between(query: Tensor, key_value: Tensor) -> Tensor:
+            own, around = key_value.split([t.shape[1] for t in tokens], dim=1)
+            own = partition_windows(own.unflatten(1, grid), size)
+            around = around.index_select(1, patches.flatten())
+            around = around.view(-1, patches.shape[1], around.shape[-1])
+            query = partition_windows(query, size)
+            return merge_windows(self.attn.attend(query, torch.cat([own, around], 1)), size, grid)
+
+        return self.update(semantic, torch.cat(tokens, dim=1), between, self.shortcut)
 
 
 @cached_plan
@@ -71,6 +74,7 @@ def inner_patches(
     return index.flatten(2).flatten(0, 1).to(device)
 
 
+@known_to_fast_paths
 class GlobalReduceBlock(SemanticBlock):
     """Semantic tokens attend to themselves and to all image tokens."""
 
@@ -85,19 +89,16 @@ class GlobalReduceBlock(SemanticBlock):
             windows: How the stage is cut.
             centers: Learned tokens that are added to the queries, but not to the keys.
         """
-        tokens = [semantic.flatten(1, 2), x.flatten(1, 2)]
-        keys = self.norm1(torch.cat(tokens, dim=1))
+        tokens = torch.cat([semantic.flatten(1, 2), x.flatten(1, 2)], dim=1)
         if centers is not None:
             semantic = semantic + centers
-        update = self.attn.attend(self.norm1(semantic).flatten(1, 2), keys).view_as(semantic)
-        return self.add_mlp(self.add_attention(semantic, update))
+        return self.update(semantic, tokens, self.attend_to_all)
 
 
+@known_to_fast_paths
 class GlobalRecoverBlock(SemanticBlock):
     """Image tokens query all semantic tokens."""
 
     def forward(self, x: Tensor, semantic: Tensor, windows: Windowing) -> Tensor:
         """Update image tokens ``(B, H, W, C)`` from ``semantic``, ``(B, h, w, C)``."""
-        keys = self.norm1(semantic).flatten(1, 2)
-        update = self.attn.attend(self.norm1(x).flatten(1, 2), keys).view_as(x)
-        return self.add_mlp(self.add_attention(x, update))
+        return self.update(x, semantic, self.attend_to_all)

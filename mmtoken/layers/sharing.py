@@ -10,11 +10,13 @@ from torch import Tensor
 
 from ..tokens.attention import attention
 from ..tokens.clipped_windows import Pieces
+from ..tokens.plain import known_to_fast_paths
 from ..tokens.shared_attention import Sharing, shared_attention
-from .packed_block import PackedBlock
+from .packed_block import HeadedAttention, PackedBlock
 
 
-class ValueAttention(nn.Module):
+@known_to_fast_paths
+class ValueAttention(HeadedAttention):
     """The projections of an attention whose map is another's: those of values and outputs.
 
     Args:
@@ -24,16 +26,15 @@ class ValueAttention(nn.Module):
     """
 
     def __init__(self, embed_dims: int, num_heads: int, qkv_bias: bool = True) -> None:
-        super().__init__()
-        self.num_heads = num_heads
+        super().__init__(embed_dims, num_heads)
         self.v = nn.Linear(embed_dims, embed_dims, bias=qkv_bias)
         self.proj = nn.Linear(embed_dims, embed_dims)
 
-    def project_value(self, x: Tensor) -> Tensor:
-        """``(M, C) -> (M, C)``."""
+    def project(self, x: Tensor, follow: bool = True) -> Tensor:
         return self.v(x)
 
 
+@known_to_fast_paths
 class FollowingBlock(PackedBlock):
     """A ViT block without an attention map of its own: ``follow`` must be True.
 

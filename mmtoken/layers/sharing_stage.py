@@ -85,7 +85,7 @@ class SharingStage(nn.Module):
         self.check_map(grid, len(x), x.dtype)
         cut = cut_windows(grid, self.window_size, x.device)
         x = cut.to_windows(x.flatten(1, 2))
-        run = self.run_in_tiles if works_in_tiles(x, self.training) else self.run
+        run = self.run_in_tiles if works_in_tiles(x, self.training, self.blocks) else self.run
         return cut.to_grid(run(x, cut.pieces)).unflatten(1, grid)
 
     def run(self, x: Tensor, pieces: Pieces) -> Tensor:

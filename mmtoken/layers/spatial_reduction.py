@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..tokens.attention import ragged_attention
+from ..tokens.plain import is_plain_conv, known_to_fast_paths
 from ..tokens.regions import CellSet
 from ..tokens.tiles import tile_length, tokenwise, works_in_tiles
 
@@ -16,6 +17,7 @@ from ..tokens.tiles import tile_length, tokenwise, works_in_tiles
 STRIP_TILES = 8
 
 
+@known_to_fast_paths
 class SpatialReductionAttention(nn.Module):
     """Multi-head attention whose keys and values are made by a strided convolution.
 
@@ -37,6 +39,7 @@ class SpatialReductionAttention(nn.Module):
         counted_products: int = 1,
     ) -> None:
         super().__init__()
+        self.embed_dims = embed_dims
         self.counted_products = counted_products
         self.num_heads = num_heads
         self.sr_ratio = sr_ratio
@@ -60,7 +63,8 @@ class SpatialReductionAttention(nn.Module):
             ``(B, 2, heads, K, d)``.
         """
         if self.sr_ratio == 1:
-            kv = tokenwise(lambda t: self.kv(norm(t)), x, training=self.training)
+            layers = (self.kv, norm)
+            kv = tokenwise(lambda t: self.kv(norm(t)), x, training=self.training, layers=layers)
         else:
             kv = self.kv(self.norm(self.reduce(x.unflatten(1, grid), norm).flatten(1, 2)))
         kv = kv.unflatten(-1, (2, self.num_heads, -1)).permute(0, 2, 3, 1, 4)
@@ -68,7 +72,8 @@ class SpatialReductionAttention(nn.Module):
 
     def reduce(self, x: Tensor, norm: nn.Module) -> Tensor:
         """``(B, H, W, C) -> (B, ceil(H / sr_ratio), ceil(W / sr_ratio), C)``."""
-        if not works_in_tiles(x, self.training):
+        in_patches = is_plain_conv(self.sr, self.sr_ratio, stride=self.sr_ratio)
+        if not in_patches or not works_in_tiles(x, self.training, norm):
             return self._convolve(norm(x))
         batch, height, width, channels = x.shape
         # Where no patch reaches from one image into the next, they can stand on top of each other.
@@ -100,7 +105,7 @@ class SpatialReductionAttention(nn.Module):
 
     def complexity(self, tokens: Tensor, queries: Tensor) -> Tensor:
         """Operations of a number of tokens and queries, as the budget counts them."""
-        dims, keys = self.proj.in_features, tokens / self.sr_ratio**2
+        dims, keys = self.embed_dims, tokens / self.sr_ratio**2
         reduction = tokens * dims**2 + keys * dims if self.sr_ratio > 1 else 0
         products = queries * keys * (self.counted_products * dims + 3 * self.num_heads)
         return reduction + 2 * keys * dims**2 + 2 * queries * dims**2 + products

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from ..tokens.plain import all_plain, is_plain, is_plain_conv, known_to_fast_paths
 from ..tokens.tiles import tile_length, works_in_tiles
 
 
@@ -35,9 +36,21 @@ class ConvStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, 3, H, W) -> (B, ceil(H / 4), ceil(W / 4), embed_dims)``."""
         x = pad_to_stride(x, self.stride)
-        if works_in_tiles(x, self.training):
+        if works_in_tiles(x, self.training, self.proj) and self.can_be_folded():
             return self.forward_in_strips(x)
         return self.proj(x).permute(0, 2, 3, 1).contiguous()
+
+    def can_be_folded(self) -> bool:
+        """Whether the layers still are pairs of a convolution and a batch norm, and Hardswish.
+
+        Tools that fuse batch norms, or exchange them for synchronised ones, leave others.
+        """
+        return (
+            all(is_plain(self.proj[i], nn.Hardswish) for i in (1, 3))
+            and all(is_plain_conv(self.proj[i].c, 3, stride=2, padding=1) for i in (0, 2))
+            and all(is_plain(self.proj[i].bn, nn.BatchNorm2d) for i in (0, 2))
+            and all(_has_statistics(self.proj[i].bn) for i in (0, 2))
+        )
 
     def forward_in_strips(self, x: Tensor) -> Tensor:
         """The convolutions, for inference, a few rows of tokens at a time.
@@ -64,32 +77,44 @@ class ConvStem(nn.Module):
         return torch.cat(out, dim=1)
 
 
+@known_to_fast_paths
 class PatchStem(nn.Module):
-    """One convolution that takes whole patches, and a LayerNorm, as in Swin and PVT.
+    """One convolution that takes whole patches, with a LayerNorm in Swin and PVT, without in ViT.
 
     Args:
         embed_dims: Channels of a token.
         in_channels: Channels of the image, or of the tokens that are merged.
         stride: Side of a patch, in pixels or in such tokens.
+        norm: Whether there is a LayerNorm.
 
-    Source: Swin Transformer, arXiv 2103.14030, and PVT, arXiv 2102.12122; parameter names are the
-    official ones.
+    Source: Swin Transformer, arXiv 2103.14030, PVT, arXiv 2102.12122, and ViT, arXiv 2010.11929;
+    parameter names are the official ones, and timm's.
     """
 
-    def __init__(self, embed_dims: int, in_channels: int = 3, stride: int = 4) -> None:
+    def __init__(
+        self, embed_dims: int, in_channels: int = 3, stride: int = 4, norm: bool = True
+    ) -> None:
         super().__init__()
         self.stride = stride
         self.proj = nn.Conv2d(in_channels, embed_dims, stride, stride)
-        self.norm = nn.LayerNorm(embed_dims)
+        self.norm = nn.LayerNorm(embed_dims) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, in_channels, H, W) -> (B, ceil(H / stride), ceil(W / stride), embed_dims)``."""
         x = pad_to_stride(x, self.stride)
-        if x.is_contiguous():
+        if x.is_contiguous() and takes_patches(self.proj, self.stride):
             # An image: patches in a row give tokens with channels last, which a convolution of
             # NCHW does not, and the copy behind it costs more than the convolution.
-            return self.norm(project(patchify(x, self.stride), self.proj))
+            return self.embed(patchify(x, self.stride))
         return self.norm(self.proj(x).permute(0, 2, 3, 1).contiguous())
+
+    def embeds_patches(self) -> bool:
+        """Whether :meth:`embed` may stand for :meth:`forward` unnoticed."""
+        return all_plain(self) and takes_patches(self.proj, self.stride)
+
+    def embed(self, patches: Tensor) -> Tensor:
+        """Patches from :func:`patchify`, or some: ``(..., C * stride**2) -> (..., embed_dims)``."""
+        return self.norm(project(patches, self.proj))
 
 
 def patchify(x: Tensor, side: int) -> Tensor:
@@ -101,8 +126,16 @@ def patchify(x: Tensor, side: int) -> Tensor:
     return x.unflatten(2, (-1, side)).unflatten(4, (-1, side)).permute(0, 2, 4, 1, 3, 5).flatten(3)
 
 
+def takes_patches(conv: nn.Module, side: int) -> bool:
+    """Whether a layer is a plain convolution of whole patches, for :func:`project`."""
+    return is_plain_conv(conv, side, stride=side)
+
+
 def project(patches: Tensor, conv: nn.Conv2d) -> Tensor:
-    """What a convolution makes of whole patches: ``(..., C * side**2) -> (..., embed_dims)``."""
+    """What a convolution makes of whole patches: ``(..., C * side**2) -> (..., embed_dims)``.
+
+    Only for one that :func:`takes_patches`, since it reads the weights.
+    """
     return F.linear(patches, conv.weight.flatten(1), conv.bias)
 
 
@@ -110,6 +143,10 @@ def pad_to_stride(x: Tensor, stride: int) -> Tensor:
     """Zero-pad images ``(B, C, H, W)`` at the bottom and right to multiples of ``stride``."""
     height, width = x.shape[-2:]
     return F.pad(x, (0, -width % stride, 0, -height % stride))
+
+
+def _has_statistics(norm: nn.BatchNorm2d) -> bool:
+    return not norm.training and norm.running_mean is not None and norm.running_var is not None
 
 
 def _fold(layer: nn.Sequential) -> tuple[Tensor, Tensor]:

@@ -12,19 +12,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..tokens.plain import is_plain, is_plain_conv, known_to_fast_paths
 from ..tokens.plan import cached_plan
 from ..tokens.planes import fold_planes, unfold_planes
 from ..tokens.reference import on_reference_path
 from ..tokens.tiles import tile_length, works_in_tiles
 
 
+@known_to_fast_paths
 class StructuredLinear(nn.Module):
     """The mean of a Linear layer and of a convolution inside the planes of each token.
 
     Both are linear maps of the same channels, so together they are one: ``weight`` and ``bias`` are
     those of the Linear layer that does the same. They are differentiable, and computing them costs
     as much as a window of tokens does, so training takes this path too; the plain form is
-    :meth:`forward_reference`.
+    :meth:`forward_reference`, which also serves where somebody has replaced or watches a part.
 
     Args:
         embed_dims: Channels of a token, ``planes * side**2``.
@@ -40,6 +42,8 @@ class StructuredLinear(nn.Module):
         super().__init__()
         planes, out_planes = embed_dims // side**2, out_dims // side**2
         self.side = side
+        self.planes = planes
+        self.kernel_size = kernel_size
         self.linear = nn.Linear(embed_dims, out_dims, bias=bias)
         self.conv = nn.Conv2d(planes, out_planes, kernel_size, padding=kernel_size // 2, bias=bias)
 
@@ -64,15 +68,29 @@ class StructuredLinear(nn.Module):
 
     def fold(self) -> Callable[[Tensor], Tensor]:
         """:meth:`forward` as a function whose weight is computed now, and not at each call."""
-        if on_reference_path():
+        if on_reference_path() or not self.can_be_folded():
             return self.forward_reference
         return partial(F.linear, weight=self.weight, bias=self.bias)
 
+    def can_be_folded(self) -> bool:
+        """Whether ``weight`` and ``bias`` do what the two layers do."""
+        linear, conv = self.linear, self.conv
+        return (
+            is_plain(linear, nn.Linear)
+            and is_plain_conv(conv, self.kernel_size, padding=self.kernel_size // 2)
+            and (linear.bias is None) == (conv.bias is None)
+        )
+
     def forward_reference(self, x: Tensor) -> Tensor:
         """:meth:`forward`, as the paper says it."""
-        planes = x.reshape(-1, self.conv.in_channels, self.side, self.side)
+        planes = x.reshape(-1, self.planes, self.side, self.side)
         inside = self.conv(planes).flatten(1).view(*x.shape[:-1], -1)
         return (self.linear(x) + inside) / 2
+
+
+def fold(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A projection as a function to call often; see :meth:`StructuredLinear.fold`."""
+    return layer.fold() if isinstance(layer, StructuredLinear) else layer
 
 
 @cached_plan
@@ -91,6 +109,7 @@ def cell_offsets(side: int, kernel_size: int, device: torch.device, dtype: torch
     return places.reshape(kernel_size**2, side**2, side**2).to(device)
 
 
+@known_to_fast_paths
 class StructuredMlp(nn.Module):
     """An MLP with a depth-wise convolution of the token grid between its layers.
 
@@ -102,6 +121,8 @@ class StructuredMlp(nn.Module):
 
     def __init__(self, embed_dims: int, hidden_dims: int, kernel_size: int) -> None:
         super().__init__()
+        self.kernel_size = kernel_size
+        self.hidden_dims = hidden_dims
         self.fc1 = nn.Linear(embed_dims, hidden_dims)
         self.dwconv = nn.Conv2d(
             hidden_dims, hidden_dims, kernel_size, padding=kernel_size // 2, groups=hidden_dims
@@ -118,6 +139,12 @@ class StructuredMlp(nn.Module):
         x = F.gelu(self.fc1(x))
         x = F.gelu(self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         return self.fc2(x)
+
+    def fits_strips(self) -> bool:
+        """Whether :meth:`add_in_strips` knows the convolution."""
+        return is_plain_conv(
+            self.dwconv, self.kernel_size, padding=self.kernel_size // 2, groups=self.hidden_dims
+        )
 
     def add_in_strips(self, x: Tensor, norm: nn.Module) -> Tensor:
         """``x + self(norm(x))``, for inference, a few rows of tokens at a time.
@@ -141,7 +168,7 @@ class StructuredMlp(nn.Module):
         rows = max(1, 2 * halo, length // width)
         for image in x:
             # Row r of the hidden ones is row start - halo + r of the grid, zero outside of it.
-            hidden = self.fc1(image[:0]).new_zeros(rows + 2 * halo, width, self.fc1.out_features)
+            hidden = self.fc1(image[:0]).new_zeros(rows + 2 * halo, width, self.hidden_dims)
             for start in range(0, height, rows):
                 stop = min(start + rows, height)
                 if start:
@@ -168,6 +195,7 @@ class StructuredMlp(nn.Module):
         return self.fc2(torch.ops.aten.gelu_(x.permute(0, 2, 3, 1)))[0]
 
 
+@known_to_fast_paths
 class StructuredMerging(nn.Module):
     """Convolve the planes of all tokens as one map, and fold them to half the grid.
 
@@ -181,6 +209,7 @@ class StructuredMerging(nn.Module):
         super().__init__()
         planes = embed_dims // side**2
         self.side = side
+        self.kernel_size = kernel_size
         self.norm = nn.LayerNorm(planes)
         self.reduction = nn.Conv2d(
             planes, planes // 2, kernel_size, padding=kernel_size // 2, bias=False
@@ -189,15 +218,17 @@ class StructuredMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2 * C)``."""
         x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        if works_in_tiles(x, self.training):
+        if works_in_tiles(x, self.training, self) and self.fits_strips():
             return self.forward_in_strips(x)
         pixels = self.norm(unfold_planes(x, self.side, self.side))
-        return self.reduce(pixels, self.reduction.padding)
+        return self.fold(self.reduction(pixels.permute(0, 3, 1, 2)))
 
-    def reduce(self, pixels: Tensor, padding: tuple[int, int]) -> Tensor:
-        """Convolve normalised cells and fold them, ``(B, rows, columns, planes)``."""
-        weight = self.reduction.weight
-        pixels = F.conv2d(pixels.permute(0, 3, 1, 2), weight, padding=padding)
+    def fits_strips(self) -> bool:
+        """Whether :meth:`forward_in_strips` knows the convolution."""
+        return is_plain_conv(self.reduction, self.kernel_size, padding=self.kernel_size // 2)
+
+    def fold(self, pixels: Tensor) -> Tensor:
+        """Convolved cells to tokens: ``(B, planes / 2, rows, columns) -> (B, H, W, C)``."""
         return fold_planes(pixels.permute(0, 2, 3, 1), 1, 2 * self.side)
 
     def forward_in_strips(self, x: Tensor) -> Tensor:
@@ -214,5 +245,6 @@ class StructuredMerging(nn.Module):
             pixels = self.norm(unfold_planes(x[:, top:bottom], self.side, self.side))
             # Zeros outside of the grid; inside, whole tokens are cropped to what is in reach.
             above, below = (reach - n * self.side for n in (start - top, bottom - stop))
-            out.append(self.reduce(F.pad(pixels, (0, 0, 0, 0, above, below)), (0, reach)))
+            pixels = F.pad(pixels, (0, 0, 0, 0, above, below)).permute(0, 3, 1, 2)
+            out.append(self.fold(F.conv2d(pixels, self.reduction.weight, padding=(0, reach))))
         return torch.cat(out, dim=1)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor
 
+from ..tokens.plain import all_plain, is_plain_conv, known_to_fast_paths
 from ..tokens.planes import fold_planes
 from ..tokens.reference import on_reference_path
 from ..tokens.tiles import tile_length, works_in_tiles
@@ -17,6 +18,7 @@ from .stem import pad_to_stride, patchify
 STRIDE = 2  # of the first convolution
 
 
+@known_to_fast_paths
 class StructuredStem(nn.Module):
     """Two convolutions to a few planes at a fine stride, folded to tokens.
 
@@ -48,6 +50,7 @@ class StructuredStem(nn.Module):
         self.patch_size = patch_size
         self.side = side
         self.cell_size = patch_size // side // STRIDE  # in hidden pixels
+        self.kernel_size = kernel_size
         self.conv1 = nn.Conv2d(
             in_channels, hidden_dims, kernel_size, STRIDE, padding=kernel_size // 2 - 1
         )
@@ -68,17 +71,27 @@ class StructuredStem(nn.Module):
         Images are padded with zeros at the bottom and right to whole patches.
         """
         x = pad_to_stride(x, self.patch_size)
-        if on_reference_path():
+        if on_reference_path() or not self.can_be_flattened():
             return self.forward_reference(x)
         windows = self.hidden_windows(x)
         weights = self.flat_weights()
         if not works_in_tiles(x, self.training):
             return self.embed(windows, *weights)
         out = x.new_empty(*windows.shape[:3], len(weights[-1]) * self.side**2)
-        length = max(1, tile_length(self.conv1.out_channels) // len(weights[1]))
+        length = max(1, tile_length(len(weights[0])) // len(weights[1]))
         for tile, target in zip(_tiles(windows, length), _tiles(out, length), strict=True):
             target.copy_(self.embed(tile, *weights))
         return out
+
+    def can_be_flattened(self) -> bool:
+        """Whether :meth:`embed` may stand for the layers unnoticed."""
+        padding = self.kernel_size // 2 - 1
+        return (
+            all_plain(self)
+            and is_plain_conv(self.conv1, self.kernel_size, STRIDE, padding)
+            and is_plain_conv(self.conv2, self.cell_size, self.cell_size)
+            and self.conv1.bias is not None
+        )
 
     def forward_reference(self, x: Tensor) -> Tensor:
         """:meth:`forward` of whole patches, as the paper says it."""

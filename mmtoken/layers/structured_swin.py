@@ -3,15 +3,18 @@
 Source: SWAT, arXiv 2111.13677, section 3.3; released code, github.com/kkahatapitiya/SWAT (MIT).
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch.nn as nn
 from torch import Tensor
 
-from .structured import StructuredLinear, StructuredMlp
+from ..tokens.plain import known_to_fast_paths
+from .structured import StructuredLinear, StructuredMlp, fold
 from .swin import SwinBlock
 
 
+@known_to_fast_paths
 class StructuredSwinBlock(SwinBlock):
     """A Swin block that mixes channels along the planes of a token, and tokens along the grid.
 
@@ -24,6 +27,8 @@ class StructuredSwinBlock(SwinBlock):
         mlp_kernel_size: Of the depth-wise convolution of the MLP.
         block: Further arguments of :class:`~mmtoken.layers.swin.SwinBlock`.
     """
+
+    mlp_type = StructuredMlp
 
     def __init__(
         self,
@@ -40,6 +45,13 @@ class StructuredSwinBlock(SwinBlock):
             linear = partial(StructuredLinear, side=side, kernel_size=attn_kernel_size)
         mlp = partial(StructuredMlp, kernel_size=mlp_kernel_size)
         super().__init__(embed_dims, num_heads, linear=linear, mlp=mlp, **block)
+
+    def fits_tiles(self, x: Tensor) -> bool:
+        return super().fits_tiles(x) and self.mlp.fits_strips()
+
+    def projections(self) -> tuple[Callable[[Tensor], Tensor], ...]:
+        """As in Swin, with weights that are computed once and not at each tile."""
+        return tuple(map(fold, super().projections()))
 
     def forward_in_tiles(self, x: Tensor) -> Tensor:
         return self.mlp.add_in_strips(self.attend_in_tiles(x), self.norm2)

@@ -11,12 +11,14 @@ from timm.layers import DropPath
 from torch import Tensor
 
 from ..tokens.attention import attention, join_heads, packed_attention
+from ..tokens.plain import known_to_fast_paths
 from ..tokens.tiles import tokenwise, works_in_tiles
 from .cross_block import NORM_EPS
 from .packed_block import PackedBlock
-from .structured import StructuredLinear, StructuredMlp
+from .structured import StructuredLinear, StructuredMlp, fold
 
 
+@known_to_fast_paths
 class StructuredAttention(nn.Module):
     """Multi-head self-attention of all tokens, with projections that see the planes inside them.
 
@@ -36,6 +38,10 @@ class StructuredAttention(nn.Module):
         self.qkv = StructuredLinear(embed_dims, 3 * embed_dims, side, kernel_size, qkv_bias)
         self.proj = StructuredLinear(embed_dims, embed_dims, side, kernel_size)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C) -> (B, H, W, C)``."""
+        return self.proj(self.attend(self.qkv(x)))
+
     def attend(self, qkv: Tensor) -> Tensor:
         """``(B, H, W, 3 * C) -> (B, H, W, C)``."""
         grid = qkv.shape[1:3]
@@ -43,6 +49,7 @@ class StructuredAttention(nn.Module):
         return join_heads(attention(*heads)).unflatten(1, grid)
 
 
+@known_to_fast_paths
 class StructuredBlock(nn.Module):
     """Attention and MLP, each behind a LayerNorm and with a residual.
 
@@ -77,17 +84,22 @@ class StructuredBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C) -> (B, H, W, C)``."""
-        project, project_back = self.attn.qkv.fold(), self.attn.proj.fold()
-        qkv = tokenwise(lambda t: project(self.norm1(t)), x, training=self.training)
-        attended = self.attn.attend(qkv)
-        x = tokenwise(
-            lambda t, a: t + self.drop_path(project_back(a)), x, attended, training=self.training
-        )
-        if works_in_tiles(x, self.training):
-            return self.mlp.add_in_strips(x, self.norm2)
+        known = type(self.mlp) is StructuredMlp and self.mlp.fits_strips()
+        if known and works_in_tiles(x, self.training, self):
+            return self.forward_in_tiles(x)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
+    def forward_in_tiles(self, x: Tensor) -> Tensor:
+        """:meth:`forward`, for inference, some tokens or a few rows of the grid at a time."""
+        tile = partial(tokenwise, training=self.training, layers=(self,))
+        project, project_back = fold(self.attn.qkv), fold(self.attn.proj)
+        attended = self.attn.attend(tile(lambda t: project(self.norm1(t)), x))
+        x = tile(lambda t, a: t + project_back(a), x, attended)
+        return self.mlp.add_in_strips(x, self.norm2)
 
+
+@known_to_fast_paths
 class GridBlock(PackedBlock):
     """A plain ViT block on the token grids of a batch, of the dense twin."""
 

@@ -12,6 +12,7 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import Tensor
 
 from ..tokens.attention import attention, join_heads
+from ..tokens.plain import known_to_fast_paths
 from ..tokens.tiles import plan_window_tiles, tile_length, works_in_tiles
 from ..tokens.windows import (
     merge_windows,
@@ -21,6 +22,7 @@ from ..tokens.windows import (
 )
 
 
+@known_to_fast_paths
 class WindowAttention(nn.Module):
     """Multi-head self-attention inside windows, with a learned relative position bias.
 
@@ -28,8 +30,7 @@ class WindowAttention(nn.Module):
         embed_dims: Channels.
         num_heads: Attention heads.
         window_size: Window side, in tokens.
-        linear: Makes both projections, ``(embed_dims, out_dims)`` to a layer with the ``weight``
-            and ``bias`` of a Linear one.
+        linear: Makes both projections, ``(embed_dims, out_dims)`` to a layer.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ def relative_position_index(size: int) -> Tensor:
     return down * (2 * size - 1) + across
 
 
+@known_to_fast_paths
 class SwinBlock(nn.Module):
     """Window attention and MLP, each behind a LayerNorm and with a residual.
 
@@ -101,6 +103,8 @@ class SwinBlock(nn.Module):
         linear: Makes the projections of attention, see :class:`WindowAttention`.
         mlp: Makes the MLP, ``(embed_dims, hidden_dims)`` to a layer.
     """
+
+    mlp_type: type[nn.Module] = Mlp  # that forward_in_tiles knows
 
     def __init__(
         self,
@@ -129,7 +133,7 @@ class SwinBlock(nn.Module):
 
         As in Swin, padding is added after the norm and attended to like any token.
         """
-        if works_in_tiles(x, self.training):
+        if self.fits_tiles(x):
             return self.forward_in_tiles(x)
         x = x + self.drop_path(self.attend(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
@@ -152,9 +156,17 @@ class SwinBlock(nn.Module):
         """Shift on a grid ``(H, W)``, in tokens."""
         return self.shift if self.shift_always or min(grid) > self.window_size else 0
 
+    def fits_tiles(self, x: Tensor) -> bool:
+        """Whether to take :meth:`forward_in_tiles`."""
+        return type(self.mlp) is self.mlp_type and works_in_tiles(x, self.training, self)
+
     def forward_in_tiles(self, x: Tensor) -> Tensor:
         """:meth:`forward`, for inference, a few windows at a time."""
         return self.attend_in_tiles(x, self.add_mlp)
+
+    def projections(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """Those of attention, ``qkv`` and ``proj``, to be called tile by tile."""
+        return self.attn.qkv, self.attn.proj
 
     def add_mlp(self, x: Tensor) -> None:
         """Add what the MLP makes of tokens ``(n, C)`` to them."""
@@ -172,8 +184,9 @@ class SwinBlock(nn.Module):
         """
         tokens = x.reshape(-1, x.shape[-1])
         out = torch.empty_like(tokens)
-        # Looked up once, for a weight may have to be computed.
-        qkv, proj = ((layer.weight, layer.bias) for layer in (self.attn.qkv, self.attn.proj))
+        qkv, proj = self.projections()
+        # Padding is zero before the projection.
+        padding = qkv(tokens.new_zeros(1, tokens.shape[1]))[0]
         bias = self.attn.position_bias()
         batch, *grid, channels = x.shape
         plan = plan_window_tiles(
@@ -181,18 +194,18 @@ class SwinBlock(nn.Module):
         )
         for tile in plan:
             t = tokens.index_select(0, tile.tokens)
-            # Padding is zero before the projection, so it is the projection's bias behind it.
-            windows = tile.to_windows(F.linear(self.norm1(t), *qkv), qkv[1])
+            windows = tile.to_windows(qkv(self.norm1(t)), padding)
             windows = windows.view(-1, self.window_size**2, windows.shape[-1])
             mask = bias if tile.apart is None else bias.masked_fill(tile.apart, float('-inf'))
             attended = self.attn.attend(windows, mask).flatten(0, 1)
-            t += F.linear(tile.to_tokens(attended), *proj)
+            t += proj(tile.to_tokens(attended))
             if then is not None:
                 then(t)
             out.index_copy_(0, tile.tokens, t)
         return out.view_as(x)
 
 
+@known_to_fast_paths
 class PatchMerging(nn.Module):
     """Concatenate each 2 x 2 group of tokens and project it: half the grid, twice the channels."""
 
@@ -204,7 +217,7 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2 * C)``."""
         x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        if works_in_tiles(x, self.training):
+        if works_in_tiles(x, self.training, self):
             batch, _, width, channels = x.shape
             rows = 2 * max(1, tile_length(channels) // (2 * batch * width))
             return torch.cat([self.merge(strip) for strip in x.split(rows, dim=1)], dim=1)

@@ -4,15 +4,18 @@ What stands between two tokens of a block (projections, the hidden layer of the 
 times larger than the tokens. For a whole map it is written to memory that the system must first
 hand out and later fetch back into the cache; for a tile it never leaves the cache. On a CPU that
 halves the time of an early Swin block. Training keeps those tensors for backward anyway, and a GPU
-would rather have few large kernels, so both take whole maps.
+would rather have few large kernels, so both take whole maps. So do blocks in which somebody has
+replaced or watches a layer (:mod:`~mmtoken.tokens.plain`), which is to see whole maps too.
 """
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
+from .plain import all_plain
 from .plan import cached_plan
 from .reference import on_reference_path
 from .windows import tokens_apart, window_index
@@ -26,32 +29,36 @@ def tile_length(channels: int) -> int:
     return max(1, TILE_ELEMENTS // channels)
 
 
-def works_in_tiles(x: Tensor, training: bool) -> bool:
+def works_in_tiles(x: Tensor, training: bool, *layers: nn.Module) -> bool:
     """Whether ``x`` is to be computed on tile by tile.
 
     Args:
         x: Any tensor of the map.
         training: Whether the computation has random parts, or parts that depend on the batch.
+        layers: All layers that take part, which must be plain.
     """
     inference = not training and not torch.is_grad_enabled()
-    # A trace would hold the tiles of one image size and batch, thousands of small operations.
-    traced = torch.jit.is_tracing()
-    return inference and x.device.type == 'cpu' and not (traced or on_reference_path())
+    on_cpu = inference and x.device.type == 'cpu' and not on_reference_path()
+    return on_cpu and all_plain(*layers)
 
 
-def tokenwise(function: Callable[..., Tensor], *tensors: Tensor, training: bool) -> Tensor:
+def tokenwise(
+    function: Callable[..., Tensor], *tensors: Tensor, training: bool, layers: Iterable[nn.Module]
+) -> Tensor:
     """Apply a function that treats every token by itself, in inference tile by tile.
 
     Args:
         function: ``(n, C), ... -> (n, C')``.
         tensors: ``(..., C)``, alike but for their channels.
         training: As for :func:`works_in_tiles`.
+        layers: Likewise: those that ``function`` calls.
 
     Returns:
         ``(..., C')``.
     """
     length = tile_length(max(t.shape[-1] for t in tensors))
-    if tensors[0].shape[:-1].numel() <= length or not works_in_tiles(tensors[0], training):
+    small = tensors[0].shape[:-1].numel() <= length
+    if small or not works_in_tiles(tensors[0], training, *layers):
         return function(*tensors)
     tiles = zip(*(t.reshape(-1, t.shape[-1]).split(length) for t in tensors), strict=True)
     out, start = None, 0

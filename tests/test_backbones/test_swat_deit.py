@@ -71,7 +71,7 @@ def test_equals_the_release(path):
     image = torch.sin(0.05 * i[:, None] + 0.03 * j + c[:, None, None])[None]
 
     def run():
-        tokens = model.embed_patches(image)
+        tokens = model.patch_embed(image)
         maps = (*model(image), last(image)[1])
         return tokens, maps, pooled(image)[0] @ weight.T + bias
 

@@ -75,9 +75,9 @@ def test_values_alone(qkv_bias, monkeypatch):
 
 
 def attended(block, x):
-    """What attention gives the tokens of one image."""
+    """What attention gives the tokens of one image, projected."""
     parts = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, 3, -1)).unbind(1)
-    return packed_attention(*parts, [len(x)]).flatten(1)
+    return block.attn.proj(packed_attention(*parts, [len(x)]).flatten(1))
 
 
 def test_stochastic_depth_drops_images():
@@ -92,7 +92,7 @@ def test_stochastic_depth_drops_images():
                     kept
                     for kept in product((0.0, 2.0), repeat=2)
                     if torch.allclose(
-                        block.mix(x, attended(block, x), *torch.tensor(kept)), out, atol=1e-5
+                        block.add(x, attended(block, x), *torch.tensor(kept)), out, atol=1e-5
                     )
                 ]
                 assert len(found) == 1

@@ -139,8 +139,9 @@ def test_values_of_dense_weights(bias):
     follower.load_state_dict(state, strict=True)
     assert 'attn.qkv.weight' in state
     x = torch.randn(5, 24)
-    torch.testing.assert_close(follower.project_value(x), dense.project(x)[2])
-    torch.testing.assert_close(follower.project_value(x), dense.project_value(x))
+    values = follower.attn.project(x)
+    torch.testing.assert_close(values, dense.attn.project(x).chunk(3, dim=1)[2])
+    torch.testing.assert_close(values, dense.attn.project(x, follow=True))
 
 
 def test_weights_without_values_are_refused():
