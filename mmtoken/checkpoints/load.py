@@ -20,6 +20,12 @@ from .report import Report
 from .sources import SOURCES
 from .sources.source import matches
 
+# Libraries that have the same models under other names, and what their names begin with
+LOOK_ALIKES = {
+    'torchvision': r'features\.\d|encoder\.layers\.encoder_layer_',
+    'Hugging Face transformers': r'(\w+\.)?(encoder\.layers?\.\d|embeddings\.)',
+}
+
 
 def load_into(
     module: nn.Module,
@@ -139,7 +145,7 @@ def _check(
         return
     origin = f'it was read as {report.origin}'
     if report.source is None:
-        origin = f'its names are of no known source ({", ".join(SOURCES)})'
+        origin = f'its names are of no known source ({", ".join(SOURCES)}){_look_alike(unexpected)}'
     shared = sum(name in state for name in own)
     raise ValueError(
         f'does not fit {type(module).__name__}; {origin} and has {shared} of its {len(own)} tensors'
@@ -147,6 +153,14 @@ def _check(
         f'{_list("names it lacks", missing)}'
         f'{_list("other shapes", reshaped)}{_advise(reshaped, state, own)}'
     )
+
+
+def _look_alike(names: list[str]) -> str:
+    """The library whose names these are, where the same weights exist under known ones."""
+    for library, pattern in LOOK_ALIKES.items():
+        if any(re.match(pattern, name) for name in names):
+            return f", but look like {library}'s; take the file of timm or of the authors instead"
+    return ''
 
 
 def _advise(reshaped: list[str], state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:

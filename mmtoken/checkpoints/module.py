@@ -41,6 +41,7 @@ class CheckpointedModule(BaseModule, metaclass=CheckedArguments):
         init_cfg = self.init_cfg
         entries = entries_of(init_cfg)
         self.init_cfg = [entry for entry in entries if not is_pretrained(entry)] or None
+        self._awaits_checkpoint = any(map(is_pretrained, entries))
         try:
             self.init_fresh()
         finally:
@@ -49,6 +50,11 @@ class CheckpointedModule(BaseModule, metaclass=CheckedArguments):
         for entry in filter(is_pretrained, entries):
             load_into(self, entry['checkpoint'], entry.get('prefix'))
         self.is_init = True
+
+    def _dump_init_info(self) -> None:
+        """MMEngine's list of how each parameter was initialised, where no checkpoint follows."""
+        if not self._awaits_checkpoint:
+            super()._dump_init_info()
 
     def init_fresh(self) -> None:
         """Initialise without checkpoints: ``init_cfg`` holds no ``Pretrained`` entry here."""

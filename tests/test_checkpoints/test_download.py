@@ -52,3 +52,36 @@ def test_damaged_download(web, monkeypatch):
     cached_path(URL).write_bytes(cached_path(URL).read_bytes()[:100])
     with pytest.raises(ValueError, match=r'model%20a.*damaged.*delete .*model a\.pth'):
         read_checkpoint(URL)
+
+
+def test_a_file_put_there_by_hand_is_taken(web, tmp_path):
+    """As torch.hub and MMEngine do; a name that holds a hash is checked."""
+    folder = tmp_path / 'hub' / 'checkpoints'
+    folder.mkdir(parents=True)
+    torch.save(dict(weight=torch.zeros(3)), folder / 'swin.pth')
+    assert torch.equal(read_checkpoint('https://a.org/swin.pth')['weight'], torch.zeros(3))
+    (folder / 'swin.pth').rename(folder / 'swin-01234567.pth')
+    with pytest.raises(OSError, match='its SHA-256 begins with .*, and its name says 01234567'):
+        read_checkpoint('https://a.org/swin-01234567.pth')
+    assert web == []
+
+
+def test_a_failed_download_names_both_ways_out(web, tmp_path):
+    folder = tmp_path / 'hub' / 'checkpoints'
+    with pytest.raises(OSError, match=f'put the file at {folder}/a.pth, or give its path'):
+        read_checkpoint('https://missing.org/a.pth')
+
+
+def test_every_name_that_mmengine_takes(web, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    torch.save(dict(weight=torch.zeros(3)), tmp_path / 'a.pth')
+    for name in ('~/a.pth', f'file://{tmp_path}/a.pth', tmp_path / 'a.pth'):
+        assert torch.equal(read_checkpoint(name)['weight'], torch.zeros(3))
+    monkeypatch.setattr('mmengine.runner.checkpoint.get_external_models', lambda: {'swin': URL})
+    assert torch.equal(read_checkpoint('open-mmlab://swin')['weight'], torch.ones(2))
+    with pytest.raises(
+        ValueError, match="open-mmlab://nosuch: open-mmlab:// has no model 'nosuch'"
+    ):
+        read_checkpoint('open-mmlab://nosuch')
+    with pytest.raises(OSError, match='nowhere://a.pth was not fetched by MMEngine'):
+        read_checkpoint('nowhere://a.pth')

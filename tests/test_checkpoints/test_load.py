@@ -124,3 +124,16 @@ def test_log(save, monkeypatch):
     load_into(Net(3, 2), save({'weight': torch.zeros(2, 3), 'head.bias': torch.zeros(1)}))
     (line,) = lines
     assert line.endswith("the module's own names: 1 tensors; 1 dropped (head.bias); 1 fresh (bias)")
+
+
+@pytest.mark.parametrize(
+    'name, library',
+    [
+        ('features.1.0.attn.qkv.weight', 'torchvision'),
+        ('swin.encoder.layers.0.blocks.0.attention.self.query.weight', 'Hugging Face'),
+        ('embeddings.cls_token', 'Hugging Face'),
+    ],
+)
+def test_libraries_whose_names_are_not_known(name, library, save):
+    with pytest.raises(ValueError, match=f"look like {library}.*'s; take the file of timm"):
+        load_into(nn.Linear(1, 1), save({name: torch.zeros(1)}))
