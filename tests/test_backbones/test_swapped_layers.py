@@ -28,7 +28,7 @@ SWIN = dict(embed_dims=16, depths=(2, 1, 6, 1), num_heads=(1, 2, 2, 4))
 VIT = dict(embed_dims=32, num_layers=4, num_heads=2, feedforward_channels=48)
 DPVT = dict(embed_dims=(16, 32), depths=(1, 2), num_heads=(1, 2), mlp_ratios=(4, 2))
 PVT = dict(DPVT, sr_ratios=(4, 1))
-SWAT_SWIN = dict(embed_dims=16, depths=(2, 1, 2), num_heads=(1, 2, 2))
+SWAT_SWIN = dict(embed_dims=16, depths=(2, 1, 1), num_heads=(1, 2, 2))
 SWAT_VIT = dict(VIT, patch_size=16, mlp_kernel=3)
 PSVIT = dict(stages=[(32, 2, (2,)), (48, 3, (2, 1))])
 FPN = dict(in_channels=32, out_channels=8, scales=(2, 1), num_outs=2)
@@ -71,13 +71,13 @@ NETWORKS = {
     ],
 }
 LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.LayerNorm, nn.BatchNorm2d)
-IMAGE = torch.randn(2, 3, 12, 10, generator=torch.Generator().manual_seed(3))
+IMAGE = torch.randn(2, 3, 9, 7, generator=torch.Generator().manual_seed(3))
 IMAGE = (2 * IMAGE).repeat_interleave(8, 2).repeat_interleave(8, 3) + IMAGE.repeat(1, 1, 8, 8)
 
 
 @pytest.fixture(autouse=True)
 def tiny_tiles(monkeypatch):
-    monkeypatch.setattr(tiles, 'TILE_ELEMENTS', 300)
+    monkeypatch.setattr(tiles, 'TILE_ELEMENTS', 800)
 
 
 @pytest.fixture(params=NETWORKS)
@@ -186,9 +186,8 @@ def test_hooks_see_every_layer_on_every_path(network):
             name: len(c) for name, c in expected.items()
         }
     for name in kinds(network, nn.Module):
-        for grad in (False, True):
-            seen = calls.of(network, [name], grad)
-            assert seen == {name: expected[name]} if name in expected else not seen, name
+        seen = calls.of(network, [name], grad=False)
+        assert seen == {name: expected[name]} if name in expected else not seen, name
 
 
 def test_hooks_on_all_modules_of_the_process(network):
@@ -213,11 +212,8 @@ def test_hooks_change_what_they_will(network, kind):
         else:
             hook = layer.register_forward_pre_hook(lambda module, args: (args[0].sin(),))
         outs, expected = run(network), run(network, grad=True)
-        with reference_path():
-            reference = run(network)
         hook.remove()
         assert_close(outs, expected)
-        assert_close(reference, expected)
         assert differ(outs, before) or is_router(name), name
     assert_close(run(network), before)
 
@@ -314,23 +310,37 @@ CHANGES = {
 }
 
 
+def change_some(network, change, names):
+    """A changed network, and one with the weights that should do the same."""
+    changed, plain = copy.deepcopy(network), copy.deepcopy(network)
+    with torch.no_grad():
+        for name in names:
+            plain.get_submodule(name).weight.copy_(change(changed, name))
+    return changed, plain
+
+
 @pytest.mark.parametrize('change', CHANGES)
-@pytest.mark.parametrize('at_once', [True, False])
-def test_changed_weights_are_those_in_use(network, change, at_once):
+def test_changed_weights_are_those_in_use(network, change):
     """The first call was made before: nothing of a weight is kept."""
     before = run(network)
     names = [n for n, m in network.named_modules() if isinstance(m, CHANGES[change])]
-    for some in [names] if at_once else [[name] for name in kinds(network, CHANGES[change])]:
-        changed, plain = copy.deepcopy(network), copy.deepcopy(network)
-        with torch.no_grad():
-            for name in some:
-                plain.get_submodule(name).weight.copy_(change(changed, name))
-        expected = run(plain)
+    changed, plain = change_some(network, change, names)
+    expected = run(plain)
+    assert_close(run(changed), expected)
+    assert_close(run(changed, grad=True), expected)
+    with reference_path():
         assert_close(run(changed), expected)
-        assert_close(run(changed, grad=True), expected)
-        with reference_path():
-            assert_close(run(changed), expected)
-        assert differ(expected, before) or is_router(some[0]), some
+    assert differ(expected, before)
+
+
+@pytest.mark.parametrize('change', [adapt, double_by_parametrisation, double_by_pre_hook])
+def test_one_changed_weight_among_others(network, change):
+    before = run(network)
+    for name in kinds(network, CHANGES[change]):
+        changed, plain = change_some(network, change, [name])
+        outs = run(changed)
+        assert_close(outs, run(plain))
+        assert differ(outs, before) or is_router(name), name
 
 
 def test_a_changed_layer_trains(network):
