@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
+from ..tokens.plain import hooks_ignored
 from ..tokens.record import record_routing
 from ..tokens.reference import reference_path
 from ..visualization.decisions import coarse_ratio, query_ratio
@@ -140,7 +141,7 @@ class _Ledger:
             hooks.append(child.register_forward_pre_hook(self._starts(name)))
             hooks.append(child.register_forward_hook(self._ends))
         try:
-            with torch.no_grad(), self.counter:
+            with torch.no_grad(), hooks_ignored(), self.counter:
                 module(*inputs)
             self._settle()
         finally:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..tokens.plain import hooks_ignored
+
 # Fused attention that torch's counter has no entry for, and so counts 0 for. Which of these
 # exist depends on the version of torch.
 UNCOUNTED_KERNELS = (
@@ -27,7 +29,8 @@ def count_macs(function: Callable, *args, **kwargs) -> int:
     Returns:
         Multiply-accumulates, half of the floating-point operations torch counts.
     """
-    with torch.no_grad(), make_counter() as counter:
+    # Torch's counter hangs hooks on all modules.
+    with torch.no_grad(), hooks_ignored(), make_counter() as counter:
         function(*args, **kwargs)
     return counter.get_total_flops() // 2
 

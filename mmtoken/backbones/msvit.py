@@ -25,7 +25,6 @@ from ..tokens.maps import join_maps, to_map
 from ..tokens.mixed_scale import Mixture, mix_all, mix_scales
 from ..tokens.packed import SparseFeatures
 from ..tokens.padding import padding_regions, valid_size
-from ..tokens.plain import is_plain
 from ..tokens.record import Decision, note_decision
 from ..tokens.regions import CellSet, Regions, join_levels, lay_regions, pool_cells, take_level
 from ..tokens.routing import choose, explores
@@ -328,7 +327,7 @@ class MSViT(PlainBackbone):
     def embed_fine(self, x: Tensor, cells: CellSet) -> Tensor:
         """Embed the patches whose regions are fine, without positions.
 
-        All patches are embedded where somebody has replaced or watches the layer that does it.
+        All patches are embedded where somebody's own layer may need to see those around one.
 
         Args:
             x: Images, ``(B, in_channels, H, W)``.
@@ -338,9 +337,9 @@ class MSViT(PlainBackbone):
             Packed fine tokens, ``(m, C)``.
         """
         stem = self.patch_embed
-        if is_plain(stem, PatchStem) and stem.embeds_patches():
+        if isinstance(stem, PatchStem) and stem.takes_patches_alone():
             patches = patchify(x, self.patch_size).flatten(1, 2)
-            return stem.embed(take_level(patches, FINE, cells))
+            return stem.embed_some(take_level(patches, FINE, cells))
         return take_level(stem(x).flatten(1, 2), FINE, cells)
 
     def choose_scales(self, x: Tensor, coarse: Tensor, regions: Regions) -> Tensor:

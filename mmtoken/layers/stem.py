@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ..tokens.plain import all_plain, is_plain, is_plain_conv, known_to_fast_paths
+from ..tokens.plain import (
+    all_plain,
+    has_geometry,
+    is_plain,
+    is_plain_conv,
+    known_to_fast_paths,
+)
 from ..tokens.tiles import tile_length, works_in_tiles
 
 
@@ -102,19 +108,30 @@ class PatchStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, in_channels, H, W) -> (B, ceil(H / stride), ceil(W / stride), embed_dims)``."""
         x = pad_to_stride(x, self.stride)
-        if x.is_contiguous() and takes_patches(self.proj, self.stride):
+        if x.is_contiguous() and is_plain_conv(self.proj, self.stride, self.stride):
             # An image: patches in a row give tokens with channels last, which a convolution of
             # NCHW does not, and the copy behind it costs more than the convolution.
-            return self.embed(patchify(x, self.stride))
+            return self.norm(project(patchify(x, self.stride), self.proj))
         return self.norm(self.proj(x).permute(0, 2, 3, 1).contiguous())
 
-    def embeds_patches(self) -> bool:
-        """Whether :meth:`embed` may stand for :meth:`forward` unnoticed."""
-        return all_plain(self) and takes_patches(self.proj, self.stride)
+    def embed_some(self, patches: Tensor) -> Tensor:
+        """Some patches from :func:`patchify`: ``(m, C * stride**2) -> (m, embed_dims)``."""
+        if all_plain(self) and is_plain_conv(self.proj, self.stride, self.stride):
+            return self.norm(project(patches, self.proj))
+        # Called as a module, each patch an image
+        return self(patches.unflatten(1, (-1, self.stride, self.stride))).flatten(0, 2)
 
-    def embed(self, patches: Tensor) -> Tensor:
-        """Patches from :func:`patchify`, or some: ``(..., C * stride**2) -> (..., embed_dims)``."""
-        return self.norm(project(patches, self.proj))
+    def takes_patches_alone(self) -> bool:
+        """Whether a token depends on its patch only, for :meth:`embed_some`, whoever watches.
+
+        It need not if another layer stands in the place of one, such as patches that overlap.
+        """
+        return (
+            type(self) is PatchStem
+            and isinstance(self.proj, nn.Conv2d)
+            and has_geometry(self.proj, self.stride, self.stride)
+            and type(self.norm) in (nn.LayerNorm, nn.Identity)
+        )
 
 
 def patchify(x: Tensor, side: int) -> Tensor:
@@ -126,15 +143,10 @@ def patchify(x: Tensor, side: int) -> Tensor:
     return x.unflatten(2, (-1, side)).unflatten(4, (-1, side)).permute(0, 2, 4, 1, 3, 5).flatten(3)
 
 
-def takes_patches(conv: nn.Module, side: int) -> bool:
-    """Whether a layer is a plain convolution of whole patches, for :func:`project`."""
-    return is_plain_conv(conv, side, stride=side)
-
-
 def project(patches: Tensor, conv: nn.Conv2d) -> Tensor:
     """What a convolution makes of whole patches: ``(..., C * side**2) -> (..., embed_dims)``.
 
-    Only for one that :func:`takes_patches`, since it reads the weights.
+    It reads the weights, so the layer must be plain (:func:`~mmtoken.tokens.plain.is_plain_conv`).
     """
     return F.linear(patches, conv.weight.flatten(1), conv.bias)
 

@@ -9,7 +9,8 @@ called once, with whole tensors.
 Nothing is remembered between calls, so a layer may be replaced at any time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
@@ -29,6 +30,23 @@ _RATES = {nn.Dropout: 'p', DropPath: 'drop_prob'}
 _WEIGHTS = (nn.Parameter, Tensor)
 # What torch itself looks at before it calls a forward directly
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+
+# A plain variable, which torch.compile can guard on; it cannot trace a ContextVar.
+_heed_hooks = True
+
+
+@contextmanager
+def hooks_ignored() -> Iterator[None]:
+    """Inside this context hooks make no difference to the path, in every thread.
+
+    For those who count by hooks what it costs when there are none.
+    """
+    global _heed_hooks
+    before, _heed_hooks = _heed_hooks, False
+    try:
+        yield
+    finally:
+        _heed_hooks = before
 
 
 def known_to_fast_paths(kind: type[nn.Module]) -> type[nn.Module]:
@@ -63,8 +81,15 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def is_plain_conv(
     conv: nn.Module, kernel_size: int, stride: int = 1, padding: int = 0, groups: int = 1
 ) -> bool:
-    """Whether a layer is a plain convolution, zero-padded and square, of just this geometry."""
-    return is_plain(conv, nn.Conv2d) and (
+    """Whether a layer is a plain convolution of this geometry, see :func:`has_geometry`."""
+    return is_plain(conv, nn.Conv2d) and has_geometry(conv, kernel_size, stride, padding, groups)
+
+
+def has_geometry(
+    conv: nn.Conv2d, kernel_size: int, stride: int = 1, padding: int = 0, groups: int = 1
+) -> bool:
+    """Whether a convolution is square and zero-padded, with just these sizes."""
+    return (
         conv.kernel_size == (kernel_size, kernel_size)
         and conv.stride == (stride, stride)
         and conv.padding == (padding, padding)
@@ -94,7 +119,7 @@ def _is_plain(module: nn.Module) -> bool:
     kind, state = type(module), module.__dict__
     if _KNOWN.get(kind) is not kind.forward or 'forward' in state:
         return False
-    if any(map(state.get, _HOOKS)):
+    if _heed_hooks and any(map(state.get, _HOOKS)):
         return False
     for weight in state['_parameters'].values():
         if weight is not None and type(weight) not in _WEIGHTS:
@@ -104,7 +129,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _all_are_watched() -> bool:
     """Whether there are hooks on all modules of the process."""
-    return bool(
+    return _heed_hooks and bool(
         torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks
         or torch_module._global_backward_hooks

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from mmtoken.tokens.reference import reference_path
 from mmtoken.tokens.tiles import (
@@ -105,6 +106,17 @@ def test_only_inference_works_in_tiles():
         assert not works_in_tiles(x.to('meta'), training=False)
         with reference_path():
             assert not works_in_tiles(x, training=False)
+
+
+def test_tiles_are_for_plain_layers():
+    layer, x = nn.Linear(96, 8), torch.randn(5000, 96)
+    with torch.no_grad():
+        assert works_in_tiles(x, False, layer)
+        calls = []
+        layer.register_forward_hook(lambda module, args, out: calls.append(len(out)))
+        assert not works_in_tiles(x, False, layer)
+        tokenwise(layer, x, training=False, layers=(layer,))
+    assert calls == [5000]
 
 
 def test_tiles_are_as_large_for_any_width():
