@@ -333,7 +333,7 @@ def test_changed_weights_are_those_in_use(network, change):
     assert differ(expected, before)
 
 
-@pytest.mark.parametrize('change', [adapt, double_by_parametrisation, double_by_pre_hook])
+@pytest.mark.parametrize('change', [adapt, double_by_parametrisation])
 def test_one_changed_weight_among_others(network, change):
     before = run(network)
     for name in kinds(network, CHANGES[change]):
