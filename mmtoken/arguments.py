@@ -64,6 +64,12 @@ class CheckedArguments(ABCMeta):
         module.after_construction()
         return module
 
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """That of the constructor; ``inspect`` would show the one of :meth:`__call__`."""
+        signature = inspect.signature(cls.__init__)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
 
 def as_tuple(values: Any) -> tuple:
     """A sequence as a tuple, and one number, or None, as a tuple of one."""
