@@ -19,6 +19,8 @@ from .packed_block import HeadedAttention, PackedBlock
 class ValueAttention(HeadedAttention):
     """The projections of an attention whose map is another's: those of values and outputs.
 
+    Weights with queries and keys too, those of a dense network, give it their values.
+
     Args:
         embed_dims: Channels.
         num_heads: Attention heads.
@@ -32,6 +34,13 @@ class ValueAttention(HeadedAttention):
 
     def project(self, x: Tensor, follow: bool = True) -> Tensor:
         return self.v(x)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        for kind in ('weight', 'bias'):
+            joint = state_dict.pop(f'{prefix}qkv.{kind}', None)
+            if joint is not None:
+                state_dict[f'{prefix}v.{kind}'] = joint[2 * len(joint) // 3 :]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 @known_to_fast_paths

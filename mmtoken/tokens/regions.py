@@ -10,7 +10,6 @@ and cells without a token do not exist.
 Source: DGE, arXiv 2301.03831, section 3.2. The released code takes whole regions only.
 """
 
-import warnings
 from collections.abc import Iterator
 from itertools import accumulate
 from typing import NamedTuple
@@ -211,22 +210,12 @@ class RegionPlan(NamedTuple):
     owner: Tensor
 
 
-TRACE_WARNING = (
-    'this network chooses its tokens by looking at the image (DGE, MSViT): the trace holds the '
-    'choices of the image it was traced with, and is wrong, or fails, for any other. Count '
-    'operations with it, but do not deploy it; to deploy, trace the dense twin, '
-    'mmtoken.dense_twin(config)'
-)
-
-
 def check_concrete(choice: Tensor) -> None:
-    """Refuse choices that have no values yet, and warn of tracers that take them as constant.
+    """Refuse choices that have no values yet.
 
     Raises:
         RuntimeError: The tensor is on the meta device, fake, or transformed by torch.func.
     """
-    if torch.jit.is_tracing():
-        warnings.warn(TRACE_WARNING, torch.jit.TracerWarning, stacklevel=3)
     transformed = torch._C._functorch.is_functorch_wrapped_tensor(choice)
     if choice.is_meta or isinstance(choice, FakeTensor) or transformed:
         raise RuntimeError(
