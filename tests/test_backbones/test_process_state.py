@@ -231,12 +231,6 @@ def test_compiled_training_publishes_the_same(name):
         torch.testing.assert_close(compiled, plain)
 
 
-@pytest.mark.parametrize('name', CHOOSING)
-def test_a_trace_would_keep_the_choices_of_one_image(name):
-    error = put_through(trace, build(name).eval())
-    assert isinstance(error, RuntimeError) and 'mmtoken.dense_twin' in str(error)
-
-
 @pytest.mark.parametrize('context', [torch.no_grad, torch.enable_grad])
 @pytest.mark.parametrize('name', [name for name in CONFIGS if name not in CHOOSING])
 def test_what_chooses_nothing_is_exported(name, context):
