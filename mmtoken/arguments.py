@@ -14,6 +14,8 @@ from typing import Any
 from mmengine.logging import print_log
 from mmengine.model import PretrainedInit
 
+from .checkpoints.download import ZOOS
+
 # Arguments of other backbones, and what ours have in their place
 REMEDIES = {
     **dict.fromkeys(
@@ -36,7 +38,6 @@ REMEDIES = {
     'strides': 'strides are those of the method',
     'use_checkpoint': 'it is with_cp',
 }  # fmt: skip
-ALIASES = ('open-mmlab://', 'openmmlab://', 'torchvision://', 'modelzoo://', 'mmcls://')
 TRANSFORMERS = ('swin', 'vit', 'deit', 'pvt', 'mae', 'dino', 'beit')
 
 
@@ -73,8 +74,6 @@ class CheckedArguments(ABCMeta):
 
 def as_tuple(values: Any) -> tuple:
     """A sequence as a tuple, and one number, or None, as a tuple of one."""
-    if isinstance(values, Sequence) and not isinstance(values, str):
-        return tuple(values)
     return tuple(values) if hasattr(values, '__iter__') else (values,)
 
 
@@ -138,7 +137,10 @@ def _init_cfg_of(pretrained: Any, init_cfg: Any, owner: str) -> Any:
     mmseg's base models carry weights of their ResNet there and hand them to whatever backbone takes
     its place.
     """
-    mended = f"set model=dict(pretrained=None) and give {owner} its weights by init_cfg=dict(type='Pretrained', checkpoint=...)"  # noqa: E501
+    mended = (
+        f'set model=dict(pretrained=None) and give {owner} its weights by '
+        "init_cfg=dict(type='Pretrained', checkpoint=...)"
+    )
     if entries_of(init_cfg):
         print_log(
             f'{owner}: pretrained={pretrained!r} is left out, since init_cfg says {init_cfg}',
@@ -149,7 +151,7 @@ def _init_cfg_of(pretrained: Any, init_cfg: Any, owner: str) -> Any:
     if not isinstance(pretrained, (str, os.PathLike)):
         raise TypeError(f'pretrained={pretrained!r} is no file; {mended}')
     name = os.fspath(pretrained)
-    if name.startswith(ALIASES) and not any(family in name for family in TRANSFORMERS):
+    if name.startswith(tuple(ZOOS)) and not any(family in name for family in TRANSFORMERS):
         raise ValueError(
             f'pretrained={name!r} is of another backbone than {owner}; it comes from the model '
             f'of a base config: {mended}'
