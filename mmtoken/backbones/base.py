@@ -43,6 +43,7 @@ class TokenBackbone(CheckpointedBackbone):
 
     stem_names: ClassVar[tuple[str, ...]] = ('patch_embed',)  # what precedes the first block
     stages_name: ClassVar[str] = 'layers'  # the attribute that lists the stages
+    ratio_name: ClassVar[str | None] = None  # that a routing override may set; None: no routing
     twin_args: ClassVar[dict]  # constructor arguments that turn the class into its dense twin
     ignorable_keys: str | None = None  # names a checkpoint may have in excess (regular expression)
     newly_initialized_keys: str | None = None  # names it may lack

@@ -9,10 +9,8 @@ from ..layers.common.packed import SparseFeatures, unpack_equal
 from ..layers.common.utils import to_map
 from ..layers.stvit.semantic_vit import SemanticRecovery
 from ..registry import MODELS
-from .simple_feature_pyramid import SCALES, XAVIER, Norm, one_width
+from .simple_feature_pyramid import SCALES, TRANSFORMER_INIT, Norm, one_width
 from .token_pyramid import SparseFeaturePyramid
-
-INIT = [dict(type='TruncNormal', layer='Linear', std=0.02), XAVIER]
 
 
 @MODELS.register_module()
@@ -56,7 +54,7 @@ class SemanticRecoveryNeck(SparseFeaturePyramid):
         multi_level: bool = False,
         norm: Norm = 'LN',
         scales: Sequence[float] = SCALES,
-        init_cfg: dict | list[dict] | None = INIT,
+        init_cfg: dict | list[dict] | None = TRANSFORMER_INIT,
     ) -> None:
         in_channels = one_width(in_channels)
         super().__init__(in_channels, out_channels, num_outs, multi_level, norm, scales, init_cfg)

@@ -9,6 +9,7 @@ from torch import nn
 import mmtoken
 from mmtoken.backbones import DGEDeiT
 from mmtoken.layers.dge import block as grained
+from mmtoken.losses.budget import block_complexity, constant_complexity, count_tokens
 from mmtoken.runtime.decisions import record_routing
 from mmtoken.runtime.routing_override import routing_override
 
@@ -124,15 +125,23 @@ def test_released_budget():
     golden = np.load(DATA / 'dge_budget_full_models.npz')
     with torch.device('meta'):
         model = DGEDeiT('small', cls_token=True, img_size=256, budget=LEGACY)
-    regions = grained.make_region_layout((16, 16), (1, 2, 4), 4, num_prefix_tokens=1)
+    layout = grained.make_region_layout((16, 16), (1, 2, 4), 4, num_prefix_tokens=1)
     for level, side in enumerate((1, 2, 4)):
-        static = dynamic = model.constant_complexity(torch.tensor([[256, 256]]))
         gates = nn.functional.one_hot(torch.full((1, 4, 4), level), 3)
-        for block in model.blocks:
-            usage = block.measure(gates, regions, None)
-            static, dynamic = static + usage.static, dynamic + usage.dynamic
-        assert static.item() == golden['deit_small_256.static']
-        assert dynamic.item() == golden[f'deit_small_256.dynamic_all_{side}']
+        static, dynamic = costs(model, (256, 256), gates, layout)
+        assert static == golden['deit_small_256.static']
+        assert dynamic == golden[f'deit_small_256.dynamic_all_{side}']
+
+
+def costs(model, size, gates, layout):
+    """Of an image in the full network, and with the same gates in all blocks."""
+    size = torch.tensor([size], dtype=torch.float64)
+    constant = constant_complexity(model.budget, [model.patch_widths], size)
+    tokens, queries = count_tokens(gates, layout, None)
+    return [
+        (constant + len(model.blocks) * block_complexity(model.block_widths, tokens, n)).item()
+        for n in (tokens, queries)
+    ]
 
 
 def test_budget_of_a_forward_pass_is_that_of_its_blocks():
@@ -142,12 +151,10 @@ def test_budget_of_a_forward_pass_is_that_of_its_blocks():
     with mmtoken.token_losses() as published:
         model(torch.randn(2, 3, 128, 64))
     ((static, dynamic),) = asked
-    constant = model.constant_complexity(torch.tensor([[128, 64]]))
-    regions = grained.make_region_layout((8, 4), (1, 2, 4), 4, num_prefix_tokens=1)
+    layout = grained.make_region_layout((8, 4), (1, 2, 4), 4, num_prefix_tokens=1)
     gates = nn.functional.one_hot(torch.ones(1, 2, 1, dtype=torch.long), 3)
-    usages = [block.measure(gates, regions, None) for block in model.blocks]
-    assert static.tolist() == [(constant + sum(u.static for u in usages)).item()] * 2
-    assert dynamic.tolist() == [(constant + sum(u.dynamic for u in usages)).item()] * 2
+    expected = costs(model, (128, 64), gates, layout)
+    assert [static.tolist(), dynamic.tolist()] == [[cost] * 2 for cost in expected]
     assert list(published) == ['loss_budget', 'budget_ratio', 'query_ratio_s0']
     assert published['query_ratio_s0'].item() == pytest.approx(9 / 33)
 

@@ -12,8 +12,10 @@ from torch.utils.checkpoint import checkpoint
 import mmtoken
 from mmtoken.backbones import DGEDPVT, DGEPVT
 from mmtoken.layers.common import routing
+from mmtoken.layers.common.padding import padding_regions
 from mmtoken.layers.dge import block as grained
 from mmtoken.losses import BudgetLoss
+from mmtoken.losses.budget import block_complexity, constant_complexity, count_tokens
 from mmtoken.runtime.decisions import record_routing
 from mmtoken.runtime.routing_override import routing_override
 
@@ -107,17 +109,16 @@ def test_released_budget(arch):
     golden = np.load(DATA / 'dge_budget_full_models.npz')
     with torch.device('meta'):
         model = DGEPVT(arch, cls_token=True, pretrain_img_size=256, budget=LEGACY)
-    size = torch.tensor([[256, 256]])
+    size = torch.tensor([[256.0, 256.0]], dtype=torch.float64)
     for level, side in enumerate((1, 2, 4)):
-        static = dynamic = model.constant_complexity(size)
-        for stage in model.layers:
-            grid = (256 // stage.stride,) * 2
-            extra = int(stage.cls_token is not None)
-            regions = grained.make_region_layout(grid, (1, 2, 4), 4, extra)
-            gates = nn.functional.one_hot(torch.full((1, *regions.shape), level), 3)
-            for block in stage.blocks:
-                usage = block.measure(gates, regions, None)
-                static, dynamic = static + usage.static, dynamic + usage.dynamic
+        static = dynamic = constant_complexity(model.budget, model.patch_widths, size)
+        for stage, widths in zip(model.layers, model.block_widths, strict=True):
+            grid, prefix = (256 // stage.stride,) * 2, int(stage.cls_token is not None)
+            layout = stage.blocks[0].layout(grid, prefix, 'cpu')
+            gates = nn.functional.one_hot(torch.full((1, *layout.shape), level), 3)
+            tokens, queries = count_tokens(gates, layout, None)
+            static = static + len(stage.blocks) * block_complexity(widths, tokens, tokens)
+            dynamic = dynamic + len(stage.blocks) * block_complexity(widths, tokens, queries)
         assert static.item() == golden[f'pvt_{arch}_256.static']
         assert dynamic.item() == golden[f'pvt_{arch}_256.dynamic_all_{side}']
 
@@ -197,7 +198,7 @@ def test_inference_and_training_are_the_same_function():
         for train_mode in ('exact', 'dense', 'sparse', None):
             model.train(train_mode is not None)
             for block in model.modules():
-                if isinstance(block, grained.DynamicGranularityBlock):
+                if isinstance(block, grained.DynamicGranularityBlock) and train_mode:
                     block.train_mode = train_mode
             quiet = nullcontext() if train_mode else torch.no_grad()
             with quiet, mmtoken.token_losses(), routing_override(query_ratio=0.5):
@@ -209,7 +210,7 @@ def test_inference_and_training_are_the_same_function():
 
 @pytest.mark.parametrize('size', [(128, 128), (90, 128)])
 def test_padding_is_not_counted(size):
-    """Whole regions more of it, in every stage, change nothing that the budget sees."""
+    """More of it, whole regions in every stage, does not change what the budget compares."""
     for level in (1, 2):
         model = choose(make(cls_token=True), level)
         asked, shares = spy(model), []
@@ -221,8 +222,10 @@ def test_padding_is_not_counted(size):
             shares.append({name: value.item() for name, value in published.items()})
             for decision in record:
                 assert torch.equal(decision.choice, torch.where(decision.padding, 2, level))
-                rows = -(-size[0] // (128 // (decision.grid[0] // (height // 128) // 4)))
-                assert (~decision.padding[0]).any(1).sum() == rows
+                layout = grained.make_region_layout(decision.grid, (1, 2, 4), 4)
+                stride = height // decision.grid[0]
+                expected = padding_regions(torch.tensor([size] * 2), stride, layout)
+                assert torch.equal(decision.padding, expected)
         assert shares[0] == shares[1] == shares[2]
         for static, dynamic in asked:
             assert torch.equal(static, asked[0][0]) and torch.equal(dynamic, asked[0][1])
@@ -413,7 +416,7 @@ def test_arguments_reach_the_blocks():
     for stage in model.layers:
         for block in stage.blocks:
             assert block.attn.num_points == 2 and block.region_size == 8
-            assert block.train_mode == 'dense' and block.with_cp
+            assert block.train_mode == 'dense' and stage.with_cp
     model = make(in_channels=1, qkv_bias=False)
     assert model.layers[2].blocks[0].attn.kv.bias is None
     with torch.no_grad():
@@ -432,7 +435,7 @@ def test_arguments_reach_the_blocks():
         (dict(out_type='avg_featmap'), r'out_indices=\(3,\); got \(0, 1, 2, 3\)'),
         (dict(arch=dict(TINY, depths=(1, 1))), 'one value per stage'),
         (dict(arch={k: (*v, 8) for k, v in TINY.items()}), 'of 1 to 4 stages'),
-        (dict(arch=dict(TINY, num_heads=(1, 3, 5, 8))), 'embed_dims 32 is no multiple'),
+        (dict(arch=dict(TINY, num_heads=(1, 3, 5, 8))), 'embed_dims=32 is no multiple'),
         (dict(arch=dict(TINY, sr_ratios=(8, 4, 2, 2)), cls_token=True), 'sr_ratio 1.*got 2'),
         (dict(budget=dict(type='mmtoken.BudgetLoss', target=0)), 'target'),
     ],

@@ -84,7 +84,7 @@ def test_routers_start_at_the_finest():
 @pytest.mark.parametrize(
     'bad, message',
     [
-        (dict(num_heads=3), 'in_channels 16 is no multiple of num_heads 3'),
+        (dict(num_heads=3), 'in_channels: embed_dims=16 is no multiple of num_heads=3'),
         (dict(sr_ratios=[1, 2]), 'sr_ratios must be one number or 1'),
         (dict(depth=0), 'depth must be 1 or more, got 0'),
         (dict(granularities=(2, 4)), r'must rise from 1'),

@@ -21,8 +21,12 @@ from mmtoken.layers.common.routing import (
     straight_through,
     with_gradient_of,
 )
-from mmtoken.layers.dge.block import DynamicGranularityBlock
-from mmtoken.layers.dge.spatial_reduction import SpatialReductionAttention
+from mmtoken.layers.dge.block import (
+    DynamicGranularityBlock,
+    SpatialReductionAttention,
+    run_blocks,
+)
+from mmtoken.losses.budget import count_tokens
 
 DATA = Path(__file__).parents[2] / 'data'
 
@@ -232,7 +236,8 @@ def test_wrong_kind_of_ratio():
         routing_override(coarse_ratio=0.5),
         pytest.raises(ValueError, match=r'coarse_ratio=.* but this network has a query_ratio'),
     ):
-        make_block()(torch.randn(1, 64, 16), (8, 8))
+        block = make_block()
+        block.route(torch.randn(1, 64, 16), block.layout((8, 8), 0, 'cpu'))
 
 
 @pytest.mark.parametrize('granularities', [(1, 2, 4), (1, 2)])
@@ -240,18 +245,18 @@ def test_wrong_kind_of_ratio():
 def test_overridden_training(granularities, train_mode):
     """The layout is given, all else is as ever: same values, and gradients for the router."""
     block = make_block(granularities=granularities, train_mode=train_mode)
-    x = torch.randn(2, 16 * 12, 16)
+    x, layout = torch.randn(2, 16 * 12, 16), block.layout((16, 12), 0, 'cpu')
     with torch.no_grad(), routing_override(query_ratio=0.5, seed=5):
-        expected, used = block.eval()(x, (16, 12))
+        expected, used = run_blocks([block.eval()], x, layout, None)
     state = torch.get_rng_state()
     with routing_override(query_ratio=0.5, seed=5):
-        out, usage = block.train()(x, (16, 12))
+        out, decisions = run_blocks([block.train()], x, layout, None)
     assert torch.equal(torch.get_rng_state(), state)
     torch.testing.assert_close(out, expected)
-    assert usage.queries.tolist() == used.queries.tolist() == [96, 96]
-    weight = block.router.gate.weight
-    for loss in (out.square().sum(), usage.dynamic.sum()):
-        (grad,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    (_, ours), (_, theirs) = (count_tokens(d.gates[0], layout, None) for d in (decisions, used))
+    assert ours.tolist() == theirs.tolist() == [96, 96]
+    for loss in (out.square().sum(), ours.sum()):
+        (grad,) = torch.autograd.grad(loss, block.router.gate.weight, retain_graph=True)
         assert grad.abs().sum() > 0
 
 
