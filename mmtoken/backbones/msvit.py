@@ -16,9 +16,11 @@ from ..arguments import as_tuple
 from ..checkpoints.fit import enlarge
 from ..layers.common.packed import SparseFeatures
 from ..layers.common.padding import padding_regions, valid_size
+from ..layers.common.plain import has_geometry
 from ..layers.common.regions import RegionLayout, make_region_layout, pool_cells
 from ..layers.common.routing import choose, explores
 from ..layers.common.stem import PatchStem, pad_to_stride
+from ..layers.common.utils import ceil_div
 from ..layers.common.vit import ViTBlock
 from ..layers.msvit.gate import ScaleGate
 from ..layers.msvit.mixed_scale import PackedLayout, build_layout, fine_layout
@@ -214,19 +216,21 @@ class MSViT(PlainBackbone):
             Packed tokens with their positions, ``(M, C)``, and their layout; of the dense twin
             without windows ``(B, P + H * W, C)``.
         """
-        fine, dense = self.embed(x)  # (B, P + H * W, C)
+        grid = tuple(ceil_div(side, self.patch_size) for side in x.shape[-2:])
         regions = make_region_layout(
-            dense.grid, self.granularities, self.ratio, self.num_prefix_tokens, x.device
+            grid, self.granularities, self.ratio, self.num_prefix_tokens, x.device
         )
         if self.gate is None:
+            tokens, layout = self.embed(x)  # (B, P + H * W, C)
             if self.window is None:
-                return fine, dense
+                return tokens, layout
             layout = fine_layout(regions, len(x), self.window)
-            return layout.pack(fine), layout
+            return layout.pack(tokens), layout
         coarse = self.embed_coarse(x)  # (B, Hr, Wr, C)
         gates = self.choose_scales(x, coarse, regions)
         layout = build_layout(gates, regions, self.window, self.train_mode == 'masked')
-        coarse = coarse + pool_cells(self.positions(dense.grid)[1], self.ratio)
+        fine, _ = self.add_positions(self.embed_fine(x, layout))  # (B, P + H * W, C)
+        coarse = coarse + pool_cells(self.positions(grid)[1], self.ratio)
         return layout.pack(torch.cat([fine, coarse.flatten(1, 2)], dim=1)), layout
 
     def run_block(
@@ -249,6 +253,25 @@ class MSViT(PlainBackbone):
             )
             return fine_layout(regions, len(tokens)).to_features(tokens.flatten(0, 1))
         return layout.to_features(tokens)
+
+    def embed_fine(self, x: Tensor, layout: PackedLayout) -> Tensor:
+        """Embed the patches of fine regions: ``(B, in_channels, H, W) -> (B, H', W', C)``.
+
+        All other places are zero, unless a layer in the place of the patch embedding may look
+        beyond a patch: then all are embedded.
+        """
+        stem, side = self.patch_embed, self.patch_size
+        conv = getattr(stem, 'proj', None)
+        alone = isinstance(conv, nn.Conv2d) and has_geometry(conv, side, side)
+        if not alone or not isinstance(stem, PatchStem) or len(layout.fine) == layout.num_places:
+            return stem(x)
+        patches = F.pixel_unshuffle(pad_to_stride(x, side), side).permute(0, 2, 3, 1)
+        patches = patches.flatten(0, 2).index_select(0, layout.fine)  # (m, in_channels * side**2)
+        # As one image, patch beside patch
+        strip = patches.unflatten(1, (-1, side, side)).permute(1, 2, 0, 3).flatten(2)[None]
+        embedded = stem(strip).flatten(0, 2)  # (m, C)
+        fine = embedded.new_zeros(layout.num_places, embedded.shape[1])
+        return fine.index_copy(0, layout.fine, embedded).unflatten(0, (len(x), *layout.grid))
 
     def embed_coarse(self, x: Tensor) -> Tensor:
         """Embed whole regions, without positions: ``(B, in_channels, H, W) -> (B, Hr, Wr, C)``."""

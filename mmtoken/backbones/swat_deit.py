@@ -64,9 +64,10 @@ class SWATDeiT(PlainBackbone):
         **kwargs,
     ) -> None:
         sizes = self.resolve_arch(arch)
-        super().__init__(arch, patch_size=sizes['patch_size'], **kwargs)
         if structured:
             check_planes(plane_size, **sizes)
+        super().__init__(arch, patch_size=sizes['patch_size'], **kwargs)
+        if structured:
             self.patch_embed = StructuredStem(
                 self.embed_dims, self.patch_size, plane_size, kernel_size=4,
                 in_channels=self.patch_embed.proj.in_channels, position=True,

@@ -28,6 +28,8 @@ from ..common.regions import RegionLayout, all_cells, gate_per_cell, plan_region
 from ..common.utils import ceil_div, to_map
 from ..common.vit import AttentionFn
 
+FINE = 1  # among prefix, fine and coarse tokens
+
 
 @dataclass(frozen=True)
 class PackedLayout:
@@ -43,6 +45,7 @@ class PackedLayout:
         lengths: Tokens of each image.
         windows: Tokens of each attention window; ``lengths`` without windows.
         owner: The token that stands for each place, prefix first, ``(B, P + H * W)``.
+        fine: The places that have a fine token, of the ``B * H * W`` of the batch, ``(m,)``.
     """
 
     regions: RegionLayout
@@ -51,6 +54,12 @@ class PackedLayout:
     lengths: list[int]
     windows: list[int]
     owner: Tensor
+    fine: Tensor
+
+    @property
+    def num_places(self) -> int:
+        """``B * H * W``."""
+        return len(self.choice) * len(self.regions.token_region)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -184,13 +193,17 @@ def build_layout(
         cells, owner = plan_regions(choice, regions)
         owner = owner.view(batch, -1)
     index, lengths, windows = cells.cells, cells.lengths, cells.lengths
+    num_places = len(regions.token_region)
+    fine = [
+        image * num_places + place for image, level, _, place in cells.levels() if level == FINE
+    ]
     if window is not None:
         order, windows = order_by_windows(index, regions, window, batch)
         index, place = index[order], order.argsort()
         owner = place[owner]
         if masked:
             coarse_owner = place[coarse_owner]
-    layout = (regions, choice, index, lengths, windows, owner)
+    layout = (regions, choice, index, lengths, windows, owner, torch.cat(fine))
     if not learning:
         return PackedLayout(*layout)
     gate = gate_per_cell(gates, regions).flatten().index_select(0, index)
