@@ -79,6 +79,7 @@ class DGEPVT(TokenBackbone):
         TypeError: ``arch`` is neither a name nor a dict.
 
     Example:
+        >>> import torch
         >>> arch = dict(
         ...     embed_dims=(8, 16), depths=(1, 1), num_heads=(1, 2), mlp_ratios=(2, 2),
         ...     sr_ratios=(2, 1),
@@ -218,23 +219,23 @@ class DGEDPVT(DGEPVT):
         kwargs: As for :class:`mmtoken.DGEPVT`, without ``cls_token``.
 
     Raises:
-        ValueError, TypeError: As for :class:`mmtoken.DGEPVT`, and for ``cls_token``.
+        ValueError, TypeError: As for :class:`mmtoken.DGEPVT`.
 
     Example:
+        >>> import torch
         >>> arch = dict(embed_dims=(8, 16), depths=(1, 1), num_heads=(1, 2), mlp_ratios=(2, 2))
         >>> model = DGEDPVT(arch, num_points=2, out_indices=(1,)).eval()
         >>> [tuple(m.shape) for m in model(torch.zeros(1, 3, 64, 96))]
         [(1, 16, 8, 12)]
     """
 
+    fixed_args = ('cls_token',)
     arch_keys = (*WIDTHS, 'depths', 'num_points')
     arch_zoo: ClassVar[dict[str, dict]] = {
         name: dict(WIDTHS, depths=DEPTHS[name]) for name in ('tiny', 'small')
     }
 
     def __init__(self, arch: str | Mapping = 'small', num_points: int = 4, **kwargs) -> None:
-        if kwargs.get('cls_token'):
-            raise ValueError('deformable PVT has no class token, got cls_token=True')
         arch = resolve_arch(arch, self.arch_zoo, self.arch_keys[:-1])
         arch['num_points'] = (num_points,) * len(arch['depths'])
         super().__init__(arch, **kwargs)

@@ -43,6 +43,7 @@ def fit(state: State, module: nn.Module, report: Report) -> State:
     * ``attn.qkv`` is split where the model has ``attn.q`` and ``attn.kv``, or ``attn.v`` alone.
       Such a block attends across token sets or as another block does, where a bias table of windows
       means nothing: that is dropped.
+    * ``attn.q`` and ``attn.kv`` are joined where the model has ``attn.qkv``.
     * Structured layers take the weights of plain ones and compute the same, see
       :mod:`~mmtoken.checkpoints.structure`.
     * Bias tables are interpolated as timm does. Position embeddings are not: the module takes their
@@ -68,6 +69,7 @@ def fit(state: State, module: nn.Module, report: Report) -> State:
     stem = tuple(f'{name}.' for name in getattr(module, 'stem_names', ('patch_embed',)))
     _name_output_norm(state, own, report)
     _split_attention(state, own, report)
+    _join_attention(state, own, report)
     structure_layers(state, own, report)
     _free_registers(state, own, report)
     for name in [name for name in own if name in state]:
@@ -117,6 +119,16 @@ def _split_attention(state: State, own: State, report: Report) -> None:
         report.split.append(old)
         if state.pop(attn + BIAS_TABLE, None) is not None:
             report.dropped.append(report.mapped.pop(attn + BIAS_TABLE))
+
+
+def _join_attention(state: State, own: State, report: Report) -> None:
+    for name in own:
+        attn, _, kind = name.rpartition('qkv.')
+        query, key_value = f'{attn}q.{kind}', f'{attn}kv.{kind}'
+        if attn and name not in state and {query, key_value} <= state.keys():
+            state[name] = torch.cat([state.pop(query), state.pop(key_value)])
+            report.mapped[name] = report.mapped.pop(query)
+            report.joined += [report.mapped[name], report.mapped.pop(key_value)]
 
 
 def _free_registers(state: State, own: State, report: Report) -> None:

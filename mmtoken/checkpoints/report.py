@@ -27,6 +27,7 @@ class Report:
         resized: Names of ours to the shape in the file and the new one.
         split: Names in the file of joint projections that were split into query and key-value, or
             of which the model has the value only.
+        joined: Names in the file of projections that were joined.
         neutral: Names of ours that the file does not have, set so that its weights do as before.
         dropped: Names in the file that were left out.
         unknown: Names in the file that the layout does not know; they are kept as they are.
@@ -41,6 +42,7 @@ class Report:
     mapped: dict[str, str] = field(default_factory=dict)
     resized: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
     split: list[str] = field(default_factory=list)
+    joined: list[str] = field(default_factory=list)
     neutral: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
@@ -64,6 +66,7 @@ class Report:
         parts = [f'{self.origin}: {len(self.mapped)} tensors']
         for what, names in (
             ('split', self.split),
+            ('joined', self.joined),
             ('resized', self.resized),
             ('dropped', self.dropped),
             ('neutral', self.neutral),
@@ -98,6 +101,7 @@ class Report:
         for what, count, which in (
             ('mapped', len(self.mapped), group_names(self.mapped)),
             ('split', len(self.split), group_names(self.split)),
+            ('joined', len(self.joined), group_names(self.joined)),
             ('resized', len(self.resized), _count_each(resized)),
             ('kept', len(self.kept), group_names(self.kept)),
             ('dropped', len(self.dropped), group_names(self.dropped)),

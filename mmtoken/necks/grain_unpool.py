@@ -65,6 +65,7 @@ class GrainUnpoolNeck(CheckpointedModule):
         ValueError: Invalid argument values; the message says what is allowed.
 
     Example:
+        >>> import torch
         >>> neck = GrainUnpoolNeck(in_channels=[8, 16], num_heads=[1, 2], depth=1).eval()
         >>> [tuple(m.shape) for m in neck([torch.zeros(1, 8, 12, 20), torch.zeros(1, 16, 6, 10)])]
         [(1, 8, 12, 20), (1, 16, 6, 10)]

@@ -40,19 +40,6 @@ def choose(model, level):
     return model
 
 
-def timm_state(theirs):
-    """With queries apart from keys and values."""
-    state = {}
-    for name, value in theirs.state_dict().items():
-        if '.qkv.' in name:
-            q, k, v = value.chunk(3)
-            state[name.replace('qkv', 'q')] = q
-            state[name.replace('qkv', 'kv')] = torch.cat([k, v])
-        else:
-            state[name] = value
-    return state
-
-
 @pytest.mark.parametrize('cls_token', [False, True])
 @pytest.mark.parametrize('size', [(80, 80), (64, 144), (97, 50)])
 def test_twin_is_timms(cls_token, size):
@@ -64,7 +51,8 @@ def test_twin_is_timms(cls_token, size):
         nn.init.normal_(parameter, std=0.3)
     twin = make(**DGEDeiT.twin_args, cls_token=cls_token, out_indices=(0, 2, 3)).eval()
     assert twin.budget is None
-    twin.load_state_dict(timm_state(theirs), strict=True)
+    assert twin.state_dict().keys() == theirs.state_dict().keys()
+    twin.load_state_dict(theirs.state_dict(), strict=True)
     image = torch.randn(2, 3, *size)
     outs = {}
     for out_type in ('avg_featmap', 'cls_token')[: 1 + cls_token]:
@@ -109,7 +97,7 @@ def test_inference_and_training_are_the_same_function(cls_token):
     for train_mode in ('exact', 'dense', 'sparse', None):
         model.train(train_mode is not None)
         for block in model.blocks:
-            block.train_mode = train_mode
+            block.train_mode = train_mode or 'exact'
         with (
             torch.set_grad_enabled(model.training),
             mmtoken.token_losses(),
@@ -157,6 +145,16 @@ def test_budget_of_a_forward_pass_is_that_of_its_blocks():
     assert [static.tolist(), dynamic.tolist()] == [[cost] * 2 for cost in expected]
     assert list(published) == ['loss_budget', 'budget_ratio', 'query_ratio_s0']
     assert published['query_ratio_s0'].item() == pytest.approx(9 / 33)
+
+
+def test_twin_and_routed_network_take_each_others_weights():
+    routed, twin = stir(make()), make(**DGEDeiT.twin_args)
+    state = {k: v for k, v in routed.state_dict().items() if 'router' not in k}
+    twin.load_state_dict(state, strict=True)
+    other = make()
+    other.load_state_dict(twin.state_dict(), strict=False)
+    for name, value in state.items():
+        assert torch.equal(other.state_dict()[name], value), name
 
 
 def test_parameters():

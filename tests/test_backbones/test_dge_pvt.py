@@ -446,7 +446,7 @@ def test_bad_arguments(bad, message):
 
 
 def test_deformable_pvt_has_no_class_token():
-    with pytest.raises(ValueError, match='has no class token'):
+    with pytest.raises(TypeError, match='DGEDPVT takes no cls_token'):
         make(DGEDPVT, PYRAMID, cls_token=True)
     with pytest.raises(ValueError, match="'medium'; known are"):
         DGEDPVT('medium')

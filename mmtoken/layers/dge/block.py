@@ -39,7 +39,7 @@ from ..common.regions import (
 )
 from ..common.routing import choose, explores
 from ..common.stem import PatchStem
-from ..common.utils import run_block
+from ..common.utils import run_block, trunc_normal_parameter
 
 TrainMode = Literal['exact', 'dense', 'sparse']
 FINEST_PROBABILITY = 0.95  # of a new router
@@ -409,8 +409,8 @@ class DynamicGranularityStage(nn.Module):
         self.with_cp = with_cp
         dims = self.blocks[0].embed_dims
         self.patch_embed = PatchStem(dims, in_channels, patch_size)
-        self.cls_token = nn.Parameter(_small(1, 1, dims)) if cls_token else None
-        self.pos_embed = nn.Parameter(_small(1, math.prod(pos_grid) + cls_token, dims))
+        self.cls_token = trunc_normal_parameter(1, 1, dims) if cls_token else None
+        self.pos_embed = trunc_normal_parameter(1, math.prod(pos_grid) + cls_token, dims)
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Decisions]:
         """Run the stage.
@@ -456,7 +456,3 @@ def check_granularities(granularities: Iterable[int], region_size: int) -> tuple
             f'{region_size}, such as (1, 2, 4) divide 4; got {sides}'
         )
     return sides
-
-
-def _small(*shape: int) -> Tensor:
-    return trunc_normal_(torch.empty(shape), std=0.02)
