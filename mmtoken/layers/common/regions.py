@@ -26,9 +26,9 @@ from .utils import ceil_div
 class RegionLayout(NamedTuple):
     """The regions of a grid and all cells they can have. It depends on shapes only.
 
-    Cells are numbered granularity by granularity, finest first, each row by row. Prefix tokens, such
-    as a class token, come first, each as a cell of its own. There are L cells of all granularities,
-    R regions, K granularities and N tokens, prefix tokens included.
+    Cells are numbered granularity by granularity, finest first, each row by row. Prefix tokens,
+    such as a class token, come first, each as a cell of its own. There are L cells of all
+    granularities, R regions, K granularities and N tokens, prefix tokens included.
 
     Attributes:
         grid: ``(H, W)``, in tokens.
@@ -120,13 +120,13 @@ class CellSet(NamedTuple):
     """Some of the cells of each image of a batch, such as those that are queries.
 
     Attributes:
-        regions: The regions and all their cells.
+        layout: The regions and all their cells.
         cells: ``(M,)``, rising indices into the ``B * L`` cells of the batch.
         counts: Cells of each image, adding up to M. Of whole images they are listed separately for
             prefix tokens and each granularity.
     """
 
-    regions: RegionLayout
+    layout: RegionLayout
     cells: Tensor
     counts: list[list[int]]
 
@@ -138,13 +138,13 @@ class CellSet(NamedTuple):
     @property
     def image(self) -> Tensor:
         """Index of the image of each cell, ``(M,)``."""
-        return self.cells // self.regions.num_cells_total
+        return self.cells // self.layout.num_cells_total
 
     @property
     def center(self) -> Tensor:
         """Mean position of each cell, column and row, ``(M, 2)``; for cells on the grid."""
-        place = self.cells % self.regions.num_cells_total - self.regions.num_prefix_tokens
-        return self.regions.center.index_select(0, place)
+        place = self.cells % self.layout.num_cells_total - self.layout.num_prefix_tokens
+        return self.layout.center.index_select(0, place)
 
     def levels(self) -> Iterator[tuple[int, int, slice, Tensor]]:
         """Parts of one image and granularity, in order; of whole images.
@@ -153,11 +153,11 @@ class CellSet(NamedTuple):
             The image; 0 for prefix tokens, k + 1 for the k-th granularity; the part; and the places
             of its cells among all cells of that granularity, row by row, ``(n,)``.
         """
-        begins, start = [0, *accumulate(self.regions.sizes)], 0
+        begins, start = [0, *accumulate(self.layout.sizes)], 0
         for image, counts in enumerate(self.counts):
             for k, count in enumerate(counts):
                 part = slice(start, start + count)
-                first = image * self.regions.num_cells_total + begins[k]
+                first = image * self.layout.num_cells_total + begins[k]
                 yield image, k, part, self.cells[part] - first
                 start += count
 
@@ -165,28 +165,28 @@ class CellSet(NamedTuple):
     def complement(self) -> 'CellSet':
         """All other cells of the batch."""
         free = torch.ones(
-            len(self.counts) * self.regions.num_cells_total,
+            len(self.counts) * self.layout.num_cells_total,
             dtype=torch.bool,
             device=self.cells.device,
         )
         free[self.cells] = False
-        sizes = self.regions.sizes
+        sizes = self.layout.sizes
         counts = [[s - c for s, c in zip(sizes, chosen, strict=True)] for chosen in self.counts]
         cells = _indices(free, free.cumsum(0) - 1, len(free) - len(self.cells))
         return self._replace(cells=cells, counts=counts)
 
 
-def all_cells(regions: RegionLayout, batch: int) -> CellSet:
+def all_cells(layout: RegionLayout, batch: int) -> CellSet:
     """Every cell of ``batch`` images."""
-    cells = torch.arange(batch * regions.num_cells_total, device=regions.level.device)
-    return CellSet(regions, cells, [regions.sizes] * batch)
+    cells = torch.arange(batch * layout.num_cells_total, device=layout.level.device)
+    return CellSet(layout, cells, [layout.sizes] * batch)
 
 
-def gate_per_cell(gates: Tensor, regions: RegionLayout) -> Tensor:
+def gate_per_cell(gates: Tensor, layout: RegionLayout) -> Tensor:
     """Gate of each cell: ``(B, Hr, Wr, K) -> (B, L, 1)``; 1 for prefix tokens."""
-    index = regions.region * len(regions.granularities) + regions.level
+    index = layout.region * len(layout.granularities) + layout.level
     on_grid = gates.flatten(1).index_select(1, index)
-    prefix = on_grid.new_ones(len(gates), regions.num_prefix_tokens)
+    prefix = on_grid.new_ones(len(gates), layout.num_prefix_tokens)
     return torch.cat([prefix, on_grid], dim=1).unsqueeze(-1)
 
 
@@ -220,27 +220,27 @@ def check_concrete(choice: Tensor) -> None:
 
 # Not traced: the number of queries depends on values.
 @torch.compiler.disable
-def plan_regions(choice: Tensor, regions: RegionLayout) -> RegionPlan:
+def plan_regions(choice: Tensor, layout: RegionLayout) -> RegionPlan:
     """Find the queries of a batch. Synchronizes with the device once, for their number.
 
     Args:
         choice: Index of each region's granularity, ``(B, Hr, Wr)``.
-        regions: From :func:`make_region_layout`.
+        layout: From :func:`make_region_layout`.
 
     Raises:
         RuntimeError: See :func:`check_concrete`.
     """
     check_concrete(choice)
     batch, choice = len(choice), choice.flatten(1)
-    prefix = torch.ones(batch, regions.num_prefix_tokens, dtype=torch.bool, device=choice.device)
-    chosen = torch.cat([prefix, choice[:, regions.region] == regions.level], dim=1)
-    counts = torch.stack([part.sum(dim=1) for part in chosen.split(regions.sizes, dim=1)], dim=1)
+    prefix = torch.ones(batch, layout.num_prefix_tokens, dtype=torch.bool, device=choice.device)
+    chosen = torch.cat([prefix, choice[:, layout.region] == layout.level], dim=1)
+    counts = torch.stack([part.sum(dim=1) for part in chosen.split(layout.sizes, dim=1)], dim=1)
     counts = counts.tolist()
     rank = chosen.flatten().cumsum(0) - 1
-    queries = CellSet(regions, _indices(chosen.flatten(), rank, sum(map(sum, counts))), counts)
-    prefix, cell = regions.cell_of_token.tensor_split([regions.num_prefix_tokens], dim=1)
+    queries = CellSet(layout, _indices(chosen.flatten(), rank, sum(map(sum, counts))), counts)
+    prefix, cell = layout.cell_of_token.tensor_split([layout.num_prefix_tokens], dim=1)
     token = torch.arange(cell.shape[1], device=choice.device)
-    cell = cell.flatten()[choice[:, regions.token_region] * len(token) + token]
+    cell = cell.flatten()[choice[:, layout.token_region] * len(token) + token]
     owned = torch.cat([prefix[:1].expand(batch, -1), cell], dim=1)
     return RegionPlan(queries, rank.view(batch, -1).gather(1, owned).flatten())
 
@@ -267,7 +267,7 @@ def pool_regions(x: Tensor, plan: RegionPlan) -> Tensor:
 
     Inverse: :func:`unpool_regions`.
     """
-    pooled = pool_every_granularity(x, plan.queries.regions)
+    pooled = pool_every_granularity(x, plan.queries.layout)
     return pooled.flatten(0, 1).index_select(0, plan.queries.cells)
 
 
@@ -279,52 +279,25 @@ def unpool_regions(updates: Tensor, plan: RegionPlan) -> Tensor:
     return updates.index_select(0, plan.owner).unflatten(0, (len(plan.queries.counts), -1))
 
 
-def select_granularity(x: Tensor, level: int, cells: CellSet) -> Tensor:
-    """Select the cells of one granularity that are in a set, packed.
-
-    Args:
-        x: All cells of each image, row by row, ``(B, n, C)``.
-        level: 0 for prefix tokens, k + 1 for the k-th granularity.
-        cells: The set, of whole images.
-
-    Returns:
-        ``(m, C)``.
-    """
-    return torch.cat([
-        x[image].index_select(0, places) for image, k, _, places in cells.levels() if k == level
-    ])  # fmt: skip
-
-
-def concat_granularities(levels: list[Tensor], cells: CellSet) -> Tensor:
-    """Pack cells of all levels, each from :func:`select_granularity`, image by image: ``(M, C)``."""
-    counts = zip(*cells.counts, strict=True)
-    parts = [x.split(list(n)) for x, n in zip(levels, counts, strict=True)]
-    return torch.cat([part for image in zip(*parts, strict=True) for part in image])
-
-
-def pool_parts(x: Tensor, regions: RegionLayout) -> list[Tensor]:
-    """Prefix tokens, then the cells of each granularity: ``(B, N, C)`` to several ``(B, n, C)``."""
-    prefix, tokens = x.tensor_split([regions.num_prefix_tokens], dim=1)
-    tokens = tokens.unflatten(1, regions.grid)
-    return [prefix, *(pool_cells(tokens, side).flatten(1, 2) for side in regions.granularities)]
-
-
-def pool_every_granularity(x: Tensor, regions: RegionLayout) -> Tensor:
+def pool_every_granularity(x: Tensor, layout: RegionLayout) -> Tensor:
     """Mean-pool all cells of all granularities: ``(B, N, C) -> (B, L, C)``.
 
     Inverse: :func:`unpool_every_granularity`.
     """
-    return torch.cat(pool_parts(x, regions), dim=1)
+    prefix, tokens = x.tensor_split([layout.num_prefix_tokens], dim=1)
+    tokens = tokens.unflatten(1, layout.grid)  # B, H, W, C
+    cells = [pool_cells(tokens, side).flatten(1, 2) for side in layout.granularities]
+    return torch.cat([prefix, *cells], dim=1)
 
 
-def unpool_every_granularity(updates: Tensor, regions: RegionLayout) -> Tensor:
+def unpool_every_granularity(updates: Tensor, layout: RegionLayout) -> Tensor:
     """Sum the updates of a token's cells of all granularities: ``(B, L, C) -> (B, N, C)``.
 
     Inverse: :func:`pool_every_granularity`, if all but one granularity of a region are zero.
     """
-    prefix, *levels = updates.split(regions.sizes, dim=1)
-    sides = zip(levels, regions.level_grids, regions.granularities, strict=True)
-    tokens = sum(unpool_cells(u.unflatten(1, g), side, regions.grid) for u, g, side in sides)
+    prefix, *levels = updates.split(layout.sizes, dim=1)
+    sides = zip(levels, layout.level_grids, layout.granularities, strict=True)
+    tokens = sum(unpool_cells(u.unflatten(1, g), side, layout.grid) for u, g, side in sides)
     return torch.cat([prefix, tokens.flatten(1, 2)], dim=1)
 
 

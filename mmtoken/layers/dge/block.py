@@ -312,7 +312,7 @@ def update_dense(pooled: Tensor, chosen: CellSet, update: Update) -> Tensor:
     Returns:
         ``(B * L, C)``.
     """
-    return update(pooled, all_cells(chosen.regions, len(chosen.counts)))
+    return update(pooled, all_cells(chosen.layout, len(chosen.counts)))
 
 
 def update_exact(pooled: Tensor, chosen: CellSet, update: Update) -> Tensor:

@@ -9,15 +9,12 @@ from torch import Tensor
 from mmtoken.layers.common.regions import (
     RegionLayout,
     all_cells,
-    concat_granularities,
     gate_per_cell,
     make_region_layout,
     plan_regions,
     pool_cells,
     pool_every_granularity,
-    pool_parts,
     pool_regions,
-    select_granularity,
     unpool_cells,
     unpool_every_granularity,
     unpool_regions,
@@ -198,21 +195,6 @@ def test_all_granularities_at_once(layout):
     torch.testing.assert_close(tokens, share.T @ weights)
     (grad,) = torch.autograd.grad(tokens, weights, x)
     torch.testing.assert_close(grad, share @ x)
-
-
-@settings(max_examples=40, deadline=None)
-@given(layouts())
-def test_levels_are_taken_and_joined(layout):
-    """Each embedded by itself, they come to the same row as if all had been made."""
-    regions, batch = layout.regions, len(layout.x)
-    queries = plan_regions(layout.choice, regions).queries
-    for cells in (queries, queries.complement, all_cells(regions, batch)):
-        parts = pool_parts(layout.x, regions)
-        assert len(parts) == len(regions.granularities) + 1
-        levels = [select_granularity(part, k, cells) for k, part in enumerate(parts)]
-        assert [len(level) for level in levels] == [sum(n) for n in zip(*cells.counts, strict=True)]
-        expected = pool_every_granularity(layout.x, regions).flatten(0, 1)[cells.cells]
-        assert torch.equal(concat_granularities(levels, cells), expected)
 
 
 def test_levels_of_cells():
