@@ -11,13 +11,10 @@ from hypothesis import strategies as st
 from mmtoken.layers.common import routing
 from mmtoken.layers.common.regions import make_region_layout
 from mmtoken.layers.common.routing import (
-    RoutingOverride,
     choose,
-    current_override,
     explores,
     gumbel_noise,
     one_hot,
-    routing_override,
     straight_through,
     with_gradient_of,
 )
@@ -27,6 +24,7 @@ from mmtoken.layers.dge.block import (
     run_blocks,
 )
 from mmtoken.losses.budget import count_tokens
+from mmtoken.runtime.routing_override import RoutingOverride, current_override, routing_override
 
 DATA = Path(__file__).parents[2] / 'data'
 
