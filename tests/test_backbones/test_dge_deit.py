@@ -3,12 +3,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import force_granularity, stir_routers
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import mmtoken
 from mmtoken.backbones import DGEDeiT
-from mmtoken.layers.dge import block as grained
+from mmtoken.layers.common.regions import make_region_layout
 from mmtoken.losses.budget import block_complexity, constant_complexity, count_tokens
 from mmtoken.runtime.decisions import record_routing
 from mmtoken.runtime.routing_override import routing_override
@@ -20,24 +21,6 @@ LEGACY = dict(type='mmtoken.BudgetLoss', legacy=True, num_classes=1000)
 
 def make(**kwargs):
     return DGEDeiT(**{'arch': VIT, 'img_size': 80, **kwargs})
-
-
-def stir(model):
-    for name, parameter in model.named_parameters():
-        if name.endswith('router.gate.bias'):
-            nn.init.zeros_(parameter)
-        elif name.endswith(('router.gate.weight', 'pos_embed')):
-            nn.init.normal_(parameter)
-    return model
-
-
-def choose(model, level):
-    for module in model.modules():
-        if isinstance(module, grained.GranularityRouter):
-            with torch.no_grad():
-                module.gate.weight.zero_()
-                module.gate.bias.fill_(-100)[level] = 100
-    return model
 
 
 @pytest.mark.parametrize('cls_token', [False, True])
@@ -78,7 +61,7 @@ def test_twin_is_timms(cls_token, size):
 @pytest.mark.parametrize('size', [(128, 128), (100, 150)])
 def test_finest_everywhere_is_the_twin(cls_token, training, size):
     kwargs = dict(cls_token=cls_token, out_indices=(1, 3))
-    model = choose(stir(make(**kwargs)), 0).train(training)
+    model = force_granularity(stir_routers(make(**kwargs)), 0).train(training)
     twin = make(**DGEDeiT.twin_args, **kwargs).train(training)
     state = {k: v for k, v in model.state_dict().items() if 'router' not in k}
     twin.load_state_dict(state, strict=True)
@@ -92,7 +75,7 @@ def test_finest_everywhere_is_the_twin(cls_token, training, size):
 
 @pytest.mark.parametrize('cls_token', [False, True])
 def test_inference_and_training_are_the_same_function(cls_token):
-    model, outs = stir(make(cls_token=cls_token)), []
+    model, outs = stir_routers(make(cls_token=cls_token)), []
     image = torch.randn(2, 3, 100, 150)
     for train_mode in ('exact', 'dense', 'sparse', None):
         model.train(train_mode is not None)
@@ -113,7 +96,7 @@ def test_released_budget():
     golden = np.load(DATA / 'dge_budget_full_models.npz')
     with torch.device('meta'):
         model = DGEDeiT('small', cls_token=True, img_size=256, budget=LEGACY)
-    layout = grained.make_region_layout((16, 16), (1, 2, 4), 4, num_prefix_tokens=1)
+    layout = make_region_layout((16, 16), (1, 2, 4), 4, num_prefix_tokens=1)
     for level, side in enumerate((1, 2, 4)):
         gates = nn.functional.one_hot(torch.full((1, 4, 4), level), 3)
         static, dynamic = costs(model, (256, 256), gates, layout)
@@ -133,13 +116,13 @@ def costs(model, size, gates, layout):
 
 
 def test_budget_of_a_forward_pass_is_that_of_its_blocks():
-    model = choose(make(budget=LEGACY, cls_token=True), 1).train()
+    model = force_granularity(make(budget=LEGACY, cls_token=True), 1).train()
     asked = []
     model.budget.register_forward_hook(lambda module, args, out: asked.append(args))
     with mmtoken.token_losses() as published:
         model(torch.randn(2, 3, 128, 64))
     ((static, dynamic),) = asked
-    layout = grained.make_region_layout((8, 4), (1, 2, 4), 4, num_prefix_tokens=1)
+    layout = make_region_layout((8, 4), (1, 2, 4), 4, num_prefix_tokens=1)
     gates = nn.functional.one_hot(torch.ones(1, 2, 1, dtype=torch.long), 3)
     expected = costs(model, (128, 64), gates, layout)
     assert [static.tolist(), dynamic.tolist()] == [[cost] * 2 for cost in expected]
@@ -148,7 +131,7 @@ def test_budget_of_a_forward_pass_is_that_of_its_blocks():
 
 
 def test_twin_and_routed_network_take_each_others_weights():
-    routed, twin = stir(make()), make(**DGEDeiT.twin_args)
+    routed, twin = stir_routers(make()), make(**DGEDeiT.twin_args)
     state = {k: v for k, v in routed.state_dict().items() if 'router' not in k}
     twin.load_state_dict(state, strict=True)
     other = make()
@@ -168,7 +151,7 @@ def test_parameters():
 
 
 def test_padding_is_not_counted():
-    model = choose(make(cls_token=True), 1).train()
+    model = force_granularity(make(cls_token=True), 1).train()
     image, shares = torch.zeros(2, 3, 192, 256), []
     image[:, :, :100, :64] = torch.randn(2, 3, 100, 64)
     for height, width in ((128, 64), (192, 64), (192, 256)):
@@ -201,7 +184,7 @@ def test_routers_learn_from_both_losses(with_cp, monkeypatch):
         'add',
         lambda *args: added.append(args[1]) or add(*args),
     )
-    model = stir(make(with_cp=with_cp, drop_path_rate=0.0)).train()
+    model = stir_routers(make(with_cp=with_cp, drop_path_rate=0.0)).train()
     with mmtoken.token_losses() as published:
         (map_,) = model(torch.randn(2, 3, 128, 128))
         for loss in ((map_ * torch.randn_like(map_)).mean(), published.total()):
@@ -235,7 +218,7 @@ def test_new_routers_survive_initialisation(source, tmp_path):
 
 
 def test_granularities():
-    model = stir(make(granularities=[1, 2], region_size=2)).train()
+    model = stir_routers(make(granularities=[1, 2], region_size=2)).train()
     with mmtoken.token_losses(), record_routing() as record:
         model(torch.randn(2, 3, 100, 100))
     assert [decision.choice.shape for decision in record] == [(2, 4, 4)] * 4
@@ -249,7 +232,7 @@ def test_drop_path_rises_to_its_rate():
 
 def test_norm_only_where_it_is_used():
     assert not list(make(out_indices=(0, 2)).norm.parameters())
-    model = stir(make(out_indices=(1, 3), cls_token=True)).train()
+    model = stir_routers(make(out_indices=(1, 3), cls_token=True)).train()
     with mmtoken.token_losses() as published:
         maps = model(torch.randn(2, 3, 80, 80))
     (sum(m.square().sum() for m in maps) + published.total()).backward()

@@ -222,8 +222,8 @@ class DynamicGranularityBlock(nn.Module):
             x: Tokens, ``(B, N, C)``.
             layout: From :meth:`layout`.
             padding: Regions that are padding, ``(B, Hr, Wr)``, from
-                :func:`~mmtoken.layers.common.padding.padding_regions`; they are as coarse as can
-                be.
+                :func:`~mmtoken.layers.common.padding.padding_regions`; they take the coarsest
+                granularity.
 
         Returns:
             The argument of :meth:`forward`; None without a router.
