@@ -15,7 +15,7 @@ from ...losses.usage import Usage
 from ..common.padding import padding_regions
 from ..common.positions import resample
 from ..common.regions import make_region_layout
-from ..common.stem import PatchStem
+from ..common.stem import PatchEmbed
 from .block import DynamicGranularityBlock
 
 
@@ -47,7 +47,7 @@ class DynamicGranularityStage(nn.Module):
         self.in_channels = in_channels
         self.patch_size = patch_size
         self.embed_dims = dims = self.blocks[0].embed_dims
-        self.patch_embed = PatchStem(dims, in_channels, patch_size)
+        self.patch_embed = PatchEmbed(dims, in_channels, patch_size)
         self.cls_token = nn.Parameter(_small(1, 1, dims)) if cls_token else None
         self.pos_embed = nn.Parameter(_small(1, pos_grid[0] * pos_grid[1] + cls_token, dims))
 
