@@ -98,12 +98,8 @@ class SemanticBlock(nn.Module):
         Returns:
             In the shape of ``query``.
         """
-        return self.add(query, self.attn(self.norm1(query), self.norm1(tokens), attend))
-
-    def add(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Add attention to the queries, then the MLP: ``(..., C) -> (..., C)``."""
-        update = self.layer_scale_1 * attended
-        x = x + self.drop_path(update) if self.shortcut else update
+        update = self.layer_scale_1 * self.attn(self.norm1(query), self.norm1(tokens), attend)
+        x = query + self.drop_path(update) if self.shortcut else update
         return x + self.drop_path(self.layer_scale_2 * self.mlp(self.norm2(x)))
 
 

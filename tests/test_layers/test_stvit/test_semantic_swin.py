@@ -146,7 +146,7 @@ def test_learned_centers_go_to_the_reduce_block_of_the_first_unit(form):
     args, outs = {}, {}
     for i in (1, 2, 7, 8):
         stage.blocks[i].register_forward_hook(
-            lambda m, a, out, i=i: (args.update({i: a}), outs.update({i: out})) and None
+            lambda module, given, out, i=i: args.update({i: given}) or outs.update({i: out})
         )
     with torch.no_grad():
         stage(x)
