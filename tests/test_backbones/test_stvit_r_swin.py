@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import wake
 
 from mmtoken.analysis import count_macs
 from mmtoken.backbones import STViTRSwin
@@ -92,13 +93,6 @@ def test_fast_path_equals_reference(form, semantic_size, size):
             reference = model(image)
     for a, b in zip(fast, reference, strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
-
-
-def wake(model):
-    """Let every parameter matter."""
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            torch.nn.init.uniform_(parameter, 0.2, 0.6)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import randomize
 from torch import nn
 
 from mmtoken.layers.common.attention import attention_reference, join_heads, split_heads
@@ -31,19 +32,12 @@ UNITS = {
 }
 
 
-def randomized(module):
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return module.eval()
-
-
 def make_stage(form, use_global=False, units=1, **kwargs):
     args = dict(shortcut=form == 'dense', conv_pos=False, downsample=None, with_cp=False) | kwargs
     rates = [0.0] * 6 * units
     block = dict(embed_dims=16, num_heads=2)
-    return randomized(
-        SemanticStage(block, rates, WINDOWS, UNITS[form], use_global=use_global, **args)
-    )
+    stage = SemanticStage(block, rates, WINDOWS, UNITS[form], use_global=use_global, **args)
+    return randomize(stage).eval()
 
 
 def attention(query, key, value, visible):
@@ -63,7 +57,7 @@ def window_of(grid, size):
 
 @pytest.mark.parametrize('shortcut', [True, False])
 def test_block_is_its_formula(shortcut):
-    block = randomized(SemanticBlock(16, 2, shortcut=shortcut))
+    block = randomize(SemanticBlock(16, 2, shortcut=shortcut))
     query, tokens = torch.randn(2, 4, 5, 16), torch.randn(2, 11, 16)
     q = block.attn.q(block.norm1(query)).flatten(1, 2)
     key, value = block.attn.kv(block.norm1(tokens)).chunk(2, dim=-1)
@@ -111,7 +105,7 @@ def test_clamped_patches_lie_around_their_windows(grid, window):
 
 def test_pooling_with_positions():
     """The convolution does not look beyond a window."""
-    conv, x = randomized(WindowPositionConv(16)), torch.randn(1, 14, 21, 16)
+    conv, x = randomize(WindowPositionConv(16)), torch.randn(1, 14, 21, 16)
     plain, with_positions = (pool_windows(x, WINDOWS, c) for c in (None, conv))
     assert plain.shape == (1, 6, 9, 16)
     torch.testing.assert_close(plain[0, 0, 0], x[0, :3, :3].amax((0, 1)))
@@ -157,7 +151,7 @@ def test_learned_centers_go_to_the_reduce_block_of_the_first_unit(form):
 
 
 def test_shortcut_keeps_the_pooled_tokens():
-    with_shortcut, without = (randomized(SemanticBlock(16, 2, shortcut=s)) for s in (True, False))
+    with_shortcut, without = (randomize(SemanticBlock(16, 2, shortcut=s)) for s in (True, False))
     without.load_state_dict(with_shortcut.state_dict())
     for block in (with_shortcut, without):
         nn.init.zeros_(block.layer_scale_2)
