@@ -7,7 +7,6 @@ from helpers import randomize
 from mmtoken.fast import optimize_for_cpu, tiling
 from mmtoken.layers.common.stem import ConvStem
 from mmtoken.layers.common.swin import SwinBlock
-from mmtoken.layers.common.vit import ViTBlock
 from mmtoken.runtime.reference import reference_path
 
 # Each layer, and the shape of its input
@@ -18,7 +17,6 @@ LAYERS = {
     'swin block of one window': (lambda: SwinBlock(24, 3, window_size=7, shift=3), (2, 3, 5, 24)),
     'conv stem': (lambda: ConvStem(16), (2, 3, 50, 38)),
     'conv stem without padding': (lambda: ConvStem(16), (1, 3, 64, 32)),
-    'vit block': (lambda: ViTBlock(24, 3, 48), (2, 50, 24)),
 }
 
 
