@@ -339,9 +339,9 @@ def classification_unit(
     in_windows = partial(attend_in_windows, size=size)
     x = swin(x)
     patches = clamped_patches(tuple(x.shape[1:3]), near, windows.size, x.device)
-    near_by = partial(attend_to_window_and_patch, size=size, patches=patches)
+    in_window_and_patch = partial(attend_to_window_and_patch, size=size, patches=patches)
     semantic = pool_windows(x, windows, pool.conv_pos)  # (B, h, w, C)
-    semantic = pool(semantic, join_tokens(semantic, x), near_by)
+    semantic = pool(semantic, join_tokens(semantic, x), in_window_and_patch)
     tokens = join_tokens(semantic, x)
     if centers is not None:
         semantic = semantic + centers
