@@ -15,7 +15,7 @@ from ..arguments import as_tuple
 from ..checkpoints.module import CheckpointedBackbone
 from ..layers.common.packed import SparseFeatures
 from ..layers.common.positions import resample
-from ..layers.common.stem import PatchStem
+from ..layers.common.stem import PatchEmbed
 from ..layers.common.utils import (
     ceil_div,
     check_heads,
@@ -190,7 +190,7 @@ class PatchBackbone(TokenBackbone):
         """Add the embeddings; for the arguments see :class:`PlainBackbone`."""
         self.embed_dims = embed_dims
         self.patch_size = patch_size
-        self.patch_embed = PatchStem(embed_dims, in_channels, patch_size, norm=False)
+        self.patch_embed = PatchEmbed(embed_dims, in_channels, patch_size, norm=False)
         self.pos_grid = tuple(ceil_div(side, patch_size) for side in to_2tuple(img_size))
         self.num_prefix_tokens = int(cls_token) + num_registers
         self.cls_token = self.reg_token = None

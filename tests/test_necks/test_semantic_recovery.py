@@ -2,20 +2,14 @@ import inspect
 
 import pytest
 import torch
+from helpers import randomize
 from mmengine.registry import MODELS as MMENGINE_MODELS
-from torch import nn
 
 from mmtoken.backbones import MSViT, STViTDeiT
 from mmtoken.necks import SemanticRecoveryNeck, SimpleFeaturePyramid
 
 VIT = dict(embed_dims=16, num_layers=6, num_heads=2, feedforward_channels=64)
 BACKBONE = dict(arch=VIT, base_layers=2, img_size=64)
-
-
-def randomised(module):
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return module.eval()
 
 
 @pytest.mark.parametrize('size', [(64, 64), (100, 50)])
@@ -30,10 +24,10 @@ def randomised(module):
     ],
 )
 def test_restoring_in_the_neck_equals_restoring_in_the_backbone(size, out_indices, neck_args):
-    neck = randomised(SemanticRecoveryNeck(16, num_heads=2, out_channels=8, **neck_args))
+    neck = randomize(SemanticRecoveryNeck(16, num_heads=2, out_channels=8, **neck_args)).eval()
     scale = neck_args.get('recovery_scale')
     inner = STViTDeiT(**BACKBONE, out_indices=out_indices, recovery_scale=scale)
-    inner = randomised(inner)
+    inner = randomize(inner).eval()
     outer = STViTDeiT(**BACKBONE, out_indices=out_indices, out_type='tokens').eval()
     outer.load_state_dict(inner.state_dict(), strict=False)
     for ours, theirs in zip(neck.recover, inner.recover.values(), strict=True):
