@@ -32,7 +32,7 @@ def compare(monkeypatch, tmp_path):
     for name in ('net', 'net-dense', 'broken'):
         (tmp_path / f'{name}.py').touch()
     monkeypatch.setattr(tool, 'TRAINER', tmp_path / 'train.py')
-    monkeypatch.setattr(tool, 'SECONDS_BETWEEN_LOOKS', 0.01)
+    monkeypatch.setattr(tool, 'POLL_SECONDS', 0.01)
 
     def run(*args):
         common = ['--work-dir', tmp_path / 'runs', '--cfg-options', 'a=1']
