@@ -6,7 +6,7 @@ import numpy as np
 
 
 def spread(values: Sequence[float]) -> dict[str, float | None]:
-    """``mean``, ``std`` (with n - 1; None of one value), ``min``, ``q1``, ``median``, ``q3``, ``max``."""
+    """Mean, standard deviation (n - 1; None of one value), extremes, quartiles and median."""
     quantiles = np.percentile(values, [0, 25, 50, 75, 100])
     return dict(
         mean=float(np.mean(values)),
