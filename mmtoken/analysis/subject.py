@@ -14,7 +14,7 @@ from mmengine.utils import import_modules_from_strings
 from torch import Tensor, nn
 
 from ..library import library_of, read_config
-from ..tokens.routing import routing_override
+from ..runtime.routing_override import routing_override
 from .peers import peer_config
 from .twin import dense_twin, find_backbone, find_sparse, mappings, our_class
 

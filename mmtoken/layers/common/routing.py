@@ -1,0 +1,103 @@
+"""Choices of the network about its own tokens: how they are made, trained, and overridden."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...runtime.routing_override import current_override
+from ...runtime.tracing import untraced
+
+
+def straight_through(scores: Tensor) -> Tensor:
+    """One-hot choices of the highest score that have the gradient of a softmax.
+
+    Args:
+        scores: ``(..., K)``; to sample, add :func:`gumbel_noise`.
+
+    Returns:
+        ``(..., K)``, exactly 0 and 1.
+    """
+    soft = scores.softmax(dim=-1)
+    return with_gradient_of(one_hot(scores.argmax(dim=-1), scores), soft)
+
+
+def with_gradient_of(value: Tensor, other: Tensor) -> Tensor:
+    """``value``, with the gradient of ``other``."""
+    # In this order the result is exactly ``value``.
+    return value + (other - other.detach())
+
+
+def choose(
+    scores: Tensor,
+    counts: Tensor,
+    kind: str,
+    training: bool,
+    padding: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """One-hot choices of all regions: sampled in training, the highest score otherwise.
+
+    Args:
+        scores: Of the choices of each region, finest first, ``(B, Hr, Wr, K)``.
+        counts: Tokens that each region has under each choice, ``(Hr * Wr, K)``.
+        kind: Of the ratio that :func:`routing_override` may set instead.
+        training: Whether to sample, with the gradient of the Gumbel-softmax. An override has the
+            gradient of the softmax.
+        padding: Regions that are padding, ``(B, Hr, Wr)``, bool; they are as coarse as can be.
+        temperature: Of the Gumbel-softmax, whose gradient alone depends on it.
+
+    Returns:
+        ``(B, Hr, Wr, K)``, exactly 0 and 1.
+
+    Raises:
+        RuntimeError: ``torch.jit.trace`` is recording, and no override is in force.
+    """
+    override = current_override(kind)
+    if override is None and torch.jit.is_tracing():
+        option = f'--{kind.replace("_", "-")}'
+        raise RuntimeError(
+            'this network chooses its tokens image by image, and torch.jit.trace would keep the '
+            'choices that it makes for one. To count operations: python tools/analysis/flops.py '
+            f'CONFIG {option} R, or count inside of `with mmtoken.routing_override({kind}=R):`. '
+            'To export: mmtoken.dense_twin(cfg) does not choose'
+        )
+    if override is not None:
+        with untraced():
+            drawn = override.draw(counts, len(scores))
+        drawn = drawn.view(scores.shape[:-1]).to(scores.device)
+        gates = one_hot(drawn, scores)
+        if training:
+            gates = with_gradient_of(gates, scores.softmax(dim=-1))
+    elif training:
+        gates = straight_through((scores + gumbel_noise(scores)) / temperature)
+    else:
+        gates = one_hot(scores.argmax(dim=-1), scores)
+    if padding is not None:
+        coarsest = torch.zeros_like(gates)
+        coarsest[..., -1] = 1
+        gates = torch.where(padding[..., None], coarsest, gates)
+    return gates
+
+
+def explores(chooser: nn.Module, x: Tensor) -> bool:
+    """Whether what chooses should sample, that is, whether anything can learn from it.
+
+    The teacher of a semi-supervised detector is in training mode with its student, but fixed: its
+    choices are those of inference.
+
+    Args:
+        chooser: A router or gate.
+        x: What it looks at.
+    """
+    learns = x.requires_grad or any(p.requires_grad for p in chooser.parameters())
+    return chooser.training and learns
+
+
+def one_hot(choice: Tensor, like: Tensor) -> Tensor:
+    """``(...)`` to ``(..., K)``, in shape, kind and place as ``like``."""
+    return F.one_hot(choice, like.shape[-1]).to(like)
+
+
+def gumbel_noise(scores: Tensor) -> Tensor:
+    """Standard Gumbel noise in the shape of ``scores``."""
+    return -torch.empty_like(scores).exponential_().log()
