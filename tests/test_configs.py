@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map_only
 
 from mmtoken import routing_override
 from mmtoken.analysis import count_macs, dense_twin
-from mmtoken.analysis.subject import default_shape
+from mmtoken.analysis.configs import default_shape
 from mmtoken.analysis.twin import our_class
 from mmtoken.runtime.reference import reference_path
 

@@ -44,6 +44,7 @@ class TokenBackbone(CheckpointedBackbone):
     stem_names: ClassVar[tuple[str, ...]] = ('patch_embed',)  # what precedes the first block
     stages_name: ClassVar[str] = 'layers'  # the attribute that lists the stages
     twin_args: ClassVar[dict]  # constructor arguments that turn the class into its dense twin
+    ratio_name: ClassVar[str | None] = None  # the ratio of routing_override that it takes, if any
     ignorable_keys: str | None = None  # names a checkpoint may have in excess (regular expression)
     newly_initialized_keys: str | None = None  # names it may lack
 
@@ -72,6 +73,19 @@ class TokenBackbone(CheckpointedBackbone):
     def unbuilt_keys(self) -> str:
         """Names of what a checkpoint may have behind the last stage (regular expression)."""
         return rf'{self.stages_name}\.({"|".join(map(str, range(self.num_built, MAX_STAGES)))})\..*'
+
+    @classmethod
+    def library_baseline(cls, args: Mapping) -> dict | None:
+        """Config of an OpenMMLab backbone of the same widths, depths and outputs.
+
+        Args:
+            args: All constructor arguments, defaults included; ``arch`` is a mapping.
+
+        Returns:
+            Its arguments and, as ``type``, its names in order of preference; None if no library
+            has such a backbone.
+        """
+        return None
 
     @abstractmethod
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -222,6 +236,19 @@ class PlainBackbone(TokenBackbone):
         if dims % heads:
             raise ValueError(f'embed_dims={dims} is no multiple of num_heads={heads}')
         return arch
+
+    @classmethod
+    def library_baseline(cls, args: Mapping) -> dict | None:
+        """mmpretrain's ViT."""
+        same = ('img_size', 'patch_size', 'in_channels', 'qkv_bias', 'drop_path_rate')
+        return dict(
+            type=('mmpretrain.VisionTransformer',),
+            arch={name: args['arch'][name] for name in PlainBackbone.arch_keys},
+            out_indices=list(args['out_indices']),
+            out_type='featmap' if args['out_type'] == 'map' else args['out_type'],
+            with_cls_token=bool(args.get('cls_token')),
+            **{name: args[name] for name in same},
+        )
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Embed the patches and add their positions.

@@ -69,6 +69,7 @@ class DGEDeiT(PlainBackbone):
     """
 
     twin_args = dict(granularities=(1,), budget=None)
+    ratio_name = 'query_ratio'
     ignorable_keys = r'(head|head_dist|norm|fc_norm|budget)\..*|cls_token|dist_token'
     newly_initialized_keys = r'budget\..*'
 

@@ -79,6 +79,7 @@ class DGEPVT(TokenBackbone):
 
     stem_names = ('layers.0.patch_embed', 'layers.0.pos_embed')
     twin_args = dict(granularities=(1,), budget=None)
+    ratio_name = 'query_ratio'
     ignorable_keys = r'(norm|head|budget)\..*|layers\.\d+\.cls_token'
     newly_initialized_keys = r'budget\..*'
     arch_keys = ('embed_dims', 'depths', 'num_heads', 'mlp_ratios', 'sr_ratios')
@@ -209,6 +210,28 @@ class DGEPVT(TokenBackbone):
             total = total + pixels * stage.embed_dims
         return total
 
+    @classmethod
+    def library_baseline(cls, args: Mapping) -> dict | None:
+        """mmdet's PVT, which has heads of one width, no class token, and outputs maps only."""
+        arch, stages = args['arch'], len(args['arch']['depths'])
+        widths = zip(arch['embed_dims'], arch['num_heads'], strict=True)
+        head_dims = {dims // heads for dims, heads in widths}
+        if len(head_dims) > 1 or args['cls_token'] or args['out_type'] != 'map':
+            return None
+        same = ('in_channels', 'qkv_bias', 'drop_path_rate', 'out_indices')
+        return dict(
+            type=('mmdet.PyramidVisionTransformer',),
+            pretrain_img_size=to_2tuple(args['pretrain_img_size']),
+            embed_dims=head_dims.pop(),
+            num_stages=stages,
+            num_layers=arch['depths'],
+            patch_sizes=PATCH_SIZES[:stages],
+            strides=PATCH_SIZES[:stages],
+            paddings=(0,) * stages,
+            **{name: args[name] for name in same},
+            **{name: arch[name] for name in ('num_heads', 'mlp_ratios', 'sr_ratios')},
+        )
+
 
 @MODELS.register_module()
 class DGEDPVT(DGEPVT):
@@ -238,6 +261,10 @@ class DGEDPVT(DGEPVT):
             raise ValueError('deformable PVT has no class token, got cls_token=True')
         self.num_points = num_points  # before the blocks are made
         super().__init__(arch, **kwargs)
+
+    @classmethod
+    def library_baseline(cls, args: Mapping) -> None:
+        """No library has a deformable PVT."""
 
     def make_attention(self, arch: Mapping, stage: int, qkv_bias: bool) -> nn.Module:
         dims, heads = arch['embed_dims'][stage], arch['num_heads'][stage]

@@ -108,6 +108,7 @@ class MSViT(PlainBackbone):
 
     stem_names = ('patch_embed', 'patch_embed_coarse', 'cls_token', 'reg_token', 'pos_embed')
     twin_args = dict(gate=None)
+    ratio_name = 'coarse_ratio'
     ignorable_keys = (
         r'(head|head_dist|norm|fc_norm|gate|gate_loss|patch_embed_coarse)\..*|cls_token|dist_token'
     )
@@ -249,6 +250,16 @@ class MSViT(PlainBackbone):
                 f'global_blocks must be from {-depth} to {depth - 1}, got {sorted(blocks)}'
             )
         return blocks
+
+    @classmethod
+    def library_baseline(cls, args: Mapping) -> dict | None:
+        """mmpretrain's ViT, which has neither registers, nor windows, nor DINOv2's layer scale."""
+        if args['num_registers'] or args['window_size'] or args['layer_scale']:
+            return None
+        # Tokens become a map in a neck.
+        out_type = 'map' if args['out_type'] == 'tokens' else args['out_type']
+        args = dict(args, patch_size=args['fine_size'], out_type=out_type)
+        return super().library_baseline(args)
 
     def frozen_modules(self) -> list[nn.Module | nn.Parameter]:
         """As for all backbones; the gate is fixed with the stem."""

@@ -153,6 +153,10 @@ class PSViT(PlainBackbone):
         self.train()
 
     @classmethod
+    def library_baseline(cls, args: Mapping) -> None:
+        """No library has a pooling ViT."""
+
+    @classmethod
     def resolve_arch(cls, arch: str | Mapping) -> dict:
         """Look an architecture up in the zoo, or check a user's own.
 

@@ -124,6 +124,11 @@ class SWATDeiT(PlainBackbone):
         self.norm = nn.LayerNorm(dims, NORM_EPS) if normed else nn.Identity()
         self.train()
 
+    @classmethod
+    def library_baseline(cls, args: Mapping) -> dict | None:
+        """mmpretrain's ViT."""
+        return super().library_baseline(dict(args, patch_size=args['arch']['patch_size']))
+
     def output_layers(self, index: int) -> list[nn.Module]:
         return [self.norm] if index == self.num_stages - 1 else []
 

@@ -1,8 +1,7 @@
 """Necks: restorations of dense maps, and the pyramid they end in.
 
-A neck that restores tokens says in ``twin_type`` which neck takes maps in its place, and in
-``restore_args`` which of its arguments that neck does not have; the dense twin of a config is made
-with these. A neck that reduces tokens itself has ``twin_args``, like a backbone.
+For the dense twin of a config, ``twin_type`` of a neck that restores tokens is the neck that takes
+maps in its place. A neck that reduces tokens itself has ``twin_args``, as backbones do.
 """
 
 from .grain_unpool import GrainUnpoolNeck

@@ -63,6 +63,7 @@ class GrainUnpoolNeck(CheckpointedModule):
     """
 
     twin_args = dict(granularities=(1,), budget=None)
+    ratio_name = 'query_ratio'
 
     def __init__(
         self,

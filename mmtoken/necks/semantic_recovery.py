@@ -41,8 +41,6 @@ class SemanticRecoveryNeck(SparseFeaturePyramid):
         ValueError: Bad argument values; the message says what is allowed.
     """
 
-    restore_args = ('num_heads', 'dense_taps', 'mlp_ratio', 'qkv_bias', 'recovery_scale')
-
     def __init__(
         self,
         in_channels: int | Sequence[int],

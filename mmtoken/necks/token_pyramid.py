@@ -12,7 +12,7 @@ from .simple_feature_pyramid import SimpleFeaturePyramid
 class SparseFeaturePyramid(SimpleFeaturePyramid):
     """Restore the taps in use to maps, then build a pyramid from these.
 
-    Subclasses say how in :meth:`restore`, and in ``restore_args`` which arguments they have for it.
+    Subclasses say how in :meth:`restore`.
     """
 
     twin_type = 'mmtoken.SimpleFeaturePyramid'

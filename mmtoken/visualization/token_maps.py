@@ -18,6 +18,7 @@ from ..analysis.decisions import (
     ratio_unit,
     real_regions,
     split_stages,
+    stride_of,
 )
 from ..runtime.decisions import RoutingDecision
 
@@ -90,22 +91,6 @@ def draw_tokens(picture: np.ndarray, decision: RoutingDecision, image: int = 0) 
     panel.set_title(f'coarse {coarse:.2f}, {100 * tokens:.0f} % of the tokens', fontsize='medium')
     _draw_scale(figure, [panel], [decision], FAINT)
     return figure
-
-
-def stride_of(shape: tuple[int, int], grid: tuple[int, int]) -> int:
-    """Side of a token in pixels, from the size of the image and of the grid that covers it.
-
-    Of several that fit a power of two is taken, or else the smallest.
-    """
-    largest = max(-(-side // tokens) for side, tokens in zip(shape, grid, strict=True))
-    strides = range(largest, 2 * largest + 1)
-    fitting = [
-        stride
-        for stride in strides
-        if all(-(-side // stride) == n for side, n in zip(shape, grid, strict=True))
-    ]
-    powers = [stride for stride in fitting if stride & (stride - 1) == 0]
-    return (powers or fitting or [largest])[0]
 
 
 def cell_borders(decision: RoutingDecision, image: int, level: int) -> np.ndarray:

@@ -8,11 +8,12 @@ from pathlib import Path
 import mmseg
 import pytest
 import torch
+from benchmarking.targets import build_target
 from mmengine.analysis import FlopAnalyzer, get_model_complexity_info
 
 import mmtoken
 from mmtoken.analysis import count_macs, dense_twin
-from mmtoken.analysis.subject import load_config, make_subject
+from mmtoken.analysis.configs import load_config
 from mmtoken.registry import MODELS
 from mmtoken.runtime.reference import reference_path
 
@@ -140,7 +141,7 @@ def test_stock_tool_counts(monkeypatch, capsys):
     config = 'upernet_stvit-r-swin-nano_1xb16-750i_shapes-128x128.py'
     run_stock_tool(config, monkeypatch)
     flops = float(re.search(r'Flops: (\S+)G', capsys.readouterr().out)[1])
-    network = make_subject(load_config(CONFIGS / config), 'model').build()
+    network = build_target(load_config(CONFIGS / config), 'model').build()
     assert flops == pytest.approx(ours(network, images(1, 128, 128)) / 1e9, rel=0.02)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli import routing_line, routing_words
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHAPES = ROOT / 'configs' / 'shapes'
@@ -43,29 +44,20 @@ def test_flops(tmp_path):
 def test_flops_at_a_query_ratio(tmp_path):
     results, out = run_json('flops', tmp_path, ROUTED, '--query-ratio', 0.4)
     sparse, dense = results['sparse'], results['dense']
-    assert results['query_ratio'] == 0.4 and results['coarse_ratio'] is None
-    assert sparse['query_ratio'] == pytest.approx(0.4, abs=0.02) and dense['query_ratio'] is None
+    assert results['query_ratio'] == 0.4 and 'coarse_ratio' not in results
+    assert sparse['ratios']['query_ratio'] == pytest.approx(0.4, abs=0.02) and not dense['ratios']
     assert sparse['macs'] == sum(sum(kinds.values()) for kinds in sparse['stages'].values())
     assert sparse['macs'] == sparse['executed']
     assert results['mac_ratio'] > 1.7
-    assert f'Regions choose at random: {sparse["query_ratio"]:.3f}' in out
+    assert f'Random token layouts: query ratio {sparse["ratios"]["query_ratio"]:.3f}' in out
 
 
-def test_who_chose_is_said(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'tools' / 'analysis'))
-    from cli import routing_line
-
-    assert 'untrained routers chose 0.998' in routing_line({}, 0.998, 0.0)
-    assert 'at random: 0.399' in routing_line(dict(query_ratio=0.4), 0.399, 0.2)
-    line = routing_line(dict(coarse_ratio=[0.5]), 0.625, 0.499)
-    assert 'at random: 0.499 of them coarse, 0.625' in line
-    assert routing_line({}, None, None) is None
-
-
-def test_ratios_in_words(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'tools' / 'analysis'))
-    from cli import routing_words
-
+def test_ratios_in_words():
+    measured = dict(query_ratio=0.399, coarse_ratio=0.2)
+    drawn = routing_line(dict(query_ratio=0.4), measured)
+    assert drawn == 'Random token layouts: query ratio 0.399, coarse ratio 0.200.'
+    assert routing_line({}, measured).startswith('Token layouts of the untrained routers: query')
+    assert routing_line({}, {}) is None
     assert routing_words(dict(query_ratio=0.436, coarse_ratio=None)) == ['query ratio 0.436']
     assert routing_words(dict(coarse_ratio=[0.5])) == ['coarse ratio 0.5']
     assert routing_words(dict(coarse_ratio=[0.25, 1.0, 0.0])) == ['coarse ratio .25/1/0']
@@ -84,12 +76,12 @@ model = dict(backbone=dict(type='mmtoken.MSViT', arch=arch))
 
 
 def test_coarse_ratios_of_several_images(mixed, tmp_path):
-    args = (mixed, '--shape', 64, 64, '--coarse-ratio', 0.25, 1)
+    args = (mixed, '--shape', 64, 64, '--ratio', 0.25, 1)
     results, out = run_json('flops', tmp_path, *args)
-    assert results['coarse_ratio'] == [0.25, 1.0] and results['query_ratio'] is None
-    assert results['sparse']['coarse_ratio'] == 0.625
+    assert results['coarse_ratio'] == [0.25, 1.0] and 'query_ratio' not in results
+    assert results['sparse']['ratios']['coarse_ratio'] == 0.625
     assert 'mean of 2 images of 64 x 64, coarse ratio .25/1' in ' '.join(out.split())
-    assert 'at random: 0.625 of them coarse, 0.531 tokens per fine patch' in out
+    assert 'Random token layouts: query ratio 0.531, coarse ratio 0.625.' in out
     result = run('benchmark', *args, '--batch-size', 3)
     assert result.returncode == 1 and 'must be a multiple of 2, got 3' in result.stderr
     counted = results['sparse']['macs']
@@ -126,15 +118,15 @@ def test_benchmark(tmp_path):
     assert environment['torch'] == torch.__version__ and 'mmdet' in environment
     assert re.fullmatch(r'\d+\.\d+\.\d+', environment['mmtoken'])
     assert 'realised' in out and 'dense twin' in out and 'PyramidVisionTransformer' in out
-    assert 'Regions choose at random' in out
+    assert 'Random token layouts' in out
     assert max(map(len, out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(
     'tool, words',
     [
-        ('flops', ['examples:', '--shape H W', 'default: backbone', 'executed']),
-        ('benchmark', ['examples:', '--against', 'default: float32', 'realised', '--train']),
+        ('flops', ['examples:', '--shape H W', 'default: backbone', 'reference path']),
+        ('benchmark', ['examples:', '--against', 'default: float32', 'realised', '--ratio']),
         ('compare', ['examples:', '--pair CFG TWIN', 'seed by seed', 'output.log', '--jobs']),
         ('token_maps', ['examples:', '[CKPT] IMAGE', 'queries per token', '--per-block']),
         ('token_stats', ['examples:', '--background', 'at least half of its pixels']),
@@ -159,9 +151,9 @@ def test_errors_are_one_line(tmp_path):
 def test_ratios_that_make_no_sense():
     result = run('flops', ROUTED, '--shape', 64, 64, '--coarse-ratio', 0.5)
     assert result.returncode == 1 and result.stderr.strip().count('\n') == 0
-    assert 'in force, but this network has a query_ratio' in result.stderr
+    assert 'DGEPVT takes a query_ratio, got a coarse_ratio' in result.stderr
     result = run('benchmark', ROUTED, '--query-ratio', 0.5, '--coarse-ratio', 0.5)
-    assert result.returncode == 2 and 'not allowed with' in result.stderr
+    assert result.returncode == 2 and 'give one ratio' in result.stderr
 
 
 def test_shapes_are_positive():
@@ -191,7 +183,10 @@ def test_summary_is_of_medians_over_runs(tmp_path):
         (tmp_path / f'{i}.json').write_text(
             json.dumps(setting | figures | dict(sparse_ms=sparse_ms))
         )
-    for i, other in ((3, dict(train=True)), (4, dict(query_ratio=0.43))):
+    for i, other in (
+        (3, dict(train=True)),
+        (4, dict(query_ratio=0.43, query_ratio_measured=0.429)),
+    ):
         (tmp_path / f'{i}.json').write_text(
             json.dumps(setting | figures | dict(sparse_ms=7.0) | other)
         )

@@ -22,10 +22,6 @@ records = [dict(loss=2.0, iter=25), {'coco/bbox_mAP': 0.1}, {'coco/bbox_mAP': sc
 @pytest.fixture
 def compare(monkeypatch, tmp_path):
     """A function from arguments to the exit status."""
-    from pathlib import Path
-
-    root = Path(__file__).resolve().parent.parent.parent
-    monkeypatch.syspath_prepend(str(root / 'tools' / 'analysis'))
     import compare as tool
 
     (tmp_path / 'train.py').write_text(FAKE_TRAINER)

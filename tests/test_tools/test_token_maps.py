@@ -57,8 +57,7 @@ model = dict(backbone=dict(_delete_=True, type='mmtoken.MSViT', arch=arch), neck
     assert ratios == dict(query_ratio=1.0, coarse_ratio=0.0, stages=[1.0])
 
 
-def test_tables_of_statistics(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / 'tools' / 'analysis'))
+def test_tables_of_statistics(capsys):
     from token_stats import report
 
     spread = dict(mean=0.5, std=0.125, min=0.25, max=0.75)
@@ -105,9 +104,9 @@ def test_errors_are_one_line(files, message, tmp_path):
 def test_statistics_over_a_validation_set(shapes_root, tmp_path):
     from mmengine.config import Config
 
-    from mmtoken.analysis.subject import load_config
+    from mmtoken.analysis.configs import load_config
+    from mmtoken.analysis.recording import load_model, record_batch, val_dataloader
     from mmtoken.analysis.token_stats import annotated, collect
-    from mmtoken.analysis.watch import load_model, val_dataloader, watch
 
     roots = (shapes_root / 'coco', shapes_root / 'ade' / 'ADEChallengeData2016')
     shares = []
@@ -118,10 +117,10 @@ def test_statistics_over_a_validation_set(shapes_root, tmp_path):
 
         def batches(cfg=cfg, model=model, objects=objects):
             for batch in val_dataloader(cfg):
-                watched = watch(model, batch)
-                on_object, valid = annotated(watched, background=[0])
+                recorded = record_batch(model, batch)
+                on_object, valid = annotated(recorded, background=[0])
                 objects.append((on_object.sum() / valid.sum()).item())
-                yield watched, on_object, valid
+                yield recorded, on_object, valid
 
         stats = collect(batches())
         assert stats['images'] == 4 and len(stats['stages']) == 4
