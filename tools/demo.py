@@ -20,7 +20,7 @@ CONFIGS = ROOT / 'configs' / 'shapes'
 EPILOG = """\
 examples:
   python tools/demo.py           the whole demo: at most 20 minutes on two CPU cores
-  python tools/demo.py --quick   the same steps in two minutes; the scores mean nothing
+  python tools/demo.py --quick   the same steps in a minute; the scores mean nothing
   python tools/demo.py --twin    the dense twins as well: twice the time
 """
 console = Console()
@@ -45,17 +45,17 @@ class Run:
 DETECTION = dict(
     layout='coco',
     quick_options=(
-        'train_cfg.max_epochs=2',
-        'train_cfg.val_interval=2',
+        'train_cfg.max_epochs=1',
+        'train_cfg.val_interval=1',
         'model.test_cfg.rcnn.score_thr=0.0',  # mmdet gives no AP without detections
     ),
 )
 SEGMENTATION = dict(
     layout='ade',
     quick_options=(
-        'train_cfg.max_iters=30',
-        'train_cfg.val_interval=30',
-        'default_hooks.checkpoint.interval=30',
+        'train_cfg.max_iters=10',
+        'train_cfg.val_interval=10',
+        'default_hooks.checkpoint.interval=10',
     ),
 )
 MASK_RCNN = 'mask-rcnn_stvit-r-swin-nano{}_fpn_1xb8-7e_shapes.py'
@@ -90,7 +90,7 @@ def main() -> None:
     report(runs, out)
     console.print('Pictures: ' + ', '.join(map(str, pictures)))
     if args.quick:
-        console.print('This was the quick demo: its scores only show that the path works.')
+        console.print('This was the quick demo: its scores only show that everything runs.')
     console.print(f'Done in {(time.time() - started) / 60:.1f} minutes.')
 
 
@@ -98,7 +98,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--quick', action='store_true', help='a look at the path, no real training')
+    parser.add_argument('--quick', action='store_true', help='only a few training iterations')
     parser.add_argument('--twin', action='store_true', help='train the dense twins as well')
     parser.add_argument('--out', default='work_dirs/demo', help='folder (default: %(default)s)')
     return parser.parse_args()
@@ -115,7 +115,7 @@ def prepare_data(data: Path, quick: bool) -> None:
         return
     console.print(f'Data: making {data}')
     command = [sys.executable, ROOT / 'tools' / 'datasets' / 'make_shapes.py', '--out', data]
-    sizes = ['--train', '120', '--val', '40'] if quick else []
+    sizes = ['--train', '64', '--val', '16'] if quick else []
     if subprocess.run([*command, *sizes], stdout=subprocess.DEVNULL).returncode:
         sys.exit(1)  # its message is on the screen
 

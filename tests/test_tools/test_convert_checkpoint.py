@@ -204,4 +204,4 @@ def test_whole_detectors_keep_their_heads(run, swin, tmp_path):
         weights['layers.1.downsample.reduction.weight'],
     )
     code, _, err = run(swin, tmp_path / 'other.pth', '--whole')
-    assert code == 1 and 'nothing beside a backbone' in err
+    assert code == 1 and 'contains only a backbone' in err
