@@ -1,7 +1,7 @@
-"""Necks: restorations of dense maps, and the pyramid they end in.
+"""Necks: they restore dense maps and build a feature pyramid.
 
-For the dense twin of a config, ``twin_type`` of a neck that restores tokens is the neck that takes
-maps in its place. A neck that reduces tokens itself has ``twin_args``, as backbones do.
+A neck that restores tokens declares in ``twin_type`` the neck for maps that replaces it in the
+dense twin of a config. A neck that reduces tokens itself has ``twin_args``, like a backbone.
 """
 
 from .grain_unpool import GrainUnpoolNeck
