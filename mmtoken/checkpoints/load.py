@@ -89,7 +89,7 @@ def _fit_to(
     state, outside = take_prefix(weights, prefix, getattr(module, 'usual_prefix', 'backbone.'))
     own = module.state_dict()
     unused = [getattr(module, 'unused_keys', None), getattr(module, 'unbuilt_keys', None)]
-    fresh = [getattr(module, 'fresh_keys', None)]
+    fresh = [getattr(module, 'newly_initialized_keys', None)]
     if source is None and not _are_own(state, own, unused, fresh):
         source = detect_source(state, prefix='')
     if source is None:
