@@ -88,7 +88,7 @@ def _fit_to(
 ) -> tuple[dict[str, Tensor], Report]:
     state, outside = take_prefix(weights, prefix, getattr(module, 'usual_prefix', 'backbone.'))
     own = module.state_dict()
-    unused = [getattr(module, 'unused_keys', None), getattr(module, 'unbuilt_keys', None)]
+    unused = [getattr(module, 'ignorable_keys', None), getattr(module, 'unbuilt_keys', None)]
     fresh = [getattr(module, 'newly_initialized_keys', None)]
     if source is None and not _are_own(state, own, unused, fresh):
         source = detect_source(state, prefix='')
