@@ -200,6 +200,16 @@ class MSViT(PlainBackbone):
             )
         return blocks
 
+    @classmethod
+    def library_baseline(cls, args: Mapping) -> dict | None:
+        """mmpretrain's ViT, which has no windows."""
+        if args['window_size']:
+            return None
+        # Tokens become a map in a neck.
+        out_type = 'map' if args['out_type'] == 'tokens' else args['out_type']
+        args = dict(args, patch_size=args['fine_size'], out_type=out_type)
+        return super().library_baseline(args)
+
     def frozen_modules(self) -> list[nn.Module | nn.Parameter]:
         """As for all backbones; the gate is fixed with the stem."""
         gate = [part for part in (self.gate, self.gate_loss) if part is not None]

@@ -71,6 +71,17 @@ class SwinBackbone(TokenBackbone):
             check_heads(arch['embed_dims'] * 2**i, heads, f'stage {i}: ')
         return dict(arch, depths=depths, num_heads=num_heads)
 
+    @classmethod
+    def library_baseline(cls, args: Mapping) -> dict:
+        """The Swin of mmdet and mmseg."""
+        same = ('in_channels', 'window_size', 'drop_path_rate', 'out_indices', 'with_cp')
+        return dict(
+            type=('mmdet.SwinTransformer', 'mmseg.SwinTransformer'),
+            mlp_ratio=int(args['mlp_ratio']),  # theirs takes whole numbers only
+            **{name: args[name] for name in same},
+            **args['arch'],
+        )
+
     @property
     def unbuilt_keys(self) -> str:
         return rf'{super().unbuilt_keys}|{self.stages_name}\.{self.num_built - 1}\.downsample\..*'

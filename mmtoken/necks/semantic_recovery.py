@@ -48,8 +48,6 @@ class SemanticRecoveryNeck(SparseFeaturePyramid):
         [(16, 16), (8, 8), (4, 4), (2, 2), (1, 1)]
     """
 
-    restore_args = ('num_heads', 'dense_taps', 'mlp_ratio', 'qkv_bias', 'recovery_scale')
-
     def __init__(
         self,
         in_channels: int | Sequence[int],

@@ -1,4 +1,4 @@
-"""Replaces a folder as a whole, and only one of our own."""
+"""Replace a folder as a whole, if this tool made it."""
 
 import json
 import tempfile
@@ -12,7 +12,7 @@ SUMMARY_NAME = 'shapes.json'
 
 @contextmanager
 def fresh_folder(out: Path, force: bool) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of ``out`` if the block ends well.
+    """Yield an empty folder that replaces ``out`` if the block succeeds.
 
     If the block raises, what was written is removed and ``out`` stays as it was.
 
