@@ -64,8 +64,8 @@ DINOV2 = Source(
             without_swiglu(vit.openmmlab),
         ),
     ),
-    names=vit.NAMES,
-    unused='cls_token',
-    fresh=(*vit.GRAINED, *vit.MIXED),
+    known_keys=vit.NAMES,
+    ignorable_keys='cls_token',
+    new_keys=(*vit.GRAINED, *vit.MIXED),
     check=vit.check_arguments,
 )

@@ -18,6 +18,6 @@ STVIT_R = Source(
             swin.microsoft,
         ),
     ),
-    names=f'{swin.NAMES}|{CROSS}|{swin.CONV_STEM}|{swin.SEMANTIC}',
-    unused=swin.OUTPUT_NORMS,
+    known_keys=f'{swin.NAMES}|{CROSS}|{swin.CONV_STEM}|{swin.SEMANTIC}',
+    ignorable_keys=swin.OUTPUT_NORMS,
 )

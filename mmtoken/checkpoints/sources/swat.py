@@ -71,6 +71,6 @@ SWAT = Source(
             rename_with(swin.HEAD),
         ),
     ),
-    names=NAMES,
-    unused=swin.OUTPUT_NORMS,
+    known_keys=NAMES,
+    ignorable_keys=swin.OUTPUT_NORMS,
 )

@@ -56,9 +56,9 @@ VTPACK = Source(
         Layout('PVT', pvt.OFFICIAL, pvt_names),
         Layout('DeiT', (r'patch_embed\.proj\.weight', r'blocks\.0\.norm1\.weight'), deit_names),
     ),
-    names=f'{pvt.NAMES}|{vit.NAMES}',
-    unused=pvt.CLASSIFIER,
-    fresh=vit.GRAINED,
-    sign=r'.*\.dge\..*|.*\.attn\.attn_weight\.weight',
+    known_keys=f'{pvt.NAMES}|{vit.NAMES}',
+    ignorable_keys=pvt.CLASSIFIER,
+    new_keys=vit.GRAINED,
+    key_signature=r'.*\.dge\..*|.*\.attn\.attn_weight\.weight',
     check=check_splits,
 )
