@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 import mmtoken
@@ -36,9 +35,8 @@ def main() -> int:
     except KeyboardInterrupt:
         print(f'convert_checkpoint: interrupted; {args.dst} is as it was', file=sys.stderr)
         return 1
-    console = Console()
-    console.print(report)
-    console.print(f'Wrote {args.dst}', soft_wrap=True)
+    print(report)
+    print(f'Wrote {args.dst}')
     return 0
 
 

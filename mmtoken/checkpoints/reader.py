@@ -68,13 +68,10 @@ def find_weights(checkpoint: Any, file: str | os.PathLike) -> dict[str, Tensor]:
         return weights
     found = f'a {type(checkpoint).__name__}'
     if is_mapping:
-        found = f'a mapping with the keys {shorten(map(repr, checkpoint))}'
-    raise ValueError(
-        f'{os.fspath(file)} holds no mapping of names to tensors, as state_dict() gives, but {found}'
-    )
+        found = f'a mapping with the keys {", ".join(shorten(map(repr, checkpoint)))}'
+    raise ValueError(f'{os.fspath(file)} holds no weights, as state_dict() gives them, but {found}')
 
 
 def _is_safetensors(head: bytes) -> bool:
     """Whether JSON follows eight bytes with its length."""
     return head[8:9] == b'{' and head[6:8] == b'\0\0'
-

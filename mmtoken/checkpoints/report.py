@@ -78,7 +78,7 @@ class Report:
                 shapes = (f'{generalize(n)} {old} -> {new}' for n, (old, new) in names.items())
                 items = shorten(_counted(Counter(shapes)))
             for i, item in enumerate(items):
-                start = '' if i else f'{what.replace("_", " "):18}{len(names):>6}'
+                start = '' if i else f'{what:18}{len(names):>6}'
                 lines.append(f'  {start:24}  {item}')
         return '\n'.join(lines + [f'  note: {note}' for note in self._notes()])
 
@@ -86,7 +86,7 @@ class Report:
         """Each attribute that has names of tensors."""
         for what, names in vars(self).items():
             if names and isinstance(names, dict | list) and what != 'grids':
-                yield what, names
+                yield what.replace('_', ' '), names
 
     def _notes(self) -> list[str]:
         notes = [self.describe_grids()] if self.grids else []

@@ -11,6 +11,7 @@ The private functions of torch that reading needs are used in this file only.
 
 import pickle
 import tarfile
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,7 +44,9 @@ def load_torch(path: Path) -> Any:
     # otherwise believe the lengths in the pickle and read beyond a shorter record.
     options = dict(map_location='cpu', mmap=is_zip)
     try:
-        return torch.load(str(path), weights_only=True, **options)
+        with warnings.catch_warnings():  # that it does not know all of protocol 4
+            warnings.simplefilter('ignore', UserWarning)
+            return torch.load(str(path), weights_only=True, **options)
     except Exception:  # an unknown name, or damage, at which the second reading fails too
         return torch.load(str(path), weights_only=False, pickle_module=RESTRICTED, **options)
 

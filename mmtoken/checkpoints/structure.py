@@ -40,7 +40,7 @@ def _double_linear_layers(state: State, own: State, report: Report) -> None:
         state[linear] = 2 * state.pop(name)
         state[conv] = state[linear].new_zeros(own[conv].shape)
         report.mapped[linear] = report.mapped.pop(name)
-        report.neutral.append(conv)
+        report.identity_init.append(conv)
 
 
 def _pass_convolutions(state: State, own: State, report: Report) -> None:
@@ -68,7 +68,7 @@ def _pass_convolutions(state: State, own: State, report: Report) -> None:
         state[name][:, :, shape[2] // 2, shape[3] // 2] = 1
         state[bias] = hidden.new_full(own[bias].shape, -LIFT)
         state[lifted] = (hidden.double() + LIFT).to(own[lifted].dtype)
-        report.neutral += [name, bias]
+        report.identity_init += [name, bias]
 
 
 def _leave_merging(state: State, own: State, report: Report) -> None:
@@ -81,4 +81,4 @@ def _leave_merging(state: State, own: State, report: Report) -> None:
             if part in state:
                 del state[part]
                 report.dropped.append(report.mapped.pop(part))
-            report.fresh.append(part)
+            report.newly_initialized.append(part)

@@ -66,6 +66,6 @@ DINOV2 = Source(
     ),
     known_keys=vit.NAMES,
     ignorable_keys='cls_token',
-    new_keys=(*vit.GRAINED, *vit.MIXED),
+    newly_initialized_keys=(*vit.GRAINED, *vit.MIXED),
     check=vit.check_arguments,
 )

@@ -83,5 +83,5 @@ PVT = Source(
     ),
     known_keys=NAMES,
     ignorable_keys=CLASSIFIER,
-    new_keys=(CLASS_TOKEN, *GRAINED),  # detectors and mmdet have no class token
+    newly_initialized_keys=(CLASS_TOKEN, *GRAINED),  # detectors and mmdet have no class token
 )

@@ -40,7 +40,7 @@ class Source:
         layouts: Whose names its files may have, the most specific first.
         known_keys: What such files hold. Anything else is from a variant that is not supported.
         ignorable_keys: What a model of ours may have no parameter for.
-        new_keys: What a model of ours has beyond such files, in groups: a file may lack all keys of
+        newly_initialized_keys: What a model of ours has beyond such files, in groups: a file may lack all keys of
             a group, but not only some.
         key_signature: A key that a file must have to be detected as of this family, beside those of
             a layout. It is not asked for where the user names the source.
@@ -52,7 +52,7 @@ class Source:
     layouts: tuple[Layout, ...]
     known_keys: str
     ignorable_keys: str | None = None
-    new_keys: tuple[str, ...] = ()
+    newly_initialized_keys: tuple[str, ...] = ()
     key_signature: str | None = None
     check: Callable[[Mapping[str, Tensor], nn.Module], None] | None = None
 

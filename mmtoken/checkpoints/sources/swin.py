@@ -78,5 +78,5 @@ SWIN = Source(
     ),
     known_keys=NAMES,
     ignorable_keys=f'{PATCH_STEM}|{OUTPUT_NORMS}',
-    new_keys=(CONV_STEM, SEMANTIC, STRUCTURED_STEM),
+    newly_initialized_keys=(CONV_STEM, SEMANTIC, STRUCTURED_STEM),
 )

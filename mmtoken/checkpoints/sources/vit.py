@@ -110,8 +110,15 @@ DEIT = Source(
     LAYOUTS,
     NAMES,
     ignorable_keys=PATCH_STEM,
-    new_keys=FRESH,
+    newly_initialized_keys=FRESH,
     key_signature='dist_token',
     check=check_arguments,
 )
-VIT = Source('vit', LAYOUTS, NAMES, ignorable_keys=PATCH_STEM, new_keys=(*FRESH, NORM), check=check_arguments)
+VIT = Source(
+    'vit',
+    LAYOUTS,
+    NAMES,
+    ignorable_keys=PATCH_STEM,
+    newly_initialized_keys=(*FRESH, NORM),
+    check=check_arguments,
+)

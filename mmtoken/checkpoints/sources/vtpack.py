@@ -58,7 +58,7 @@ VTPACK = Source(
     ),
     known_keys=f'{pvt.NAMES}|{vit.NAMES}',
     ignorable_keys=pvt.CLASSIFIER,
-    new_keys=vit.GRAINED,
+    newly_initialized_keys=vit.GRAINED,
     key_signature=r'.*\.dge\..*|.*\.attn\.attn_weight\.weight',
     check=check_splits,
 )
