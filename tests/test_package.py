@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 from mmtoken.clashes import DISTRIBUTIONS
@@ -194,6 +195,17 @@ def test_backbone_is_built_without_what_only_others_need():
     assert {'mmtoken.backbones', 'mmtoken.checkpoints', 'timm'} <= modules, result.stderr
     unwanted = {'matplotlib', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'mmtoken.analysis'}
     assert not modules & {*unwanted, 'mmtoken.visualization', 'mmtoken.engine'}
+
+
+def test_papers_of_all_methods_can_be_cited():
+    collections = [
+        collection
+        for metafile in (ROOT / 'configs').glob('*/metafile.yml')
+        for collection in yaml.safe_load(metafile.read_text())['Collections']
+    ]
+    papers = {c['Paper']['URL']: c['Paper']['Title'] for c in collections if 'Paper' in c}
+    references = yaml.safe_load((ROOT / 'CITATION.cff').read_text())['references']
+    assert papers.items() <= {r['url']: r['title'] for r in references}.items()
 
 
 def test_upstream_extra_passes_the_stack_check(declared):
