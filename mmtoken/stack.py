@@ -94,9 +94,9 @@ def enable_config_paths() -> None:
     """Let ``mmtoken::`` and, on the onedl stack, ``mmseg::`` resolve in config files.
 
     MMEngine maps import names to distributions in a table that has neither this package nor
-    ``onedl-mmsegmentation`` (November 2026: mmengine 0.10.7, onedl-mmengine 0.10.12). Where an entry
-    is no distribution, MMEngine uses the folder of the module of that name, which is right for
-    every kind of installation; mmengine 0.10.7 does not find an editable distribution. Without
+    ``onedl-mmsegmentation`` (November 2026: mmengine 0.10.7, onedl-mmengine 0.10.12). Where an
+    entry is no distribution, MMEngine uses the folder of the module of that name, which is right
+    for every kind of installation; mmengine 0.10.7 does not find an editable distribution. Without
     MMEngine nothing is done.
     """
     try:

@@ -40,8 +40,8 @@ class Source:
         layouts: Whose names its files may have, the most specific first.
         known_keys: What such files hold. Anything else is from a variant that is not supported.
         ignorable_keys: What a model of ours may have no parameter for.
-        newly_initialized_keys: What a model of ours has beyond such files, in groups: a file may lack all keys of
-            a group, but not only some.
+        newly_initialized_keys: What a model of ours has beyond such files, in groups: a file may
+            lack all keys of a group, but not only some.
         key_signature: A key that a file must have to be detected as of this family, beside those of
             a layout. It is not asked for where the user names the source.
         check: Raises a ValueError where the arguments of a model do not suit the names and tensors
