@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shutil
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -11,6 +12,8 @@ from mmengine.dist import barrier
 from mmengine.fileio import get_local_path
 from mmengine.logging import print_log
 from mmengine.runner import checkpoint as mmengine_names
+
+from ..files import replacing
 
 # Prefix of a name to the table that has its address
 ZOOS = {
@@ -75,10 +78,9 @@ def fetch(file: str | os.PathLike) -> Path:
 def _fetch_by_backend(name: str) -> Path:
     path = cached_path(name)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with get_local_path(name) as local:
-                path.write_bytes(Path(local).read_bytes())
+            with get_local_path(name) as local, replacing(path) as new:
+                shutil.copyfile(local, new)
         except Exception as error:  # whatever a backend may raise
             raise OSError(f'{name} was not fetched by MMEngine: {error}') from error
     return path
