@@ -68,7 +68,7 @@ def test_a_file_put_there_by_hand_is_taken(web, tmp_path):
 
 def test_a_failed_download_names_both_ways_out(web, tmp_path):
     folder = tmp_path / 'hub' / 'checkpoints'
-    with pytest.raises(OSError, match=f'put the file at {folder}/a.pth, or give its path'):
+    with pytest.raises(OSError, match=f'put the file at {folder}/a.pth or give its path'):
         read_checkpoint('https://missing.org/a.pth')
 
 

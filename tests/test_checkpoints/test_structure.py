@@ -152,7 +152,8 @@ def test_vit(library, img_size, save):
     torch.manual_seed(0)
     for grid in ((4, 4), (7, 3)):
         for ours_block, block in zip(ours.blocks, twin.blocks, strict=True):
-            assert_same(ours_block, block, torch.randn(2, *grid, 32))
+            x = torch.randn(2, *grid, 32)
+            assert_same(ours_block, block, x, x.flatten(1, 2))
 
 
 def test_blocks_are_those_of_timm(save):
