@@ -1,12 +1,10 @@
 """Turn a checkpoint of another project into one of ours."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 import mmtoken
@@ -20,6 +18,7 @@ from mmtoken.checkpoints import (
 )
 from mmtoken.checkpoints.convert import take_prefix
 from mmtoken.checkpoints.sources import SOURCES
+from mmtoken.files import replacing
 
 
 def main() -> int:
@@ -36,9 +35,8 @@ def main() -> int:
     except KeyboardInterrupt:
         print(f'convert_checkpoint: interrupted; {args.dst} is as it was', file=sys.stderr)
         return 1
-    console = Console()
-    console.print(report)
-    console.print(f'Wrote {args.dst}', soft_wrap=True)
+    print(report)
+    print(f'Wrote {args.dst}')
     return 0
 
 
@@ -149,7 +147,6 @@ def _build_backbone(path: str) -> nn.Module:
 
 
 def _write(state: dict[str, Tensor], report: Report, args: argparse.Namespace) -> None:
-    """Write DST in one step, so that it is never half a file."""
     meta = dict(
         source=report.source,
         layout=report.layout,
@@ -158,13 +155,8 @@ def _write(state: dict[str, Tensor], report: Report, args: argparse.Namespace) -
     )
     # Tensors of a file may be views of larger ones, which torch.save would store with them.
     content = dict(state_dict={name: tensor.clone() for name, tensor in state.items()}, meta=meta)
-    args.dst.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.dst.with_name(f'.{args.dst.name}.{os.getpid()}')
-    try:
+    with replacing(args.dst) as temporary:
         torch.save(content, temporary)
-        temporary.replace(args.dst)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 if __name__ == '__main__':

@@ -72,7 +72,7 @@ def test_fits_to_a_config(convert, swin, config, tmp_path):
     """What is written loads as the source does."""
     code, out, err = convert(swin, tmp_path / 'swin.pth', '--config', config)
     assert code == 0 and not err
-    for what in ('split', 'resized', '(225, 3) -> (169, 3)', 'fresh', 'layer_scale_* x 10'):
+    for what in ('split', 'resized', '(225, 3) -> (169, 3)', 'newly', 'layer_scale_* x 10'):
         assert what in out
     content = torch.load(tmp_path / 'swin.pth', weights_only=True)['state_dict']
     from_source, from_file = build(), build()
@@ -97,7 +97,7 @@ def test_released_detector(convert, tmp_path):
     code, out, err = convert(tmp_path / 'det.pth', tmp_path / 'new.pth', '--config', config)
     assert code == 0 and not err
     assert 'Read as stvit-r (official names)' in out
-    assert 'neck.conv.weight' in out and 'fresh' not in out
+    assert 'neck.conv.weight' in out and 'newly' not in out
 
 
 def test_never_overwrites_unasked(convert, swin, tmp_path):
@@ -132,7 +132,7 @@ def test_failed_write_leaves_nothing(convert, swin, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     'args, message',
     [
-        (['missing.pth'], 'missing.pth does not exist'),
+        (['missing.pth'], "No such file or directory: 'missing.pth'"),
         (['{other}'], 'its names are not those of stvit-r, swat, swin, vtpack, pvt, dinov2, '),
         (['{other}', '--source', 'vit'], "not the names of a 'vit' checkpoint"),
         (['{swin}', '--source', 'vit'], "they look like 'swin'"),
@@ -178,7 +178,7 @@ def test_as_a_command():
         [sys.executable, tool, 'none.pth', 'x.pth'], capture_output=True, text=True
     )
     assert done.returncode == 1 and done.stdout == ''
-    assert done.stderr.startswith('convert_checkpoint: none.pth does not exist')
+    assert done.stderr == "convert_checkpoint: [Errno 2] No such file or directory: 'none.pth'\n"
 
 
 def test_whole_detectors_keep_their_heads(convert, swin, tmp_path):
