@@ -29,8 +29,8 @@ class MergeViT(PlainBackbone):
     one, their average. A token stands for the places of all patches that went into it: each output
     is copied back to them, so that dense maps are complete and of the size that ViT's have. There
     are no parameters beyond ViT's and nothing has to be trained: any weights of a plain ViT can be
-    used. How many tokens are left depends on the image; about 0.7 of them after each merge in
-    photographs.
+    used. How many tokens are left depends on the image and the weights; a merge leaves half of them
+    at least.
 
     Not specified in what we know of the paper and therefore our choice: pairs are found before the
     block's norm; blocks count from 0, as in ``out_indices``.
