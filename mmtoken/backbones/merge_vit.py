@@ -53,6 +53,7 @@ class MergeViT(PlainBackbone):
         TypeError: ``arch`` is neither a name nor a dict.
 
     Example:
+        >>> import torch
         >>> arch = dict(embed_dims=32, num_layers=4, num_heads=2, feedforward_channels=64)
         >>> backbone = MergeViT(arch, merge_blocks=(1, 2)).eval()
         >>> backbone(torch.rand(1, 3, 64, 96))[0].shape
