@@ -187,7 +187,7 @@ def test_split_projections_are_joined(save):
     theirs, twin = DGEDeiT(ARCH, img_size=64), DGEDeiT(ARCH, (1,), img_size=64)
     state = {name: t for name, t in theirs.state_dict().items() if 'router' not in name}
     report = load_into(twin, save(state))
-    assert not report.fresh and 'joined' in report.summary()
+    assert not report.newly_initialized and 'joined' in report.summary()
     for kind in ('weight', 'bias'):
         parts = [state[f'blocks.0.attn.{name}.{kind}'] for name in ('q', 'kv')]
         assert torch.equal(twin.state_dict()[f'blocks.0.attn.qkv.{kind}'], torch.cat(parts))
