@@ -200,6 +200,28 @@ class DGEPVT(TokenBackbone):
             return self.norm(cls_token[:, 0])
         return self.norm(tokens).mean(dim=(1, 2))
 
+    @classmethod
+    def library_baseline(cls, args: Mapping) -> dict | None:
+        """mmdet's PVT, which has heads of one width, no class token, and outputs maps only."""
+        arch, stages = args['arch'], len(args['arch']['depths'])
+        widths = zip(arch['embed_dims'], arch['num_heads'], strict=True)
+        head_dims = {dims // heads for dims, heads in widths}
+        if len(head_dims) > 1 or args['cls_token'] or args['out_type'] != 'map':
+            return None
+        same = ('in_channels', 'qkv_bias', 'drop_path_rate', 'out_indices')
+        return dict(
+            type=('mmdet.PyramidVisionTransformer',),
+            pretrain_img_size=to_2tuple(args['pretrain_img_size']),
+            embed_dims=head_dims.pop(),
+            num_stages=stages,
+            num_layers=arch['depths'],
+            patch_sizes=PATCH_SIZES[:stages],
+            strides=PATCH_SIZES[:stages],
+            paddings=(0,) * stages,
+            **{name: args[name] for name in same},
+            **{name: arch[name] for name in ('num_heads', 'mlp_ratios', 'sr_ratios')},
+        )
+
 
 @MODELS.register_module()
 class DGEDPVT(DGEPVT):
@@ -239,6 +261,10 @@ class DGEDPVT(DGEPVT):
         arch = resolve_arch(arch, self.arch_zoo, self.arch_keys[:-1])
         arch['num_points'] = (num_points,) * len(arch['depths'])
         super().__init__(arch, **kwargs)
+
+    @classmethod
+    def library_baseline(cls, args: Mapping) -> None:
+        """No library has a deformable PVT."""
 
     @staticmethod
     def make_attention(arch: Mapping, stage: int, qkv_bias: bool) -> nn.Module:

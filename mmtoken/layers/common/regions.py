@@ -211,7 +211,7 @@ def check_concrete(choice: Tensor) -> None:
     transformed = torch._C._functorch.is_functorch_wrapped_tensor(choice)
     if choice.is_meta or isinstance(choice, FakeTensor) or transformed:
         raise RuntimeError(
-            'this network chooses its tokens by looking at the image (DGE, MSViT), which has no '
+            'this network chooses its tokens by looking at the image, which has no '
             'values here: it can neither be exported (torch.export, the ONNX exporter on top of '
             'it), nor run on fake tensors, on the meta device or under torch.func. Give it '
             'images, or take the dense twin, mmtoken.dense_twin(config), which chooses nothing'

@@ -38,7 +38,7 @@ from ..common.regions import (
     unpool_regions,
 )
 from ..common.routing import choose, explores
-from ..common.stem import PatchStem
+from ..common.stem import PatchEmbed
 from ..common.utils import run_block, trunc_normal_parameter
 
 TrainMode = Literal['exact', 'dense', 'sparse']
@@ -408,7 +408,7 @@ class DynamicGranularityStage(nn.Module):
         self.pos_grid = pos_grid
         self.with_cp = with_cp
         dims = self.blocks[0].embed_dims
-        self.patch_embed = PatchStem(dims, in_channels, patch_size)
+        self.patch_embed = PatchEmbed(dims, in_channels, patch_size)
         self.cls_token = trunc_normal_parameter(1, 1, dims) if cls_token else None
         self.pos_embed = trunc_normal_parameter(1, math.prod(pos_grid) + cls_token, dims)
 
