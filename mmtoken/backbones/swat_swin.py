@@ -12,9 +12,7 @@ import torch.nn as nn
 
 from ..layers.common.stem import PatchStem
 from ..layers.common.swin import PatchMerging, SwinStage
-from ..layers.swat.blocks import StructuredSwinBlock
-from ..layers.swat.stem import StructuredStem
-from ..layers.swat.structured import StructuredMerging
+from ..layers.swat.structured import StructuredMerging, StructuredStem, StructuredSwinBlock
 from ..registry import MODELS
 from .swin_base import SwinBackbone, stage_drop_rates
 
