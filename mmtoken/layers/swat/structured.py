@@ -85,8 +85,9 @@ class StructuredStem(nn.Module):
     def to_tokens(self, x: Tensor) -> Tensor:
         """Hidden pixels to tokens: ``(B, hidden_dims, H / 2, W / 2) -> (B, H / p, W / p, C)``."""
         if self.plane_pos is not None:
-            rows, columns = (n // self.plane_pos.shape[-1] for n in x.shape[2:])
-            x = x + self.plane_pos.repeat(1, 1, rows, columns)
+            period = self.plane_pos.shape[-1]
+            x = x.unflatten(3, (-1, period)).unflatten(2, (-1, period))
+            x = (x + self.plane_pos[:, :, None, :, None]).flatten(4).flatten(2, 3)
         x = self.norm1(F.gelu(x).permute(0, 2, 3, 1))
         cells = self.conv2(x.permute(0, 3, 1, 2))  # (B, planes, rows, columns)
         return self.norm2(fold_planes(cells.permute(0, 2, 3, 1), 1, self.side))
