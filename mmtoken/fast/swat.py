@@ -34,7 +34,7 @@ class TiledStructuredStem(StructuredStem):
         hidden = (
             batch * (width // STRIDE) * (self.patch_size // STRIDE)
         )  # pixels in a row of tokens
-        step = self.patch_size * max(1, tokens_per_tile(conv.out_channels) // hidden)
+        step = self.patch_size * max(1, 8 * tokens_per_tile(conv.out_channels) // hidden)
         x = F.pad(x, (0, 0, pad, pad))
         strips = []
         for top in range(0, height, step):

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from mmtoken.fast import optimize_for_cpu, tiling
-from mmtoken.fast.psvit import TiledSharedMapBlock
-from mmtoken.layers.psvit.sharing import SharedMapBlock, SharingStage
+from mmtoken.fast.psvit import TiledSharingStage
+from mmtoken.layers.psvit.sharing import SharingStage
 from mmtoken.runtime.reference import reference_path
 
 
@@ -15,10 +15,10 @@ def test_tiled_stage_is_the_stage(window_size, length, monkeypatch):
     expected = stage(x)
     monkeypatch.setattr(tiling, 'TILE_ELEMENTS', 24 * length)
     optimize_for_cpu(stage)
-    assert type(stage.blocks[1]) is TiledSharedMapBlock
+    assert type(stage) is TiledSharingStage
     with torch.no_grad():
         torch.testing.assert_close(stage(x), expected, atol=1e-5, rtol=1e-5)
         with reference_path():
             torch.testing.assert_close(stage(x), expected, atol=1e-5, rtol=1e-5)
     optimize_for_cpu(stage, enabled=False)
-    assert type(stage.blocks[1]) is SharedMapBlock
+    assert type(stage) is SharingStage

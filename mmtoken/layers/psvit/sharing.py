@@ -150,12 +150,17 @@ class SharingStage(nn.Module):
         x = self.pool(x)
         grid = (x.shape[1], x.shape[2])
         windows = divide_into_windows(grid, self.window_size, x.device)
-        x, start = windows.to_windows(x.flatten(1, 2)), 0  # (B, N, C)
+        x = self.run(windows.to_windows(x.flatten(1, 2)), windows)  # (B, N, C)
+        return windows.to_grid(x).unflatten(1, grid)
+
+    def run(self, x: Tensor, windows: RaggedWindows) -> Tensor:
+        """The blocks, on tokens ordered by windows: ``(B, N, C) -> (B, N, C)``."""
+        start = 0
         for size in self.groups:
             blocks = self.blocks[start : start + size]
             x = run_block(self.run_group, blocks, x, windows, recompute=self.with_cp)
             start += size
-        return windows.to_grid(x).unflatten(1, grid)
+        return x
 
     def run_group(self, blocks: nn.ModuleList, x: Tensor, windows: RaggedWindows) -> Tensor:
         """Blocks that share the map of the first: ``(B, N, C) -> (B, N, C)``."""
