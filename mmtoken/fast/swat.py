@@ -116,7 +116,7 @@ def add_mlp_in_strips(x: Tensor, norm: nn.Module, mlp: StructuredMlp) -> Tensor:
             new = image[start + halo if start else 0 : stop + halo]
             first = 2 * halo if start else halo
             last = first + len(new)
-            hidden[first:last] = F.gelu(mlp.fc1(norm(new)))
+            hidden[first:last] = gelu_(mlp.fc1(norm(new)))
             hidden[last:] = 0
             image[start:stop] += _convolve(mlp, hidden[: stop - start + 2 * halo])
     return x
@@ -128,4 +128,9 @@ def _convolve(mlp: StructuredMlp, hidden: Tensor) -> Tensor:
     # Channels last, where ``hidden.permute(2, 0, 1)[None]`` would be copied
     x = hidden[None].permute(0, 3, 1, 2)
     x = F.conv2d(x, conv.weight, conv.bias, padding=(0, halo), groups=conv.groups)
-    return mlp.fc2(F.gelu(x.permute(0, 2, 3, 1)))[0]
+    return mlp.fc2(gelu_(x.permute(0, 2, 3, 1)))[0]
+
+
+def gelu_(x: Tensor) -> Tensor:
+    """GELU in place, which torch has no public name for."""
+    return torch.ops.aten.gelu_(x)

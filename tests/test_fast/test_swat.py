@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -115,6 +116,13 @@ def test_strips_are_for_inference_alone(make, monkeypatch):
         block.mlp.dwconv.padding = (2 * block.mlp.dwconv.padding[0],) * 2
         block(x)
     assert len(calls) == 1
+
+
+def test_gelu_in_place():
+    x = torch.randn(3, 5)
+    expected = F.gelu(x)
+    assert swat.gelu_(x) is x
+    torch.testing.assert_close(x, expected)
 
 
 def test_weights_are_folded_once_a_forward(monkeypatch):
