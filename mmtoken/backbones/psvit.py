@@ -70,7 +70,8 @@ class PSViT(PatchBackbone):
         TypeError: ``arch`` is neither a name nor a dict.
 
     Example:
-        >>> backbone = PSViT(dict(stages=[(32, 2, (2,)), (64, 2, (2, 1))]), window_sizes=7)
+        >>> arch = dict(stages=[(32, 2, (2,)), (64, 2, (2, 1))])
+        >>> backbone = PSViT(arch, window_sizes=7, out_indices=(0, 1))
         >>> [tuple(m.shape) for m in backbone(torch.zeros(1, 3, 64, 96))]
         [(1, 32, 8, 12), (1, 64, 4, 6)]
     """
