@@ -70,6 +70,7 @@ class PSViT(PatchBackbone):
         TypeError: ``arch`` is neither a name nor a dict.
 
     Example:
+        >>> import torch
         >>> arch = dict(stages=[(32, 2, (2,)), (64, 2, (2, 1))])
         >>> backbone = PSViT(arch, window_sizes=7, out_indices=(0, 1))
         >>> [tuple(m.shape) for m in backbone(torch.zeros(1, 3, 64, 96))]

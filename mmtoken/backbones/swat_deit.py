@@ -46,6 +46,7 @@ class SWATDeiT(PlainBackbone):
         TypeError: ``arch`` is neither a name nor a dict.
 
     Example:
+        >>> import torch
         >>> arch = dict(
         ...     embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64, patch_size=16,
         ...     mlp_kernel=3,

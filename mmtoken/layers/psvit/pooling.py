@@ -25,6 +25,7 @@ class TokenPooling(nn.Module):
         ValueError: An unknown pooling or kernel, or a strided convolution that would skip tokens.
 
     Example:
+        >>> import torch
         >>> TokenPooling(32, 64)(torch.zeros(1, 5, 8, 32)).shape
         torch.Size([1, 3, 4, 64])
     """

@@ -108,6 +108,7 @@ class SharingStage(nn.Module):
         with_cp: Recompute activations in backward, group by group.
 
     Example:
+        >>> import torch
         >>> stage = SharingStage(32, num_heads=2, groups=(2, 1), feedforward_channels=64)
         >>> stage(torch.zeros(1, 5, 7, 32)).shape
         torch.Size([1, 5, 7, 32])
