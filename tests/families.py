@@ -246,8 +246,8 @@ FAMILIES = {
             dict(arch=PSVIT, img_size=80, window_sizes=(4, None, None), **kwargs)
             for kwargs in (
                 {},
-                dict(sharing='query_key', pooling='mean', pool_kernel=1, qkv_bias=False),
-                dict(sharing='map', pooling='conv'),
+                dict(pooling='mean', pool_kernel=1, qkv_bias=False),
+                dict(pooling='conv'),
                 dict(sharing=None),
             )
         ],

@@ -5,13 +5,13 @@ Parameter names are timm's where timm has the layer.
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch.nn as nn
 from torch import Tensor
 
 from ..layers.common.vit import ViTBlock
-from ..layers.swat.blocks import StructuredBlock
-from ..layers.swat.stem import STRIDE, StructuredStem
+from ..layers.swat.structured import StructuredBlock, StructuredStem, check_planes
 from ..registry import MODELS
 from .base import DenseLayout, PlainBackbone
 
@@ -27,9 +27,9 @@ class SWATDeiT(PlainBackbone):
 
     There is no class token: the paper pools over the tokens.
 
-    Padding: the padding of a batch is image like any other. Attention sees all of it, positions are
-    resampled to the padded grid, and ``out_type='avg_featmap'`` averages over it: an image has
-    other maps, everywhere, than alone.
+    Padding: the padding of a batch is treated like the image. Attention sees all of it, positions
+    are resampled to the padded grid, and ``out_type='avg_featmap'`` averages over it, so the maps
+    of an image differ, everywhere, from those it has alone.
 
     Args:
         arch: ``'tiny'``, ``'small'``, ``'base32'``, or a dict with the keys ``embed_dims``,
@@ -44,6 +44,15 @@ class SWATDeiT(PlainBackbone):
     Raises:
         ValueError: Bad argument values; the message says what is allowed.
         TypeError: ``arch`` is neither a name nor a dict.
+
+    Example:
+        >>> import torch
+        >>> arch = dict(
+        ...     embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64, patch_size=16,
+        ...     mlp_kernel=3,
+        ... )
+        >>> SWATDeiT(arch, plane_size=4)(torch.zeros(1, 3, 64, 96))[0].shape
+        torch.Size([1, 32, 4, 6])
     """
 
     out_types = ('map', 'avg_featmap')
@@ -64,22 +73,21 @@ class SWATDeiT(PlainBackbone):
         **kwargs,
     ) -> None:
         sizes = self.resolve_arch(arch)
+        mlp_kernel = sizes['mlp_kernel']
         if structured:
-            check_planes(plane_size, **sizes)
+            check_planes(sizes['embed_dims'], sizes['patch_size'], plane_size)
+            if mlp_kernel < 1 or mlp_kernel % 2 == 0:
+                raise ValueError(f'mlp_kernel must be odd and positive, got {mlp_kernel}')
         super().__init__(arch, patch_size=sizes['patch_size'], **kwargs)
+        self.structured, block = structured, ViTBlock
         if structured:
             self.patch_embed = StructuredStem(
                 self.embed_dims, self.patch_size, plane_size, kernel_size=4,
                 in_channels=self.patch_embed.proj.in_channels, position=True,
             )  # fmt: skip
-        self.structured = structured
+            block = partial(StructuredBlock, side=plane_size, mlp_kernel=mlp_kernel)
         self.blocks = nn.ModuleList(
-            StructuredBlock(
-                side=plane_size, mlp_kernel=sizes['mlp_kernel'], drop_path=rate, **self.block_args
-            )
-            if structured
-            else ViTBlock(drop_path=rate, **self.block_args)
-            for rate in self.drop_rates
+            block(drop_path=rate, **self.block_args) for rate in self.drop_rates
         )
         self.finish_init()
 
@@ -95,26 +103,3 @@ class SWATDeiT(PlainBackbone):
             return super().run_block(index, tokens, layout)
         grid = tokens.unflatten(1, layout.grid)  # (B, H, W, C)
         return self.checkpoint(self.blocks[index], grid).flatten(1, 2), layout
-
-
-def check_planes(
-    plane_size: int, embed_dims: int, patch_size: int, mlp_kernel: int, **others
-) -> None:
-    """Refuse sizes that structured tokens cannot have.
-
-    Raises:
-        ValueError: The message says what is allowed.
-    """
-    if plane_size < 1:
-        raise ValueError(f'plane_size must be at least 1, got {plane_size}')
-    if embed_dims % plane_size**2:
-        raise ValueError(
-            f'embed_dims must be a multiple of plane_size**2 = {plane_size**2}, got {embed_dims}'
-        )
-    if patch_size < 1 or patch_size % (STRIDE * plane_size):
-        raise ValueError(
-            f'patch_size must be a multiple of 2 * plane_size = {STRIDE * plane_size}, '
-            f'got {patch_size}'
-        )
-    if mlp_kernel < 1 or mlp_kernel % 2 == 0:
-        raise ValueError(f'mlp_kernel must be odd and positive, got {mlp_kernel}')

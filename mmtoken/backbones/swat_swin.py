@@ -11,9 +11,7 @@ from typing import NamedTuple
 from ..layers.common.stem import PatchEmbed
 from ..layers.common.swin import PatchMerging, SwinStage
 from ..layers.common.utils import drop_path_rates
-from ..layers.swat.blocks import StructuredSwinBlock
-from ..layers.swat.stem import StructuredStem
-from ..layers.swat.structured import StructuredMerging
+from ..layers.swat.structured import StructuredMerging, StructuredStem, StructuredSwinBlock
 from ..registry import MODELS
 from .swin_base import SwinBackbone
 

@@ -9,7 +9,6 @@ from mmtoken.layers.psvit.sharing import SharedMapBlock
 from mmtoken.runtime.reference import reference_path
 
 STAGES = [(32, 2, (2,)), (48, 3, (2, 1, 2)), (64, 4, (1, 3))]
-LAYOUT = ((1,), (3, 1), (2, 2))
 IMAGE = (72, 88)
 
 
@@ -46,10 +45,9 @@ def macs_by_hand(stages, grid, window, kernel=3, in_values=192):
     return total
 
 
-@pytest.mark.parametrize('sharing', ['auto', 'map', 'query_key'])
-def test_macs_are_those_counted_by_hand(sharing):
+def test_macs_are_those_counted_by_hand():
     with reference_path():
-        counted = count_macs(make(sharing=sharing), torch.randn(1, 3, *IMAGE))
+        counted = count_macs(make(), torch.randn(1, 3, *IMAGE))
     assert counted == macs_by_hand(STAGES, (9, 11), 4)
 
 
@@ -69,16 +67,17 @@ def test_zoo(arch, macs, parameters):
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(parameters, abs=0.1)
 
 
-def test_modes_and_the_reference_agree():
-    image = torch.randn(2, 3, *IMAGE)
-    base = make()
+def test_backbone_equals_its_reference():
+    model, image = make(), torch.randn(2, 3, *IMAGE)
     with torch.no_grad():
         with reference_path():
-            expected = base(image)
-        for sharing in ('auto', 'map', 'query_key'):
-            model = make(sharing=sharing)
-            model.load_state_dict(base.state_dict())
-            torch.testing.assert_close(model(image), expected, atol=1e-4, rtol=1e-4)
+            expected = model(image)
+        torch.testing.assert_close(model(image), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('off', [None, False])
+def test_sharing_is_switched_off(off):
+    assert [stage.groups for stage in make(sharing=off).layers] == [(1,) * 2, (1,) * 5, (1,) * 4]
 
 
 def test_twin_computes_every_map():
@@ -97,51 +96,6 @@ def test_weights_of_the_twin_warm_start():
     own, dense = model.layers[1].blocks[1].attn, twin.layers[1].blocks[1].attn
     assert torch.equal(own.v.weight, dense.qkv.weight[96:])
     assert torch.equal(own.v.bias, dense.qkv.bias[96:])
-
-
-def test_layouts_of_a_dense_network():
-    dense, image = make(sharing=None), torch.randn(1, 3, *IMAGE)
-    with torch.no_grad():
-        as_built = dense(image)
-    stages = [(*stage[:2], groups) for stage, groups in zip(STAGES, LAYOUT, strict=True)]
-    built = PSViT(dict(stages=stages), img_size=80, window_sizes=(4, None, None)).eval()
-    built.load_state_dict(
-        {k: v for k, v in dense.state_dict().items() if k.startswith(tuple(kept_names(LAYOUT)))},
-        strict=True,
-    )
-    dense.set_layout(LAYOUT)
-    grads = []
-    for model in (dense, built):
-        maps = model(image)
-        grads.append(torch.autograd.grad(sum(m.square().sum() for m in maps), model.pos_embed)[0])
-    torch.testing.assert_close(dense(image), built(image), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
-    with torch.no_grad():
-        torch.testing.assert_close(dense(image), built(image), atol=1e-5, rtol=1e-5)
-        dense.set_layout(None)
-        assert all(map(torch.equal, dense(image), as_built))
-
-
-def kept_names(layout):
-    yield from ('patch_embed', 'pos_embed', 'norm')
-    for i, groups in enumerate(layout):
-        yield f'layers.{i}.pool.'
-        yield from (f'layers.{i}.blocks.{j}.' for j in range(sum(groups)))
-
-
-@pytest.mark.parametrize(
-    'layout, message',
-    [
-        ([(2,)], 'groups of 3 stages are needed'),
-        ([(1,), (1, 1), (5,)], '4 at most in all'),
-        ([(1,), (), (1,)], '4 at most in all|5 at most in all'),
-    ],
-)
-def test_a_layout_that_does_not_fit_changes_nothing(layout, message):
-    model = make(sharing=None)
-    with pytest.raises(ValueError, match=message):
-        model.set_layout(layout)
-    assert [stage.groups for stage in model.layers] == [(1,) * 2, (1,) * 5, (1,) * 4]
 
 
 @pytest.mark.parametrize('size', [(64, 80), (61, 75), (9, 1)])
@@ -169,42 +123,17 @@ def test_norms_exist_only_where_used():
     assert names == ['norm0.weight', 'norm0.bias', 'norm2.weight', 'norm2.bias']
 
 
-def test_map_bytes():
-    model = make(sharing='map')
-    # 9 x 11 tokens in windows of 4: 2 x 2 whole ones, 2 of 4 x 3, 2 of 1 x 4 and one of 1 x 3
-    pairs = [4 * 16**2 + 2 * 12**2 + 2 * 4**2 + 3**2, 30**2, 9**2]
-    heads = [2, 3, 4]
-    expected = tuple(4 * h * n for h, n in zip(heads, pairs, strict=True))
-    assert model.map_bytes(*IMAGE, training=True) == expected
-    assert model.map_bytes(*IMAGE, 3, torch.bfloat16, training=True) == tuple(
-        3 * size // 2 for size in expected
-    )
-    assert model.map_bytes(*IMAGE) == (4 * 2 * 4 * 16**2, *expected[1:])
-    assert make(sharing='query_key').map_bytes(*IMAGE) == (0, 0, 0)
-    assert make(sharing=None).map_bytes(*IMAGE) == (0, 0, 0)
-    large = make().map_bytes(800, 1280)
-    assert large[0] > 0 and large[1:] == (0, 4 * 4 * 1000**2)  # of 4000 tokens none is kept
-    assert make().map_bytes(800, 1280, training=True)[1:] == (0, 0)
-
-
-def test_map_too_large():
-    model = make(sharing='map', max_map_tokens=29)
-    with pytest.raises(ValueError, match="30 tokens.*max_map_tokens is 29.*sharing='query_key'"):
-        model(torch.randn(1, 3, *IMAGE))
-
-
 @pytest.mark.parametrize(
     'kwargs, message',
     [
-        (dict(sharing='kv'), "None, got 'kv'"),
-        (dict(max_map_tokens=0), '1 or more, got 0'),
+        (dict(sharing='map'), "True, False or None, got 'map'"),
         (dict(window_sizes=(4, None)), r'each of 3 stages, got \(4, None\)'),
         (dict(window_sizes=(4, 0, None)), r'each of 3 stages, got \(4, 0, None\)'),
         (dict(pooling='min'), "'conv'.*got 'min'"),
         (dict(stages=[]), 'no stages'),
         (dict(stages=[(32, 2, 4)]), r'stage 0 must be .* got \(32, 2, 4\)'),
         (dict(stages=[(32, 2, (2, 0))]), r'stage 0 has \(2, 0\)'),
-        (dict(stages=[(32, 3, (2,))]), '32 channels, no multiple of its 3 heads'),
+        (dict(stages=[(32, 3, (2,))]), 'stage 0: embed_dims=32 is no multiple of num_heads=3'),
         (dict(finest_map=True, out_indices=(1, 2)), r'got \(1, 2\) and 8'),
         (dict(finest_map=True, patch_size=7), 'even patch_size.* and 7'),
     ],

@@ -1,7 +1,6 @@
-"""From one token grid to the next: fewer tokens, more channels.
+"""Pooling of the token grid between stages, and the finer map that is made back from tokens.
 
-Source: PSViT, arXiv 2108.03428, which pools tokens between stages; how is our reading, see
-:class:`TokenPooling`.
+Source: PSViT, arXiv 2108.03428, which pools tokens between stages. The operators are our choice.
 """
 
 from typing import Literal, get_args
@@ -13,17 +12,22 @@ Pooling = Literal['max', 'mean', 'conv']
 
 
 class TokenPooling(nn.Module):
-    """A convolution that widens the tokens, and a pooling that halves their grid.
+    """A convolution that widens the tokens, then a pooling that halves their grid.
 
     Args:
         in_channels: Channels of a token before.
         out_channels: Channels of a token after.
-        pooling: ``'max'`` or ``'mean'`` of 3 x 3 tokens around every other one, those of the grid
-            alone at its border; ``'conv'``, a stride in the convolution instead.
+        pooling: ``'max'`` or ``'mean'`` over 3 x 3 tokens with stride 2, without padding values at
+            the border of the grid; ``'conv'``, a stride of 2 in the convolution instead.
         kernel_size: Of the convolution, 3 or 1.
 
     Raises:
         ValueError: An unknown pooling or kernel, or a strided convolution that would skip tokens.
+
+    Example:
+        >>> import torch
+        >>> TokenPooling(32, 64)(torch.zeros(1, 5, 8, 32)).shape
+        torch.Size([1, 3, 4, 64])
     """
 
     def __init__(
@@ -54,3 +58,22 @@ class TokenPooling(nn.Module):
         """``(B, H, W, in_channels) -> (B, ceil(H / 2), ceil(W / 2), out_channels)``."""
         x = self.pool(self.proj(x.permute(0, 3, 1, 2)))
         return x.permute(0, 2, 3, 1).contiguous()
+
+
+def token_unpooling(channels: int) -> nn.ConvTranspose2d:
+    """The layer for :func:`unpool_map`: 2 x 2 places for each token, ``channels`` each."""
+    return nn.ConvTranspose2d(channels, channels, kernel_size=2, stride=2)
+
+
+def unpool_map(layer: nn.Module, x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Make a map of half the stride.
+
+    Args:
+        layer: From :func:`token_unpooling`.
+        x: A map, ``(B, C, H, W)``.
+        size: ``(rows, columns)`` to crop the result to, at most ``(2 * H, 2 * W)``.
+
+    Returns:
+        ``(B, C, *size)``.
+    """
+    return layer(x)[:, :, : size[0], : size[1]].contiguous()

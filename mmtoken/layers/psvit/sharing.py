@@ -1,17 +1,58 @@
-"""Blocks that share an attention map.
+"""Blocks that share attention maps, in groups, and a stage of them.
 
-Source: PSViT, arXiv 2108.03428. Parameter names are timm's, but for ``attn.v``, which is the last
-third of ``attn.qkv`` there.
+Source: PSViT, arXiv 2108.03428. A layer that shares multiplies its own values by the map
+``A = softmax(q k^T / sqrt(d))`` of another layer. Parameter names are timm's; ``attn.v`` is the
+last third of ``attn.qkv`` there.
 """
 
-import torch
+from collections.abc import Sequence
+
 import torch.nn as nn
 from torch import Tensor
 
+from ...runtime.reference import on_reference_path
 from ..common.attention import attention
+from ..common.utils import run_block
 from ..common.vit import Attention, ViTBlock
-from .shared_attention import Sharing, shared_attention
-from .windows import Pieces
+from .windows import RaggedWindows, divide_into_windows
+
+
+class SharedMap:
+    """The attention map of a group of blocks, inside each window.
+
+    The map itself is not kept, but the queries and keys that it is made of: each block computes it
+    again inside fused attention. That is the same arithmetic, is as fast as to read a map back from
+    memory, and needs no memory for it. On the reference path the map is kept.
+
+    Args:
+        windows: Of the tokens, which are ordered by them.
+    """
+
+    def __init__(self, windows: RaggedWindows) -> None:
+        self.windows = windows
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.maps: list[Tensor] = []
+
+    def compute(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of the first block, ``(B, N, heads, d)`` each to ``(B, N, heads, d)``."""
+        self.pairs = list(zip(self.windows.split(query), self.windows.split(key), strict=True))
+        if on_reference_path():
+            self.maps = [attention_map(q, k) for q, k in self.pairs]
+        return self.reuse(value)
+
+    def reuse(self, value: Tensor) -> Tensor:
+        """Attention of a further block: ``(B, N, heads, d) -> (B, N, heads, d)``."""
+        values = self.windows.split(value)
+        if self.maps:
+            out = [a.to(v.dtype) @ v for a, v in zip(self.maps, values, strict=True)]
+        else:
+            out = [attention(q, k, v) for (q, k), v in zip(self.pairs, values, strict=True)]
+        return self.windows.join(out)
+
+
+def attention_map(query: Tensor, key: Tensor) -> Tensor:
+    """``(B, heads, L, d)`` each to ``(B, heads, L, L)``."""
+    return ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).softmax(dim=-1)
 
 
 class ValueOnlyAttention(Attention):
@@ -51,53 +92,80 @@ class SharedMapBlock(ViTBlock):
     attn_class = ValueOnlyAttention
 
 
-class GroupAttention:
-    """The attention of a group of blocks: the first one's map, in every window.
+class SharingStage(nn.Module):
+    """Blocks on a grid of one size, in groups that share an attention map.
 
     Args:
-        batch: Images.
-        pieces: From :func:`~mmtoken.layers.psvit.windows.cut_windows`.
-        sharing: As for :func:`~mmtoken.layers.psvit.shared_attention.shared_attention`; None for a group
-            of one, which has nobody to share with.
-        overwrite: Likewise.
+        embed_dims: Channels, C.
+        num_heads: Attention heads.
+        groups: Blocks of each group. The first of a group is a
+            :class:`~mmtoken.layers.common.vit.ViTBlock`, the others are :class:`SharedMapBlock`.
+        feedforward_channels: Hidden channels of the MLPs.
+        qkv_bias: Biases of queries, keys and values.
+        drop_path: Stochastic depth rate of each block; none by default.
+        window_size: Side of the windows that limit attention, in tokens; None for global attention.
+        pool: Makes the tokens of this stage from those of the previous one; None for nothing.
+        with_cp: Recompute activations in backward, group by group.
+
+    Example:
+        >>> import torch
+        >>> stage = SharingStage(32, num_heads=2, groups=(2, 1), feedforward_channels=64)
+        >>> stage(torch.zeros(1, 5, 7, 32)).shape
+        torch.Size([1, 5, 7, 32])
     """
 
     def __init__(
-        self, batch: int, pieces: Pieces, sharing: Sharing | None, overwrite: bool = False
+        self,
+        embed_dims: int,
+        num_heads: int,
+        groups: Sequence[int],
+        feedforward_channels: int,
+        qkv_bias: bool = True,
+        drop_path: Sequence[float] = (),
+        window_size: int | None = None,
+        pool: nn.Module | None = None,
+        with_cp: bool = False,
     ) -> None:
-        self.batch = batch
-        self.pieces = pieces
-        self.sharing = sharing
-        self.overwrite = overwrite
-        self.shared = []
+        super().__init__()
+        self.groups = tuple(groups)
+        self.window_size = window_size
+        self.with_cp = with_cp
+        self.pool = pool or nn.Identity()
+        types = [t for size in groups for t in (ViTBlock, *[SharedMapBlock] * (size - 1))]
+        rates = drop_path or [0.0] * len(types)
+        self.blocks = nn.ModuleList(
+            block_type(embed_dims, num_heads, feedforward_channels, qkv_bias, rate)
+            for block_type, rate in zip(types, rates, strict=True)
+        )
 
-    def lead(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend, and keep the map: ``(B * N, heads, d)`` each to ``(B * N, heads, d)``."""
-        outs = []
-        for q, k, v in zip(*map(self.cut, (query, key, value)), strict=True):
-            if self.sharing is None:
-                outs.append(attention(q, k, v))
-            else:
-                out, shared = shared_attention(q, k, v, self.sharing, self.overwrite)
-                outs.append(out)
-                self.shared.append(shared)
-        return self.join(outs)
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the blocks.
 
-    def follow(self, value: Tensor) -> Tensor:
-        """Attend with the map that is kept: ``(B * N, heads, d) -> (B * N, heads, d)``."""
-        pairs = zip(self.shared, self.cut(value), strict=True)
-        return self.join([shared.attend(v) for shared, v in pairs])
+        Args:
+            x: Tokens on a grid, ``(B, H, W, C)``, any H and W; those of the previous stage if there
+                is a ``pool``.
 
-    def cut(self, x: Tensor) -> list[Tensor]:
-        """``(B * N, heads, d)`` to ``(B * windows, heads, L, d)`` of each piece. Inverse: join."""
-        parts = x.unflatten(0, (self.batch, -1)).split([n * length for n, length in self.pieces], 1)
-        return [
-            part.unflatten(1, windows).flatten(0, 1).transpose(1, 2)
-            for part, windows in zip(parts, self.pieces, strict=True)
-        ]
+        Returns:
+            ``(B, H, W, C)``, with H and W as ``pool`` makes them.
+        """
+        x = self.pool(x)
+        grid = (x.shape[1], x.shape[2])
+        windows = divide_into_windows(grid, self.window_size, x.device)
+        x = self.run(windows.to_windows(x.flatten(1, 2)), windows)  # (B, N, C)
+        return windows.to_grid(x).unflatten(1, grid)
 
-    def join(self, parts: list[Tensor]) -> Tensor:
-        parts = [
-            part.transpose(1, 2).unflatten(0, (self.batch, -1)).flatten(1, 2) for part in parts
-        ]
-        return torch.cat(parts, dim=1).flatten(0, 1) if len(parts) > 1 else parts[0].flatten(0, 1)
+    def run(self, x: Tensor, windows: RaggedWindows) -> Tensor:
+        """The blocks, on tokens ordered by windows: ``(B, N, C) -> (B, N, C)``."""
+        start = 0
+        for size in self.groups:
+            blocks = self.blocks[start : start + size]
+            x = run_block(self.run_group, blocks, x, windows, recompute=self.with_cp)
+            start += size
+        return x
+
+    def run_group(self, blocks: nn.ModuleList, x: Tensor, windows: RaggedWindows) -> Tensor:
+        """Blocks that share the map of the first: ``(B, N, C) -> (B, N, C)``."""
+        shared = SharedMap(windows)
+        for i, block in enumerate(blocks):
+            x = block(x, shared.reuse if i else shared.compute)
+        return x

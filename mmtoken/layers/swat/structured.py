@@ -1,7 +1,9 @@
-"""Layers that mix channels along the structure inside a token, and tokens along that of the image.
+"""Layers and blocks on structure-aware tokens: stem, projections, MLP, merging.
 
-Source: SWAT, arXiv 2111.13677, sections 3.2 and 3.3; released code, github.com/kkahatapitiya/SWAT
-(MIT).
+They mix channels along the structure inside a token, and tokens along that of the image.
+
+Source: SWAT, arXiv 2111.13677, section 3; released code, github.com/kkahatapitiya/SWAT (MIT).
+Parameter names are timm's where timm has the layer.
 """
 
 from collections.abc import Callable
@@ -10,22 +12,118 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import trunc_normal_
 from torch import Tensor
 
 from ...runtime.reference import on_reference_path
 from ..common.cache import cache_by_shape
-from ..common.old_tiles import tokens_per_tile, use_tiling
 from ..common.plain import is_plain, is_plain_conv
+from ..common.stem import pad_to_stride
+from ..common.swin import SwinBlock
+from ..common.vit import Attention, AttentionFn, ViTBlock
 from .planes import fold_planes, unfold_planes
+
+STRIDE = 2  # of the stem's first convolution
+
+
+class StructuredStem(nn.Module):
+    """Two convolutions to a few planes at a fine stride, folded to tokens.
+
+    Args:
+        embed_dims: Channels of a token, a multiple of ``side**2``.
+        patch_size: Side of a patch, in pixels, a multiple of ``2 * side``.
+        side: Side of a plane of a token, in cells.
+        kernel_size: Of the first convolution, whose stride is 2: 2, or 4 with padding. The second
+            one takes whole cells.
+        in_channels: Channels of the image.
+        hidden_dims: Channels between the convolutions.
+        norm: Normalize the hidden channels, and the tokens, as SWAT on Swin does.
+        position: Learn an embedding of the position inside a token, as SWAT on ViT does. It is
+            repeated over the whole image, so its period is a token.
+
+    Example:
+        >>> stem = StructuredStem(embed_dims=32, patch_size=8, side=4, kernel_size=2)
+        >>> stem(torch.zeros(1, 3, 32, 44)).shape
+        torch.Size([1, 4, 6, 32])
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        patch_size: int,
+        side: int,
+        kernel_size: int,
+        in_channels: int = 3,
+        hidden_dims: int = 128,
+        norm: bool = False,
+        position: bool = False,
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.side = side
+        cell_size = patch_size // side // STRIDE  # in hidden pixels
+        self.conv1 = nn.Conv2d(
+            in_channels, hidden_dims, kernel_size, STRIDE, padding=kernel_size // 2 - 1
+        )
+        self.plane_pos = None
+        if position:
+            position = torch.empty(1, hidden_dims, patch_size // STRIDE, patch_size // STRIDE)
+            self.plane_pos = nn.Parameter(trunc_normal_(position, std=0.02))
+        self.norm1 = nn.LayerNorm(hidden_dims) if norm else nn.Identity()
+        self.conv2 = nn.Conv2d(hidden_dims, embed_dims // side**2, cell_size, stride=cell_size)
+        self.norm2 = nn.LayerNorm(embed_dims) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, in_channels, H, W) -> (B, ceil(H / p), ceil(W / p), C)``, p being the patch size.
+
+        Images are padded with zeros at the bottom and right to whole patches.
+        """
+        x = pad_to_stride(x, self.patch_size)
+        # Hidden pixels with channels last, which the norm and the planes need
+        return self.to_tokens(self.conv1(x.contiguous(memory_format=torch.channels_last)))
+
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """Hidden pixels to tokens: ``(B, hidden_dims, H / 2, W / 2) -> (B, H / p, W / p, C)``."""
+        if self.plane_pos is not None:
+            period = self.plane_pos.shape[-1]
+            x = x.unflatten(3, (-1, period)).unflatten(2, (-1, period))
+            x = (x + self.plane_pos[:, :, None, :, None]).flatten(4).flatten(2, 3)
+        x = self.norm1(F.gelu(x).permute(0, 2, 3, 1))
+        cells = self.conv2(x.permute(0, 3, 1, 2))  # (B, planes, rows, columns)
+        return self.norm2(fold_planes(cells.permute(0, 2, 3, 1), 1, self.side))
+
+
+def check_planes(embed_dims: int, patch_size: int, plane_size: int) -> None:
+    """Refuse sizes that structure-aware tokens cannot have.
+
+    Args:
+        embed_dims: Channels of a token.
+        patch_size: Side of a patch, in pixels.
+        plane_size: Side of a plane of a token, in cells.
+
+    Raises:
+        ValueError: The message says what is allowed.
+    """
+    if plane_size < 1:
+        raise ValueError(f'plane_size must be at least 1, got {plane_size}')
+    if embed_dims % plane_size**2:
+        raise ValueError(
+            f'embed_dims must be a multiple of plane_size**2 = {plane_size**2}, got {embed_dims}'
+        )
+    if patch_size < 1 or patch_size % (STRIDE * plane_size):
+        raise ValueError(
+            f'patch_size must be a multiple of {STRIDE} * plane_size = {STRIDE * plane_size}, '
+            f'got {patch_size}'
+        )
 
 
 class StructuredLinear(nn.Module):
     """The mean of a Linear layer and of a convolution inside the planes of each token.
 
-    Both are linear maps of the same channels, so together they are one: ``weight`` and ``bias`` are
-    those of the Linear layer that does the same. They are differentiable, and computing them costs
-    as much as a window of tokens does, so training takes this path too; the plain form is
-    :meth:`forward_reference`, which also serves where somebody has replaced or watches a part.
+    Both are linear maps of the same channels, so together they are one Linear layer. Its weight is
+    differentiable and computing it costs as much as a window of tokens does, so training does so
+    too. The plain form is :meth:`forward_reference`, which also serves where somebody has replaced
+    or watches a part.
 
     Args:
         embed_dims: Channels of a token, ``planes * side**2``.
@@ -33,6 +131,12 @@ class StructuredLinear(nn.Module):
         side: Side of a plane, in cells.
         kernel_size: Of the convolution, odd.
         bias: Whether both have biases.
+
+    Example:
+        >>> layer = StructuredLinear(32, 64, side=4, kernel_size=3)
+        >>> x = torch.randn(5, 32)
+        >>> torch.allclose(layer(x), layer.forward_reference(x), atol=1e-5)
+        True
     """
 
     def __init__(
@@ -46,33 +150,25 @@ class StructuredLinear(nn.Module):
         self.linear = nn.Linear(embed_dims, out_dims, bias=bias)
         self.conv = nn.Conv2d(planes, out_planes, kernel_size, padding=kernel_size // 2, bias=bias)
 
-    @property
-    def weight(self) -> Tensor:
-        """``(out_dims, embed_dims)``."""
-        kernel = self.conv.weight
-        places = cell_offsets(self.side, kernel.shape[-1], kernel.device, kernel.dtype)
-        inside = torch.einsum('oik,kpq->opiq', kernel.flatten(2), places)
-        return (self.linear.weight + inside.reshape(self.linear.weight.shape)) / 2
-
-    @property
-    def bias(self) -> Tensor | None:
-        """``(out_dims,)``, or None."""
-        if self.linear.bias is None:
-            return None
-        return (self.linear.bias + self.conv.bias.repeat_interleave(self.side**2)) / 2
-
     def forward(self, x: Tensor) -> Tensor:
         """``(..., embed_dims) -> (..., out_dims)``."""
         return self.fold()(x)
 
+    def forward_reference(self, x: Tensor) -> Tensor:
+        """:meth:`forward`, as in the paper."""
+        planes = x.reshape(-1, self.planes, self.side, self.side)
+        inside = self.conv(planes).flatten(1).view(*x.shape[:-1], -1)
+        return (self.linear(x) + inside) / 2
+
     def fold(self) -> Callable[[Tensor], Tensor]:
-        """:meth:`forward` as a function whose weight is computed now, and not at each call."""
+        """:meth:`forward` as a function, whose weight is computed now and not at each call."""
         if on_reference_path() or not self.can_be_folded():
             return self.forward_reference
-        return partial(F.linear, weight=self.weight, bias=self.bias)
+        weight, bias = self.joint_weight()
+        return partial(F.linear, weight=weight, bias=bias)
 
     def can_be_folded(self) -> bool:
-        """Whether ``weight`` and ``bias`` do what the two layers do."""
+        """Whether :meth:`joint_weight` does what the two layers do."""
         linear, conv = self.linear, self.conv
         return (
             is_plain(linear, nn.Linear)
@@ -80,16 +176,15 @@ class StructuredLinear(nn.Module):
             and (linear.bias is None) == (conv.bias is None)
         )
 
-    def forward_reference(self, x: Tensor) -> Tensor:
-        """:meth:`forward`, as the paper says it."""
-        planes = x.reshape(-1, self.planes, self.side, self.side)
-        inside = self.conv(planes).flatten(1).view(*x.shape[:-1], -1)
-        return (self.linear(x) + inside) / 2
-
-
-def fold(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A projection as a function to call often; see :meth:`StructuredLinear.fold`."""
-    return layer.fold() if isinstance(layer, StructuredLinear) else layer
+    def joint_weight(self) -> tuple[Tensor, Tensor | None]:
+        """Weight ``(out_dims, embed_dims)`` and bias ``(out_dims,)`` of the equal Linear layer."""
+        linear, kernel = self.linear, self.conv.weight  # (out_planes, planes, k, k)
+        offsets = cell_offsets(self.side, kernel.shape[-1], kernel.device, kernel.dtype)
+        inside = torch.einsum('oik,kpq->opiq', kernel.flatten(2), offsets)
+        weight = (linear.weight + inside.reshape(linear.weight.shape)) / 2
+        if linear.bias is None:
+            return weight, None
+        return weight, (linear.bias + self.conv.bias.repeat_interleave(self.side**2)) / 2
 
 
 @cache_by_shape
@@ -104,8 +199,8 @@ def cell_offsets(side: int, kernel_size: int, device: torch.device, dtype: torch
     offset = cell[None, :] - cell[:, None] + kernel_size // 2  # (output, input)
     along = (offset[None] == torch.arange(kernel_size)[:, None, None]).to(dtype)
     # (kernel row, kernel column, output row, output column, input row, input column)
-    places = along[:, None, :, None, :, None] * along[None, :, None, :, None, :]
-    return places.reshape(kernel_size**2, side**2, side**2).to(device)
+    offsets = along[:, None, :, None, :, None] * along[None, :, None, :, None, :]
+    return offsets.reshape(kernel_size**2, side**2, side**2).to(device)
 
 
 class StructuredMlp(nn.Module):
@@ -128,69 +223,15 @@ class StructuredMlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dims, embed_dims)
 
     def init_weights(self) -> None:
-        """As torch starts convolutions, which both layers are in the release."""
+        """As torch initializes convolutions, which both layers are in the release."""
         self.fc1.reset_parameters()
         self.fc2.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C) -> (B, H, W, C)``."""
-        x = F.gelu(self.fc1(x))
+        x = F.gelu(self.fc1(x))  # (B, H, W, hidden_dims)
         x = F.gelu(self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         return self.fc2(x)
-
-    def fits_strips(self) -> bool:
-        """Whether :meth:`add_in_strips` knows the convolution."""
-        return is_plain_conv(
-            self.dwconv, self.kernel_size, padding=self.kernel_size // 2, groups=self.hidden_dims
-        )
-
-    def add_in_strips(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """``x + self(norm(x))``, for inference, a few rows of tokens at a time.
-
-        The hidden rows that the next strip needs too are kept.
-
-        Args:
-            x: ``(B, H, W, C)``; it is overwritten.
-            norm: Applied token by token.
-
-        Returns:
-            ``x``.
-        """
-        _, height, width, channels = x.shape
-        length = tokens_per_tile(channels)
-        if height * width <= length:
-            for group in x.split(length // (height * width)):
-                group += self(norm(group))
-            return x
-        halo = self.dwconv.padding[0]
-        rows = max(1, 2 * halo, length // width)
-        for image in x:
-            # Row r of the hidden ones is row start - halo + r of the grid, zero outside of it.
-            hidden = self.fc1(image[:0]).new_zeros(rows + 2 * halo, width, self.hidden_dims)
-            for start in range(0, height, rows):
-                stop = min(start + rows, height)
-                if start:
-                    hidden[: 2 * halo] = hidden[rows:]
-                new = image[start + halo if start else 0 : stop + halo]
-                first = 2 * halo if start else halo
-                last = first + len(new)
-                # Into whole rows of one image: to strided memory it writes wrong numbers in fp32.
-                torch.ops.aten.gelu.out(self.fc1(norm(new)), out=hidden[first:last])
-                hidden[last:] = 0
-                image[start:stop] += self.reduce(hidden[: stop - start + 2 * halo])
-        return x
-
-    def reduce(self, hidden: Tensor) -> Tensor:
-        """Hidden rows to those that lie in their midst: ``(H + k - 1, W, hidden) -> (H, W, C)``."""
-        x = F.conv2d(
-            # Channels-last, where ``hidden.permute(2, 0, 1)[None]`` would be copied.
-            hidden[None].permute(0, 3, 1, 2),
-            self.dwconv.weight,
-            self.dwconv.bias,
-            padding=(0, self.dwconv.padding[1]),
-            groups=self.dwconv.groups,
-        )
-        return self.fc2(torch.ops.aten.gelu_(x.permute(0, 2, 3, 1)))[0]
 
 
 class StructuredMerging(nn.Module):
@@ -206,7 +247,6 @@ class StructuredMerging(nn.Module):
         super().__init__()
         planes = embed_dims // side**2
         self.side = side
-        self.kernel_size = kernel_size
         self.norm = nn.LayerNorm(planes)
         self.reduction = nn.Conv2d(
             planes, planes // 2, kernel_size, padding=kernel_size // 2, bias=False
@@ -215,33 +255,97 @@ class StructuredMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2 * C)``."""
         x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        if use_tiling(x, self.training, self) and self.fits_strips():
-            return self.forward_in_strips(x)
-        pixels = self.norm(unfold_planes(x, self.side, self.side))
-        return self.fold(self.reduction(pixels.permute(0, 3, 1, 2)))
+        cells = self.norm(unfold_planes(x, self.side, self.side))  # (B, rows, columns, planes)
+        cells = self.reduction(cells.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return fold_planes(cells, 1, 2 * self.side)
 
-    def fits_strips(self) -> bool:
-        """Whether :meth:`forward_in_strips` knows the convolution."""
-        return is_plain_conv(self.reduction, self.kernel_size, padding=self.kernel_size // 2)
 
-    def fold(self, pixels: Tensor) -> Tensor:
-        """Convolved cells to tokens: ``(B, planes / 2, rows, columns) -> (B, H, W, C)``."""
-        return fold_planes(pixels.permute(0, 2, 3, 1), 1, 2 * self.side)
+class StructuredSwinBlock(SwinBlock):
+    """A Swin block that mixes channels along the planes of a token, and tokens along the grid.
 
-    def forward_in_strips(self, x: Tensor) -> Tensor:
-        """:meth:`forward`, for inference, of a grid with even sides, a few rows at a time."""
-        batch, height, width, channels = x.shape
-        reach = self.reduction.padding[0]  # of the convolution, in cells
-        halo = -(-reach // self.side)  # in tokens
-        # As many numbers as the hidden tokens that an MLP has in a tile
-        rows = 2 * max(1, 2 * tokens_per_tile(channels) // (batch * width))
-        out = []
-        for start in range(0, height, rows):
-            stop = min(start + rows, height)
-            top, bottom = max(start - halo, 0), min(stop + halo, height)
-            pixels = self.norm(unfold_planes(x[:, top:bottom], self.side, self.side))
-            # Zeros outside of the grid; inside, whole tokens are cropped to what is in reach.
-            above, below = (reach - n * self.side for n in (start - top, bottom - stop))
-            pixels = F.pad(pixels, (0, 0, 0, 0, above, below)).permute(0, 3, 1, 2)
-            out.append(self.fold(F.conv2d(pixels, self.reduction.weight, padding=(0, reach))))
-        return torch.cat(out, dim=1)
+    Args:
+        embed_dims: Channels.
+        num_heads: Attention heads.
+        side: Side of the planes of a token, in cells.
+        attn_kernel_size: Of the convolutions inside the tokens, beside the projections of
+            attention; None for plain projections.
+        mlp_kernel_size: Of the depth-wise convolution of the MLP.
+        kwargs: Further arguments of :class:`~mmtoken.layers.common.swin.SwinBlock`.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        *,
+        side: int,
+        attn_kernel_size: int | None,
+        mlp_kernel_size: int,
+        **kwargs,
+    ) -> None:
+        linear = nn.Linear
+        if attn_kernel_size is not None:
+            linear = partial(StructuredLinear, side=side, kernel_size=attn_kernel_size)
+        mlp = partial(StructuredMlp, kernel_size=mlp_kernel_size)
+        super().__init__(embed_dims, num_heads, linear=linear, mlp=mlp, **kwargs)
+
+
+class StructuredAttention(Attention):
+    """Self-attention of all tokens of a grid, with projections that see the planes inside them.
+
+    Args:
+        embed_dims: Channels of a token.
+        num_heads: Attention heads.
+        qkv_bias: Biases of queries, keys and values.
+        side: Side of the planes of a token, in cells.
+        kernel_size: Of the convolutions inside the planes.
+    """
+
+    def __init__(
+        self, embed_dims: int, num_heads: int, qkv_bias: bool, side: int, kernel_size: int
+    ) -> None:
+        super().__init__(embed_dims, num_heads, qkv_bias)
+        self.qkv = StructuredLinear(embed_dims, 3 * embed_dims, side, kernel_size, qkv_bias)
+        self.proj = StructuredLinear(embed_dims, embed_dims, side, kernel_size)
+
+    def attend(self, projected: Tensor, attn_fn: AttentionFn) -> Tensor:
+        """``(B, H, W, 3 * C) -> (B, H, W, C)``."""
+        grid = projected.shape[1:3]
+        return super().attend(projected.flatten(1, 2), attn_fn).unflatten(1, grid)
+
+
+class StructuredBlock(ViTBlock):
+    """A ViT block that mixes channels along the planes of a token, and tokens along the grid.
+
+    Its tokens are on their grid, ``(B, H, W, C)``.
+
+    Args:
+        embed_dims: Channels of a token.
+        num_heads: Attention heads.
+        feedforward_channels: Hidden channels of the MLP.
+        qkv_bias: Biases of queries, keys and values.
+        drop_path: Stochastic depth rate.
+        side: Side of the planes of a token, in cells.
+        kernel_size: Of the convolutions inside the planes, in cells.
+        mlp_kernel: Of the convolution of the token grid, in tokens.
+
+    Example:
+        >>> block = StructuredBlock(32, num_heads=2, feedforward_channels=64, side=4)
+        >>> block(torch.zeros(1, 5, 7, 32)).shape
+        torch.Size([1, 5, 7, 32])
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        feedforward_channels: int,
+        qkv_bias: bool = True,
+        drop_path: float = 0.0,
+        side: int = 8,
+        kernel_size: int = 3,
+        mlp_kernel: int = 5,
+    ) -> None:
+        super().__init__(embed_dims, num_heads, feedforward_channels, qkv_bias, drop_path)
+        self.attn = StructuredAttention(embed_dims, num_heads, qkv_bias, side, kernel_size)
+        self.mlp = StructuredMlp(embed_dims, feedforward_channels, mlp_kernel)

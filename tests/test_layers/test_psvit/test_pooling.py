@@ -6,7 +6,7 @@ import torch
 
 from mmtoken.layers.psvit.pooling import TokenPooling
 
-GOLDEN = Path(__file__).resolve().parent.parent / 'data' / 'psvit_inferred_golden.npz'
+GOLDEN = Path(__file__).parents[2] / 'data' / 'psvit_inferred_golden.npz'
 ALL = [('max', 3), ('max', 1), ('mean', 3), ('mean', 1), ('conv', 3)]
 
 

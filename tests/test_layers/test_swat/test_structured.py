@@ -1,19 +1,44 @@
+"""Layers and blocks on structure-aware tokens, against the release and their references."""
+
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from mmtoken.layers.common.attention import attention, join_heads
-from mmtoken.layers.swat import structured
-from mmtoken.layers.swat.structured import StructuredLinear, StructuredMerging, StructuredMlp
+from mmtoken.layers.common.swin import SwinBlock
+from mmtoken.layers.common.vit import self_attention
+from mmtoken.layers.swat.structured import (
+    StructuredBlock,
+    StructuredLinear,
+    StructuredMerging,
+    StructuredMlp,
+    StructuredStem,
+    StructuredSwinBlock,
+)
 from mmtoken.runtime.reference import reference_path
 
 GOLDEN = np.load(Path(__file__).parents[2] / 'data' / 'swat_ops_golden.npz')
 PATHS = dict(fast=torch.no_grad, reference=reference_path, training=torch.enable_grad)
+STEM_PARTS = dict(c1='conv1', nm='norm1', c2='conv2', no='norm2', pos='plane_pos')
+SWIN = dict(embed_dims=24, patch_size=4, side=2, kernel_size=2, hidden_dims=12, norm=True)
+VIT = dict(embed_dims=32, patch_size=8, side=4, kernel_size=4, hidden_dims=12, position=True)
+# As for DeiT-B/32, the second convolution takes 2 x 2 hidden pixels.
+WIDE = dict(embed_dims=32, patch_size=16, side=4, kernel_size=4, hidden_dims=12, position=True)
+FORMS = dict(swin=SWIN, vit=VIT, wide=WIDE)
+BLOCK_PARTS = {
+    'n1': 'norm1',
+    'at.ql': 'attn.qkv.linear',
+    'at.qc': 'attn.qkv.conv',
+    'at.pl': 'attn.proj.linear',
+    'at.pc': 'attn.proj.conv',
+    'n2': 'norm2',
+    'ml.f1': 'mlp.fc1',
+    'ml.dw': 'mlp.dwconv',
+    'ml.f2': 'mlp.fc2',
+}
 
 
 def golden(name):
@@ -63,7 +88,7 @@ def test_layers_of_a_vit_block_equal_the_release(path):
     with PATHS[path]():
         x = golden('vitblk.x')
         x = (x + attend(both[0](x), *projections, num_heads=2)).view(2, 3, 4, 32)
-        x = mlp.add_in_strips(x, both[1]) if path == 'fast' else x + mlp(both[1](x))
+        x = x + mlp(both[1](x))
     torch.testing.assert_close(x.flatten(1, 2), golden('vitblk.y'), atol=1e-9, rtol=1e-9)
 
 
@@ -71,7 +96,7 @@ def test_layers_of_a_vit_block_equal_the_release(path):
 @pytest.mark.parametrize('bias', [True, False])
 def test_folded_projection_equals_the_plain_one(side, kernel_size, bias):
     layer = StructuredLinear(3 * side**2, 6 * side**2, side, kernel_size, bias).double()
-    assert (layer.bias is None) == (not bias)
+    assert (layer.joint_weight()[1] is None) == (not bias)
     x = torch.randn(2, 5, 3 * side**2, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, 5, 6 * side**2, dtype=torch.float64)
     results = []
@@ -89,26 +114,6 @@ def test_mlp_equals_the_release():
     torch.testing.assert_close(y, golden('cmlp.y'), atol=1e-9, rtol=1e-9)
 
 
-@settings(max_examples=50, deadline=None)
-@given(
-    batch=st.integers(1, 3),
-    height=st.integers(1, 12),
-    width=st.integers(1, 12),
-    kernel_size=st.sampled_from([1, 3, 5]),
-    length=st.integers(1, 60),
-)
-def test_mlp_in_strips_is_that_of_the_whole_grid(batch, height, width, kernel_size, length):
-    """Strips of a few rows, and groups of whole images; in fp32, which has kernels of its own."""
-    mlp, norm = StructuredMlp(4, 8, kernel_size), nn.LayerNorm(4)
-    x = torch.randn(batch, height, width, 4)
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(structured, 'tile_length', lambda channels: length)
-        expected = x + mlp(norm(x))
-        y = mlp.add_in_strips(x, norm)
-    assert y is x
-    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize('path', PATHS)
 def test_merging_equals_the_release(path):
     merging = StructuredMerging(16, side=2, kernel_size=3).double().eval()
@@ -119,26 +124,193 @@ def test_merging_equals_the_release(path):
     torch.testing.assert_close(y, golden('merge.y'), atol=1e-9, rtol=1e-9)
 
 
-@settings(max_examples=50, deadline=None)
-@given(
-    batch=st.integers(1, 2),
-    height=st.integers(1, 12),
-    width=st.integers(1, 8),
-    side=st.sampled_from([1, 2, 4]),
-    kernel_size=st.sampled_from([1, 3, 5, 9]),
-    length=st.integers(1, 60),
-)
-def test_merging_in_strips_is_that_of_the_whole_grid(
-    batch, height, width, side, kernel_size, length
-):
-    """Convolutions that reach beyond the neighbouring token as well."""
-    merging = StructuredMerging(2 * side**2, side, kernel_size).eval()
-    nn.init.uniform_(merging.norm.bias)
-    x = torch.randn(batch, height, width, 2 * side**2)
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(structured, 'tile_length', lambda channels: length)
-        fast = merging(x)
+@pytest.mark.parametrize('case, arguments', [('tokswin', SWIN), ('tokvit', VIT)])
+def test_stem_equals_the_release(case, arguments):
+    start = f'{case}.w.'
+    state = {}
+    for name in GOLDEN:
+        if name.startswith(start):
+            part, *kind = name.removeprefix(start).split('.')
+            state['.'.join([STEM_PARTS[part], *kind])] = golden(name)
+    stem = StructuredStem(**arguments).double().eval()
+    stem.load_state_dict(state)
+    with torch.no_grad():
+        tokens = stem(golden('tokvit.x'))
+    assert tuple(tokens.shape[1:3]) == tuple(golden(f'{case}.hw'))
+    torch.testing.assert_close(tokens.flatten(1, 2), golden(f'{case}.y'), atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('size', [(32, 48), (33, 70), (5, 3)])
+def test_stem_accepts_any_size(form, size):
+    stem = StructuredStem(**FORMS[form])
+    grid = (-(-side // stem.patch_size) for side in size)
+    assert stem(torch.zeros(2, 3, *size)).shape == (2, *grid, FORMS[form]['embed_dims'])
+
+
+@pytest.mark.parametrize('name', ['vit', 'wide'])
+def test_position_has_the_period_of_a_token(name):
+    """So an image that is moved by whole patches gives moved tokens."""
+    stem = StructuredStem(**FORMS[name]).eval()
+    p = stem.patch_size
+    torch.nn.init.normal_(stem.plane_pos)
+    image = torch.randn(1, 3, 6 * p, 6 * p)
+    tokens = stem(image)
+    moved = stem(image[:, :, p:, 2 * p :])
+    # The first row and column see padding in place of pixels.
+    torch.testing.assert_close(moved[:, 1:, 1:], tokens[:, 2:, 3:])
+    assert not torch.allclose(stem(image.roll(p // 2, 3))[:, :, 2:], tokens[:, :, 2:], atol=0.1)
+
+
+def test_channels_are_planes_in_row_major_order():
+    """A token's channel (plane, row, column) depends on the cell's pixels alone."""
+    stem = StructuredStem(**SWIN).eval()
+    stem.norm2 = torch.nn.Identity()
+    image = torch.randn(1, 3, 8, 8)
+    changed = image.clone()
+    changed[:, :, 6:8, 4:6] += 1  # row 1, column 0 of token (1, 1)
+    difference = (stem(changed) - stem(image)).abs()[0]
+    assert difference[1, 1].view(6, 2, 2).gt(1e-4).any(0).tolist() == [
+        [False, False],
+        [True, False],
+    ]
+    difference[1, 1] = 0
+    assert difference.max() < 1e-6
+
+
+def test_stem_in_half_precision():
+    stem = StructuredStem(**VIT).eval()
+    image = torch.randn(1, 3, 40, 40)
+    with torch.no_grad():
+        full = stem(image)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            half = stem(image)
+    assert (half - full).abs().mean() < 0.02 * full.abs().mean()
+
+
+def make_swin_block(attn_kernel_size, shift):
+    block = StructuredSwinBlock(
+        32,
+        num_heads=2,
+        side=4,
+        attn_kernel_size=attn_kernel_size,
+        mlp_kernel_size=5,
+        window_size=4,
+        shift=shift,
+        shift_always=False,
+    ).double()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return block.eval()
+
+
+@pytest.mark.parametrize('attn_kernel_size', [3, None])
+@pytest.mark.parametrize('shift', [0, 2])
+@pytest.mark.parametrize('grid', [(8, 12), (7, 9), (3, 5)])
+def test_swin_block_equals_its_reference(attn_kernel_size, shift, grid):
+    block = make_swin_block(attn_kernel_size, shift)
+    kind = nn.Linear if attn_kernel_size is None else StructuredLinear
+    assert isinstance(block.attn.qkv, kind) and isinstance(block.attn.proj, kind)
+    x = torch.randn(2, *grid, 32, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn_like(x)
+
+    def outcome():
+        y = block(x)
+        return y, *torch.autograd.grad((y * weight).sum(), (x, *block.parameters()))
+
+    training = outcome()
+    with reference_path():
+        reference = outcome()
+    for a, b in zip(training, reference, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+    before = x.detach().clone()
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), reference[0].detach(), atol=1e-9, rtol=1e-9)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize('shift', [0, 2])
+def test_attention_without_convolutions_is_that_of_swin(shift):
+    """A layer is the mean of its two parts: twice the weights, and nothing inside the tokens."""
+    plain = SwinBlock(32, 2, window_size=4, shift=shift, shift_always=False).double()
+    nn.init.uniform_(plain.attn.qkv.bias)
+    block = make_swin_block(3, shift)
+    block.norm1.load_state_dict(plain.norm1.state_dict())
+    weights = {'relative_position_bias_table': plain.attn.relative_position_bias_table}
+    for name in ('qkv', 'proj'):
+        layer = getattr(plain.attn, name)
+        for kind in ('weight', 'bias'):
+            weights[f'{name}.linear.{kind}'] = 2 * getattr(layer, kind)
+            conv = getattr(getattr(block.attn, name).conv, kind)
+            weights[f'{name}.conv.{kind}'] = torch.zeros_like(conv)
+    block.attn.load_state_dict(weights)
+    x = torch.randn(2, 7, 9, 32, dtype=torch.float64)
+    torch.testing.assert_close(block.attend(block.norm1(x)), plain.attend(plain.norm1(x)))
+
+
+def make_vit_block(**kwargs):
+    block = StructuredBlock(32, 2, 48, side=4, mlp_kernel=3, **kwargs).double()
+    for name, parameter in block.named_parameters():
+        nn.init.normal_(parameter, std=0.3)
+        if 'norm' in name and name.endswith('weight'):
+            nn.init.normal_(parameter, 1, 0.1)
+    return block
+
+
+def test_vit_block_equals_the_release():
+    state = {}
+    for name in GOLDEN:
+        if name.startswith('vitblk.w.'):
+            part, _, kind = name.removeprefix('vitblk.w.').rpartition('.')
+            linear = part in ('ml.f1', 'ml.f2') and kind == 'weight'
+            weight = golden(name)
+            state[f'{BLOCK_PARTS[part]}.{kind}'] = weight.flatten(1) if linear else weight
+    block = StructuredBlock(32, 2, 128, side=4).double().eval()
+    block.load_state_dict(state)
+    x = golden('vitblk.x').unflatten(1, (3, 4))
+    outs = [block(x)]
+    with torch.no_grad():
+        outs.append(block(x))
         with reference_path():
-            reference = merging(x)
-    assert fast.shape == (batch, -(-height // 2), -(-width // 2), 4 * side**2)
-    torch.testing.assert_close(fast, reference, atol=1e-5, rtol=1e-5)
+            outs.append(block(x))
+    for out in outs:
+        torch.testing.assert_close(out.flatten(1, 2), golden('vitblk.y'), atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize('grid', [(5, 7), (1, 1), (2, 9)])
+@pytest.mark.parametrize('qkv_bias', [True, False])
+def test_vit_block_equals_its_reference(grid, qkv_bias):
+    block = make_vit_block(qkv_bias=qkv_bias).train()
+    x = torch.randn(2, *grid, 32, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *block.parameters()]
+    with reference_path():
+        expected = block(x)
+    weight = torch.randn_like(expected)
+    out = block(x)
+    torch.testing.assert_close(out, expected, atol=1e-10, rtol=1e-10)
+    grads = torch.autograd.grad((out * weight).sum(), inputs)
+    wanted = torch.autograd.grad((expected * weight).sum(), inputs)
+    for grad, other in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, other, atol=1e-8, rtol=1e-8)
+
+
+def test_stochastic_depth_drops_images():
+    """Attention and MLP apart, for all tokens of an image alike, and scales what it keeps."""
+    block = make_vit_block(drop_path=0.5).train()
+    x = torch.randn(1, 3, 4, 32, dtype=torch.float64)
+
+    def with_kept(attention, mlp):
+        a = block.attn(block.norm1(x), self_attention)
+        y = x + attention * a
+        return y + mlp * block.mlp(block.norm2(y))
+
+    with torch.no_grad():
+        possible = [with_kept(a, m) for a in (0, 2) for m in (0, 2)]
+        seen = set()
+        for _ in range(20):
+            out = block(x.expand(3, -1, -1, -1))
+            for image in out:
+                found = [i for i, p in enumerate(possible) if torch.allclose(image, p[0])]
+                assert len(found) == 1
+                seen.update(found)
+    assert len(seen) == 4
