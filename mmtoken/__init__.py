@@ -18,9 +18,9 @@ enable_config_paths()
 _FUNCTIONS = dict(
     dense_twin='mmtoken.analysis.twin',
     follow_image_sizes='mmtoken.engine.image_sizes',
-    routing_override='mmtoken.tokens.routing',
-    set_image_sizes='mmtoken.tokens.padding',
-    token_losses='mmtoken.tokens.sink',
+    routing_override='mmtoken.layers.common.routing',
+    set_image_sizes='mmtoken.layers.common.padding',
+    token_losses='mmtoken.runtime.aux_losses',
 )
 
 __all__ = ['__version__', *_FUNCTIONS]

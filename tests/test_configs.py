@@ -27,7 +27,7 @@ from mmtoken import routing_override
 from mmtoken.analysis import count_macs, dense_twin
 from mmtoken.analysis.subject import default_shape
 from mmtoken.analysis.twin import our_class
-from mmtoken.tokens.reference import reference_path
+from mmtoken.runtime.reference import reference_path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = smoke.all_configs()

@@ -1,7 +1,7 @@
 """What a model costs: multiply-accumulates by stage and kind of work, and parameters.
 
 Costs are counted on the reference path
-(:func:`~mmtoken.tokens.reference.reference_path`), which computes what the method says and no
+(:func:`~mmtoken.runtime.reference.reference_path`), which computes what the method says and no
 more, for sparse models and dense twins alike. A fast path may execute more (pairs of tokens that a
 mask hides) or less (padding that is not projected); its count is kept beside.
 """
@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from ..tokens.plain import hooks_ignored
-from ..tokens.record import record_routing
-from ..tokens.reference import reference_path
-from ..visualization.decisions import coarse_ratio, query_ratio
+from ..fast.plain import hooks_ignored
+from ..runtime.decisions import record_routing
+from ..runtime.reference import reference_path
+from .decisions import coarse_ratio, query_ratio
 from .macs import count_macs, make_counter
 
 KINDS = ('linear', 'convolution', 'attention')

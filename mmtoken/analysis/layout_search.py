@@ -14,7 +14,7 @@ from math import prod
 import torch
 from torch import nn
 
-from ..tokens.reference import reference_path
+from ..runtime.reference import reference_path
 from .cost import macs_by_stage
 
 # For each stage the sizes of its groups: ((2, 1), (3,)) are six layers, pooled behind the third.

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..tokens.plain import hooks_ignored
+from ..fast.plain import hooks_ignored
 
 # Fused attention that torch's counter has no entry for, and so counts 0 for. Which of these
 # exist depends on the version of torch.
@@ -20,7 +20,7 @@ def count_macs(function: Callable, *args, **kwargs) -> int:
     """Count the multiply-accumulates of matrix products, convolutions and attention in a call.
 
     What is counted is what runs: the fast path, unless the caller enters
-    :func:`~mmtoken.tokens.reference.reference_path`.
+    :func:`~mmtoken.runtime.reference.reference_path`.
 
     Args:
         function: A module or any other callable.

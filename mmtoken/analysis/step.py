@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..tokens.sink import token_losses
+from ..runtime.aux_losses import token_losses
 
 
 def make_images(

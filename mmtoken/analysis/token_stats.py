@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..tokens.record import Decision
-from ..visualization.decisions import (
+from ..runtime.decisions import RoutingDecision
+from ..visualization.token_maps import stride_of
+from .decisions import (
     coarse_regions,
     count_queries,
     image_coarse_ratios,
@@ -27,7 +28,6 @@ from ..visualization.decisions import (
     real_regions,
     split_stages,
 )
-from ..visualization.token_maps import stride_of
 from .watch import Watched
 
 HALF = 0.5
@@ -50,7 +50,7 @@ class Count:
     coarse: list[int] = field(default_factory=lambda: [0, 0, 0])
     regions: list[int] = field(default_factory=lambda: [0, 0, 0])
 
-    def add(self, decision: Decision, on_object: Tensor) -> None:
+    def add(self, decision: RoutingDecision, on_object: Tensor) -> None:
         """Count the regions of a block; ``on_object`` is ``(B, Hr, Wr)``."""
         queries, tokens = count_queries(decision)
         tokens, real = tokens.expand_as(queries), real_regions(decision)
@@ -159,7 +159,9 @@ def collect(batches: Iterable[tuple[Watched, Tensor, Tensor]]) -> dict:
     )
 
 
-def object_regions(objects: Tensor, valid: Tensor, decision: Decision, stride: int) -> Tensor:
+def object_regions(
+    objects: Tensor, valid: Tensor, decision: RoutingDecision, stride: int
+) -> Tensor:
     """Regions at least half of whose pixels are on objects.
 
     Args:

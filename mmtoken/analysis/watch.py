@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..engine.image_sizes import follow_image_sizes
-from ..tokens.record import Decision, record_routing
+from ..runtime.decisions import RoutingDecision, record_routing
 from .subject import build_model, image_channels, test_pipeline
 
 LEEWAY = 5  # of values that were normalised and back, or resized, beside those of 8-bit images
@@ -33,7 +33,7 @@ class Watched(NamedTuple):
 
     images: Tensor
     samples: list
-    decisions: list[Decision]
+    decisions: list[RoutingDecision]
 
 
 def load_model(cfg: Config, checkpoint: str | Path | None, device: str = 'cpu') -> nn.Module:

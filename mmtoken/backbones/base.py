@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..arguments import as_tuple
 from ..checkpoints.module import CheckpointedBackbone
-from ..layers.init import init_own
-from ..layers.stem import PatchStem
-from ..tokens.positions import resample
+from ..layers.common.positions import resample
+from ..layers.common.stem import PatchStem
+from ..layers.common.utils import init_own
 
 MAX_STAGES = 10  # of a hierarchical architecture
 
@@ -44,8 +44,8 @@ class TokenBackbone(CheckpointedBackbone):
     stem_names: ClassVar[tuple[str, ...]] = ('patch_embed',)  # what precedes the first block
     stages_name: ClassVar[str] = 'layers'  # the attribute that lists the stages
     twin_args: ClassVar[dict]  # constructor arguments that turn the class into its dense twin
-    unused_keys: str | None = None  # names a checkpoint may have in excess (regular expression)
-    fresh_keys: str | None = None  # names it may lack
+    ignorable_keys: str | None = None  # names a checkpoint may have in excess (regular expression)
+    newly_initialized_keys: str | None = None  # names it may lack
 
     def __init__(
         self,
@@ -201,8 +201,8 @@ class PlainBackbone(TokenBackbone):
         self.patch_size = patch_size
         self.patch_embed = patch_embed or PatchStem(embed_dims, in_channels, patch_size, norm=False)
         self.pos_grid = tuple(-(-side // patch_size) for side in to_2tuple(img_size))
-        self.cls_token = small_parameter(1, 1, embed_dims) if cls_token else None
-        self.pos_embed = small_parameter(1, math.prod(self.pos_grid) + cls_token, embed_dims)
+        self.cls_token = trunc_normal_parameter(1, 1, embed_dims) if cls_token else None
+        self.pos_embed = trunc_normal_parameter(1, math.prod(self.pos_grid) + cls_token, embed_dims)
 
     @property
     def unbuilt_keys(self) -> str | None:
@@ -248,7 +248,7 @@ class PlainBackbone(TokenBackbone):
         return torch.cat([self.pos_embed[:, :extra], position.flatten(1, 2)], dim=1)
 
 
-def small_parameter(*shape: int) -> nn.Parameter:
+def trunc_normal_parameter(*shape: int) -> nn.Parameter:
     """An embedding, as ViT starts it."""
     return nn.Parameter(trunc_normal_(torch.empty(shape), std=0.02))
 

@@ -12,14 +12,14 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..arguments import as_tuple
-from ..layers.cross_block import NORM_EPS
-from ..layers.grained import GrainedBlock, TrainMode
-from ..layers.spatial_reduction import SpatialReductionAttention
-from ..layers.usage import BUDGET, build_budget, counted_pixels, publish_usage, usage_wanted
+from ..layers.common.padding import padding_regions, valid_size
+from ..layers.common.regions import make_region_layout
+from ..layers.common.utils import join_maps, to_map
+from ..layers.common.vit import NORM_EPS
+from ..layers.dge.block import DynamicGranularityBlock, TrainMode
+from ..layers.dge.spatial_reduction import SpatialReductionAttention
+from ..losses.usage import BUDGET, build_budget, counted_pixels, publish_usage, usage_wanted
 from ..registry import MODELS
-from ..tokens.maps import join_maps, to_map
-from ..tokens.padding import padding_regions, valid_size
-from ..tokens.regions import lay_regions
 from .base import PlainBackbone, check_out_type
 from .dge_pvt import OutType
 
@@ -43,7 +43,7 @@ class DGEDeiT(PlainBackbone):
             with 1. ``(1,)`` gives the dense twin: DeiT.
         region_size: Side of the region that chooses, in tokens.
         train_mode: How routers get their gradients, see
-            :class:`~mmtoken.layers.grained.GrainedBlock`: ``'exact'``, ``'dense'`` or ``'sparse'``.
+            :class:`~mmtoken.layers.dge.block.DynamicGranularityBlock`: ``'exact'``, ``'dense'`` or ``'sparse'``.
         budget: Config of the loss that keeps the number of queries down; with it, training needs
             :class:`mmtoken.TokenLossHook`. None leaves routers to the task's loss.
         cls_token: Whether there is a class token, as in the release. Dense prediction needs none.
@@ -69,8 +69,8 @@ class DGEDeiT(PlainBackbone):
     """
 
     twin_args = dict(granularities=(1,), budget=None)
-    unused_keys = r'(head|head_dist|norm|fc_norm|budget)\..*|cls_token|dist_token'
-    fresh_keys = r'budget\..*'
+    ignorable_keys = r'(head|head_dist|norm|fc_norm|budget)\..*|cls_token|dist_token'
+    newly_initialized_keys = r'budget\..*'
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class DGEDeiT(PlainBackbone):
         self.budget = build_budget(budget, self.granularities)
         rates = torch.linspace(0, drop_path_rate, depth, device='cpu').tolist()
         self.blocks = nn.ModuleList(
-            GrainedBlock(
+            DynamicGranularityBlock(
                 dims, SpatialReductionAttention(dims, heads, 1, qkv_bias, counted_products=2),
                 arch['feedforward_channels'], self.granularities, region_size, train_mode, rate,
                 NORM_EPS, with_cp,
@@ -137,10 +137,12 @@ class DGEDeiT(PlainBackbone):
         measured = routed and usage_wanted(self.budget, self.training)
         valid = valid_size(x) if routed else None
         x, grid = self.embed(x)
-        num_extra = x.shape[1] - grid[0] * grid[1]
+        num_prefix_tokens = x.shape[1] - grid[0] * grid[1]
         padding = None
         if routed:
-            regions = lay_regions(grid, self.granularities, self.region_size, num_extra, x.device)
+            regions = make_region_layout(
+                grid, self.granularities, self.region_size, num_prefix_tokens, x.device
+            )
             padding = padding_regions(valid, self.stride, regions)
         taps, usages = [], []
         for i, block in enumerate(self.blocks):

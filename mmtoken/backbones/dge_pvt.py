@@ -14,14 +14,14 @@ from timm.layers import to_2tuple
 from torch import Tensor
 
 from ..arguments import as_tuple
-from ..layers.deformable import DeformableAttention
-from ..layers.grained import GrainedBlock, TrainMode
-from ..layers.grained_stage import GrainedStage
-from ..layers.spatial_reduction import SpatialReductionAttention
-from ..layers.usage import BUDGET, build_budget, counted_pixels, publish_usage, usage_wanted
+from ..layers.common.padding import valid_size
+from ..layers.common.utils import join_maps, to_map
+from ..layers.dge.block import DynamicGranularityBlock, TrainMode
+from ..layers.dge.deformable import DeformableAttention
+from ..layers.dge.spatial_reduction import SpatialReductionAttention
+from ..layers.dge.stage import DynamicGranularityStage
+from ..losses.usage import BUDGET, build_budget, counted_pixels, publish_usage, usage_wanted
 from ..registry import MODELS
-from ..tokens.maps import join_maps, to_map
-from ..tokens.padding import valid_size
 from .base import TokenBackbone, check_out_type, resolve_arch
 
 OutType = Literal['map', 'cls_token', 'avg_featmap']
@@ -53,7 +53,7 @@ class DGEPVT(TokenBackbone):
             with 1. ``(1,)`` gives the dense twin: PVT.
         region_size: Side of the region that chooses, in tokens.
         train_mode: How routers get their gradients, see
-            :class:`~mmtoken.layers.grained.GrainedBlock`: ``'exact'``, ``'dense'`` or ``'sparse'``.
+            :class:`~mmtoken.layers.dge.block.DynamicGranularityBlock`: ``'exact'``, ``'dense'`` or ``'sparse'``.
         budget: Config of the loss that keeps the number of queries down; with it, training needs
             :class:`mmtoken.TokenLossHook`. None leaves routers to the task's loss.
         cls_token: Whether the last stage has a class token, as the release has; PVT's detectors
@@ -79,8 +79,8 @@ class DGEPVT(TokenBackbone):
 
     stem_names = ('layers.0.patch_embed', 'layers.0.pos_embed')
     twin_args = dict(granularities=(1,), budget=None)
-    unused_keys = r'(norm|head|budget)\..*|layers\.\d+\.cls_token'
-    fresh_keys = r'budget\..*'
+    ignorable_keys = r'(norm|head|budget)\..*|layers\.\d+\.cls_token'
+    newly_initialized_keys = r'budget\..*'
     arch_keys = ('embed_dims', 'depths', 'num_heads', 'mlp_ratios', 'sr_ratios')
     arch_zoo: ClassVar[dict[str, dict]] = {
         name: dict(WIDTHS, depths=depths, sr_ratios=(8, 4, 2, 1)) for name, depths in DEPTHS.items()
@@ -125,7 +125,7 @@ class DGEPVT(TokenBackbone):
         for i, patch_size in enumerate(PATCH_SIZES[: self.num_built]):
             side, stride = tuple(-(-s // patch_size) for s in side), stride * patch_size
             blocks = [
-                GrainedBlock(
+                DynamicGranularityBlock(
                     dims[i],
                     self.make_attention(arch, i, qkv_bias),
                     dims[i] * arch['mlp_ratios'][i],
@@ -140,7 +140,9 @@ class DGEPVT(TokenBackbone):
             before = dims[i - 1] if i else in_channels
             last = i == len(dims) - 1
             self.layers.append(
-                GrainedStage(before, patch_size, stride, side, blocks, cls_token and last)
+                DynamicGranularityStage(
+                    before, patch_size, stride, side, blocks, cls_token and last
+                )
             )
         self.norm = nn.LayerNorm(dims[-1], 1e-6) if self.out_type != 'map' else nn.Identity()
         self.train()
@@ -213,7 +215,7 @@ class DGEDPVT(DGEPVT):
     """Deformable PVT whose blocks choose, region by region, how finely they look.
 
     As :class:`mmtoken.DGEPVT`, with deformable attention
-    (:mod:`mmtoken.layers.deformable`) in place of spatial reduction, and without a class token.
+    (:mod:`mmtoken.layers.dge.deformable`) in place of spatial reduction, and without a class token.
     The release has the dense network alone; that a query samples around the middle of its cell is
     our reading.
 

@@ -15,22 +15,27 @@ from torch import Tensor
 
 from ..arguments import as_tuple
 from ..checkpoints.fit import enlarge
-from ..layers.cross_block import NORM_EPS
-from ..layers.packed_block import PackedBlock
-from ..layers.recompute import run_block
-from ..layers.scale_gate import ScaleGate
-from ..layers.stem import PatchStem, pad_to_stride, patchify
+from ..fast.tiles import chunked_apply
+from ..layers.common.packed import SparseFeatures
+from ..layers.common.padding import padding_regions, valid_size
+from ..layers.common.regions import (
+    CellSet,
+    RegionLayout,
+    concat_granularities,
+    make_region_layout,
+    pool_cells,
+    select_granularity,
+)
+from ..layers.common.routing import choose, explores
+from ..layers.common.stem import PatchStem, pad_to_stride, patchify
+from ..layers.common.utils import join_maps, run_block, to_map
+from ..layers.common.vit import NORM_EPS, ViTBlock
+from ..layers.msvit.gate import ScaleGate
+from ..layers.msvit.mixed_scale import MixedScaleLayout, build_layout, mix_all
 from ..registry import MODELS
-from ..tokens.maps import join_maps, to_map
-from ..tokens.mixed_scale import Mixture, mix_all, mix_scales
-from ..tokens.packed import SparseFeatures
-from ..tokens.padding import padding_regions, valid_size
-from ..tokens.record import Decision, note_decision
-from ..tokens.regions import CellSet, Regions, join_levels, lay_regions, pool_cells, take_level
-from ..tokens.routing import choose, explores
-from ..tokens.sink import publish, wanted
-from ..tokens.tiles import tokenwise
-from .base import PlainBackbone, check_out_type, small_parameter
+from ..runtime.aux_losses import publish, should_publish
+from ..runtime.decisions import RoutingDecision, record_decision
+from .base import PlainBackbone, check_out_type, trunc_normal_parameter
 
 OutType = Literal['map', 'tokens', 'cls_token', 'avg_featmap']
 TrainMode = Literal['masked', 'gathered']
@@ -60,7 +65,7 @@ class MSViT(PlainBackbone):
         coarse_size: Side of a region, in pixels; a multiple of ``fine_size``.
         fine_size: Side of a patch that becomes a fine token, in pixels.
         gate: Arguments of the gate, all optional: ``hidden_channels``, ``num_layers`` and
-            ``start_ratio`` as for :class:`~mmtoken.layers.scale_gate.ScaleGate`; ``input``,
+            ``start_ratio`` as for :class:`~mmtoken.layers.msvit.gate.ScaleGate`; ``input``,
             ``'embed'`` for the coarse embedding of a region or ``'pixels'``; ``temperature`` of the
             sigmoid whose gradient the gate has; ``loss``, config of the loss that shapes its
             decisions, with which training needs :class:`mmtoken.TokenLossHook`, or None. ``None``
@@ -87,7 +92,7 @@ class MSViT(PlainBackbone):
         out_indices: Blocks that are tapped, in rising order; negative ones count from the end. The
             last block is normalised, as in mmpretrain.
         out_type: ``'map'`` returns dense maps. ``'tokens'`` returns
-            :class:`~mmtoken.tokens.packed.SparseFeatures` for :class:`mmtoken.MixedScaleNeck`. For
+            :class:`~mmtoken.layers.common.packed.SparseFeatures` for :class:`mmtoken.MixedScaleNeck`. For
             classification, ``'cls_token'`` is the normalised class token of the last block and
             ``'avg_featmap'`` the mean over its normalised map.
         frozen_stages: Blocks kept fixed: 0 freezes the gate and the patch and position embedding,
@@ -103,10 +108,10 @@ class MSViT(PlainBackbone):
 
     stem_names = ('patch_embed', 'patch_embed_coarse', 'cls_token', 'reg_token', 'pos_embed')
     twin_args = dict(gate=None)
-    unused_keys = (
+    ignorable_keys = (
         r'(head|head_dist|norm|fc_norm|gate|gate_loss|patch_embed_coarse)\..*|cls_token|dist_token'
     )
-    fresh_keys = r'(gate|gate_loss|patch_embed_coarse)\..*'
+    newly_initialized_keys = r'(gate|gate_loss|patch_embed_coarse)\..*'
     arch_zoo: ClassVar[dict[str, dict]] = dict(
         PlainBackbone.arch_zoo,
         large=dict(embed_dims=1024, num_layers=24, num_heads=16, feedforward_channels=4096),
@@ -156,8 +161,8 @@ class MSViT(PlainBackbone):
         self.with_cp = with_cp
         self.reg_token = None
         if num_registers:
-            self.reg_token = small_parameter(1, num_registers, dims)
-        self.num_extra = int(cls_token) + num_registers
+            self.reg_token = trunc_normal_parameter(1, num_registers, dims)
+        self.num_prefix_tokens = int(cls_token) + num_registers
         self.window_size = window_size
         self.global_blocks = self.check_windows(window_size, global_blocks, depth, coarse_size)
 
@@ -179,7 +184,7 @@ class MSViT(PlainBackbone):
 
         rates = torch.linspace(0, drop_path_rate, depth, device='cpu').tolist()
         self.blocks = nn.ModuleList(
-            PackedBlock(dims, heads, arch['feedforward_channels'], qkv_bias, rate, layer_scale)
+            ViTBlock(dims, heads, arch['feedforward_channels'], qkv_bias, rate, layer_scale)
             for rate in rates[: self.num_built]
         )
         # Only where something uses it, since DDP refuses parameters without a gradient.
@@ -231,7 +236,7 @@ class MSViT(PlainBackbone):
                 f'window_size must be a multiple of coarse_size / fine_size = {ratio}, '
                 f'got {window_size}'
             )
-        if self.num_extra:
+        if self.num_prefix_tokens:
             raise ValueError(
                 'a window has neither a class token nor registers: set cls_token=False and '
                 'num_registers=0'
@@ -273,7 +278,7 @@ class MSViT(PlainBackbone):
                 taps.append(self._tap(i, tokens, mixture))
         return join_maps(taps)
 
-    def embed_mixed(self, x: Tensor) -> tuple[Tensor, Mixture]:
+    def embed_mixed(self, x: Tensor) -> tuple[Tensor, MixedScaleLayout]:
         """Choose a scale for each region and embed it.
 
         Args:
@@ -284,7 +289,9 @@ class MSViT(PlainBackbone):
         """
         batch = len(x)
         grid = tuple(-(-side // self.patch_size) for side in x.shape[-2:])
-        regions = lay_regions(grid, self.granularities, self.ratio, self.num_extra, x.device)
+        regions = make_region_layout(
+            grid, self.granularities, self.ratio, self.num_prefix_tokens, x.device
+        )
         window = None if self.window_size is None else self.window_size // self.ratio
         extra, position = self.extra_tokens(grid)
         levels = {EXTRA: extra}
@@ -293,17 +300,17 @@ class MSViT(PlainBackbone):
         else:
             coarse = self.embed_coarse(x)
             gates = self.choose_scales(x, coarse, regions)
-            mixture = mix_scales(gates, regions, window, self.train_mode == 'masked')
+            mixture = build_layout(gates, regions, window, self.train_mode == 'masked')
             coarse = coarse + pool_cells(position, self.ratio)
             levels[COARSE] = coarse.flatten(1, 2)
         packed = {
-            level: take_level(tokens.expand(batch, -1, -1), level, mixture.cells)
+            level: select_granularity(tokens.expand(batch, -1, -1), level, mixture.cells)
             for level, tokens in levels.items()
         }
         position = position.flatten(1, 2).expand(batch, -1, -1)
         fine = self.embed_fine(x, mixture.cells)
-        packed[FINE] = fine + take_level(position, FINE, mixture.cells)
-        tokens = join_levels([packed[level] for level in sorted(packed)], mixture.cells)
+        packed[FINE] = fine + select_granularity(position, FINE, mixture.cells)
+        tokens = concat_granularities([packed[level] for level in sorted(packed)], mixture.cells)
         return mixture.pack(tokens), mixture
 
     def extra_tokens(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -339,10 +346,10 @@ class MSViT(PlainBackbone):
         stem = self.patch_embed
         if isinstance(stem, PatchStem) and stem.takes_patches_alone():
             patches = patchify(x, self.patch_size).flatten(1, 2)
-            return stem.embed_some(take_level(patches, FINE, cells))
-        return take_level(stem(x).flatten(1, 2), FINE, cells)
+            return stem.embed_some(select_granularity(patches, FINE, cells))
+        return select_granularity(stem(x).flatten(1, 2), FINE, cells)
 
-    def choose_scales(self, x: Tensor, coarse: Tensor, regions: Regions) -> Tensor:
+    def choose_scales(self, x: Tensor, coarse: Tensor, regions: RegionLayout) -> Tensor:
         """One-hot choices, with gradients in training, and their loss published.
 
         Args:
@@ -363,25 +370,29 @@ class MSViT(PlainBackbone):
             scores, regions.num_cells, 'coarse_ratio', sampled, padding, self.temperature
         )
         choice = gates.argmax(dim=-1)
-        note_decision(
-            Decision(choice, self.granularities, self.ratio, regions.grid, padding, once=True)
+        record_decision(
+            RoutingDecision(
+                choice, self.granularities, self.ratio, regions.grid, padding, per_network=True
+            )
         )
-        if self.gate_loss is not None and wanted(self.gate.training):
+        if self.gate_loss is not None and should_publish(self.gate.training):
             real = ~padding
             loss = self.gate_loss(scores.softmax(dim=-1)[..., 1], real)
             ratio = (choice * real).sum() / real.sum().clamp(min=1)
             publish(dict(loss_gate=loss, coarse_ratio=ratio))
         return gates
 
-    def _tap(self, index: int, tokens: Tensor, mixture: Mixture) -> Tensor | SparseFeatures:
+    def _tap(
+        self, index: int, tokens: Tensor, mixture: MixedScaleLayout
+    ) -> Tensor | SparseFeatures:
         """The output behind one block."""
         if index == self.num_stages - 1:
-            tokens = tokenwise(self.norm, tokens, training=self.training, layers=(self.norm,))
+            tokens = chunked_apply(self.norm, tokens, training=self.training, layers=(self.norm,))
         if self.out_type == 'cls_token':
             return torch.stack([image[0] for image in tokens.split(mixture.lengths)])
         if self.out_type == 'tokens':
             return mixture.features(tokens)
-        dense = mixture.restore(tokens)[:, self.num_extra :]
+        dense = mixture.restore(tokens)[:, self.num_prefix_tokens :]
         if self.out_type == 'avg_featmap':
             return dense.mean(dim=1)
         return to_map(dense.unflatten(1, mixture.cells.regions.grid))

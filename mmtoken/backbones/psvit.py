@@ -12,13 +12,13 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..arguments import as_tuple
-from ..layers.cross_block import NORM_EPS
-from ..layers.sharing_stage import SharingStage
-from ..layers.token_pooling import Pooling, TokenPooling
+from ..fast.tiles import chunked_apply
+from ..layers.common.utils import join_maps, to_map
+from ..layers.common.vit import NORM_EPS
+from ..layers.psvit.pooling import Pooling, TokenPooling
+from ..layers.psvit.shared_attention import Sharing
+from ..layers.psvit.stage import SharingStage
 from ..registry import MODELS
-from ..tokens.maps import join_maps, to_map
-from ..tokens.shared_attention import Sharing
-from ..tokens.tiles import tokenwise
 from .base import PlainBackbone, resolve_arch
 
 
@@ -78,8 +78,8 @@ class PSViT(PlainBackbone):
     stages_name = 'layers'
     twin_args = dict(sharing=None)
     # Other outputs may have been asked for before.
-    unused_keys = r'(norm\d|finest)\..*'
-    fresh_keys = r'(norm\d|finest)\..*'
+    ignorable_keys = r'(norm\d|finest)\..*'
+    newly_initialized_keys = r'(norm\d|finest)\..*'
     arch_keys = ('stages',)
     arch_zoo: ClassVar[dict[str, dict]] = dict(
         tiny=dict(stages=[(96, 2, (2,)), (192, 3, (2, 2, 2)), (384, 6, (2, 2))]),
@@ -203,7 +203,7 @@ class PSViT(PlainBackbone):
             tokens = stage(tokens)
             if i in self.out_indices:
                 norm = getattr(self, f'norm{i}')
-                normed = tokenwise(norm, tokens, training=self.training, layers=(norm,))
+                normed = chunked_apply(norm, tokens, training=self.training, layers=(norm,))
                 maps.append(to_map(normed))
         if self.finest is not None:
             stride = self.patch_size // 2
@@ -248,7 +248,7 @@ class PSViT(PlainBackbone):
 
         In training each group keeps its own for backward. Inference has one at a time, and of a few
         windows only; its memory is kept for the next one, unless it is large
-        (:func:`~mmtoken.tokens.shared_attention.kept_memory`). With ``sharing='auto'`` a GPU keeps
+        (:func:`~mmtoken.layers.psvit.shared_attention.kept_memory`). With ``sharing='auto'`` a GPU keeps
         none.
 
         Args:

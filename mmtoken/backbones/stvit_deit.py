@@ -12,15 +12,17 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..layers.cross_block import NORM_EPS
-from ..layers.generation import PoolLayer, RefineLayer, Residual
-from ..layers.plain_block import PlainBlock
-from ..layers.recompute import run_block
-from ..layers.recovery import SemanticRecovery
-from ..layers.spatial_pooling import Pooling
+from ..layers.common.packed import SparseFeatures, pack_equal
+from ..layers.common.utils import join_maps, run_block, to_map
+from ..layers.common.vit import NORM_EPS, PlainBlock
+from ..layers.stvit.semantic_vit import (
+    Pooling,
+    Residual,
+    SemanticPoolBlock,
+    SemanticRecovery,
+    SemanticRefineBlock,
+)
 from ..registry import MODELS
-from ..tokens.maps import join_maps, to_map
-from ..tokens.packed import SparseFeatures, pack_equal
 from .base import PlainBackbone, check_out_type
 
 OutType = Literal['map', 'tokens', 'avg_featmap']
@@ -32,18 +34,18 @@ class STViTDeiT(PlainBackbone):
     """DeiT that works on a few semantic tokens after its first blocks.
 
     ``base_layers`` ordinary blocks, two layers that make semantic tokens
-    (:mod:`mmtoken.layers.generation`), which take the place of two blocks, and the remaining blocks
+    (:mod:`mmtoken.layers.stvit.semantic_vit`), which take the place of two blocks, and the remaining blocks
     on the semantic tokens alone. The image tokens stand still from the base layers on; a dense map
     behind them is made by image tokens that query the semantic tokens of that depth
-    (:mod:`mmtoken.layers.recovery`), in one layer per tap. The paper's number of tokens is for
+    (:mod:`mmtoken.layers.stvit.semantic_vit`), in one layer per tap. The paper's number of tokens is for
     images of 224 pixels, where 4 x 4 semantic tokens serve 14 x 14 image tokens; here a semantic
     token always stands for ``semantic_size ** 2`` image tokens, so larger images have more, and
-    the learned centres are resampled to their grid as position embeddings are.
+    the learned centers are resampled to their grid as position embeddings are.
 
     There is no class token: the paper pools over the tokens.
 
     Padding: the padding of a batch is image like any other. Attention sees all of it, positions and
-    centres are resampled to the padded grid, tiles are laid over it anew, and
+    centers are resampled to the padded grid, tiles are laid over it anew, and
     ``out_type='avg_featmap'`` averages over it: an image has other maps, everywhere, than alone.
 
     Args:
@@ -53,12 +55,12 @@ class STViTDeiT(PlainBackbone):
             gives the dense twin: DeiT.
         base_layers: Blocks before the semantic tokens are made.
         pooling: How a tile is pooled at first, see
-            :class:`~mmtoken.layers.spatial_pooling.SpatialPooling`.
-        global_centers: Add learned centres to the semantic tokens that query in the second layer.
+            :class:`~mmtoken.layers.stvit.semantic_vit.SpatialPooling`.
+        global_centers: Add learned centers to the semantic tokens that query in the second layer.
         refine_residual: What the second layer's attention is added to: its ``'query'``, or the
             ``'initial'`` tokens, pooled before the first layer.
         recovery_scale: Initial LayerScale of the recovery; None for none.
-        img_size: Image that the position embedding and the centres are laid out for, in pixels: a
+        img_size: Image that the position embedding and the centers are laid out for, in pixels: a
             side, or ``(H, W)``. Images of any size are accepted.
         patch_size: Side of a patch, in pixels.
         in_channels: Channels of the image.
@@ -67,7 +69,7 @@ class STViTDeiT(PlainBackbone):
         out_indices: Blocks that are tapped, in rising order; negative ones count from the end.
         out_type: ``'map'`` returns dense maps. The last block of the dense twin is normalised, as
             in mmpretrain; recovered maps are normalised by their recovery, and taps in the base
-            layers are not. ``'tokens'`` returns :class:`~mmtoken.tokens.packed.SparseFeatures` for
+            layers are not. ``'tokens'`` returns :class:`~mmtoken.layers.common.packed.SparseFeatures` for
             :class:`mmtoken.SemanticRecoveryNeck`: each image's tokens, row by row, and after them
             its semantic tokens where the tap has any. ``'avg_featmap'`` returns the mean over the
             last block's normalised tokens, for classification.
@@ -84,8 +86,8 @@ class STViTDeiT(PlainBackbone):
 
     twin_args = dict(semantic_size=None)
 
-    unused_keys = r'(head|head_dist|norm|fc_norm|recover)\..*|cls_token|dist_token'
-    fresh_keys = r'blocks\.\d+\.(pool\..*|centers)|recover\..*'
+    ignorable_keys = r'(head|head_dist|norm|fc_norm|recover)\..*|cls_token|dist_token'
+    newly_initialized_keys = r'blocks\.\d+\.(pool\..*|centers)|recover\..*'
 
     def __init__(
         self,
@@ -134,10 +136,10 @@ class STViTDeiT(PlainBackbone):
         for i in range(self.num_built):
             rate = drop_path_rate * i / max(last, 1)
             if i == self.pool_index:
-                block = PoolLayer(dims, semantic_size, pooling, drop_path=rate, **cross)
+                block = SemanticPoolBlock(dims, semantic_size, pooling, drop_path=rate, **cross)
             elif i == self.pool_index + 1:
                 centers = [-(-side // semantic_size) for side in self.pos_grid]
-                block = RefineLayer(
+                block = SemanticRefineBlock(
                     dims, semantic_size, tuple(centers) if global_centers else None,
                     refine_residual, drop_path=rate, **cross,
                 )  # fmt: skip

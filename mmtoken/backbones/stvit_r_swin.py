@@ -11,12 +11,17 @@ from typing import Literal, get_args
 import torch.nn as nn
 
 from ..arguments import as_tuple
-from ..layers.semantic import UNIT_DEPTH, Windowing
-from ..layers.stages import SemanticStage, SwinStage, classification_unit, dense_unit
-from ..layers.stem import ConvStem, PatchStem
-from ..layers.swin import PatchMerging
+from ..layers.common.stem import ConvStem, PatchStem
+from ..layers.common.swin import PatchMerging, SwinStage
+from ..layers.stvit.neighborhood import PadMask
+from ..layers.stvit.semantic_swin import (
+    UNIT_DEPTH,
+    SemanticStage,
+    WindowSpec,
+    classification_unit,
+    dense_unit,
+)
 from ..registry import MODELS
-from ..tokens.neighbourhood import PadMask
 from .swin_base import SwinBackbone, stage_drop_rates
 
 Form = Literal['dense', 'classification']
@@ -29,11 +34,11 @@ class STViTRSwin(SwinBackbone):
     """Swin whose third stage works on semantic tokens and recovers the image tokens.
 
     The third stage, which has most of the blocks, is made of units of six
-    (:func:`~mmtoken.layers.semantic.semantic_unit`); the other stages are plain Swin. The maps
+    (:func:`~mmtoken.layers.stvit.semantic_swin.semantic_unit`); the other stages are plain Swin. The maps
     have strides 4, 8, 16 and 32, and any image size is accepted.
 
     It comes in two forms with the same parameters: for dense prediction, where semantic attention
-    reaches the neighbourhood of a window, and for classification, where it reaches the whole image.
+    reaches the neighborhood of a window, and for classification, where it reaches the whole image.
     The released detectors start from classifiers of the other form.
 
     Padding: the padding of a batch is image like any other, as in Swin. The maps of the first two
@@ -58,7 +63,7 @@ class STViTRSwin(SwinBackbone):
         pad_mask: How padding is hidden from semantic attention. ``'released'`` is what the
             official checkpoints were trained with, slips included; ``'exact'`` hides padding and
             nothing else; ``None`` hides nothing. See
-            :class:`~mmtoken.tokens.neighbourhood.Neighbourhood`. Dense form only.
+            :class:`~mmtoken.layers.stvit.neighborhood.NeighborhoodSpec`. Dense form only.
         shortcut: Keep the freshly pooled tokens and add the first attention to them. By default
             True in the dense form, which knows nothing else, and False in the classification form,
             as released.
@@ -87,8 +92,8 @@ class STViTRSwin(SwinBackbone):
     twin_args = dict(semantic_size=None)
 
     # A classifier has the last of the output norms only.
-    unused_keys = r'norm\d\..*'
-    fresh_keys = r'norm\d\..*|.*\.num_batches_tracked'
+    ignorable_keys = r'norm\d\..*'
+    newly_initialized_keys = r'norm\d\..*|.*\.num_batches_tracked'
 
     def __init__(
         self,
@@ -118,7 +123,7 @@ class STViTRSwin(SwinBackbone):
         _check_form(form, stem, shortcut)
         super().__init__(arch, out_indices, frozen_stages, norm_eval, init_cfg)
 
-        windows = Windowing(window_size, semantic_size, pad_mask)
+        windows = WindowSpec(window_size, semantic_size, pad_mask)
         self.patch_embed = STEMS[stem](arch['embed_dims'], in_channels)
         self.layers = nn.ModuleList()
         for i, rates in enumerate(stage_drop_rates(drop_path_rate, depths)[: self.num_built]):

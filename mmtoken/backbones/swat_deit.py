@@ -11,13 +11,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..layers.cross_block import NORM_EPS
-from ..layers.recompute import run_block
-from ..layers.structured_stem import STRIDE, StructuredStem
-from ..layers.structured_vit import GridBlock, StructuredBlock
+from ..fast.tiles import chunked_apply
+from ..layers.common.utils import join_maps, run_block, to_map
+from ..layers.common.vit import NORM_EPS
+from ..layers.swat.blocks import GridBlock, StructuredBlock
+from ..layers.swat.stem import STRIDE, StructuredStem
 from ..registry import MODELS
-from ..tokens.maps import join_maps, to_map
-from ..tokens.tiles import tokenwise
 from .base import PlainBackbone, check_out_type
 
 OutType = Literal['map', 'avg_featmap']
@@ -66,7 +65,7 @@ class SWATDeiT(PlainBackbone):
     """
 
     twin_args = dict(structured=False)
-    unused_keys = r'(head|head_dist|norm|fc_norm)\..*|cls_token|dist_token'
+    ignorable_keys = r'(head|head_dist|norm|fc_norm)\..*|cls_token|dist_token'
     arch_keys = (*PlainBackbone.arch_keys, 'patch_size', 'mlp_kernel')
     arch_zoo = dict(
         tiny=dict(PlainBackbone.arch_zoo['tiny'], patch_size=16, mlp_kernel=5),
@@ -149,7 +148,7 @@ class SWATDeiT(PlainBackbone):
     def _tap(self, index: int, x: Tensor) -> Tensor:
         """The output behind one block."""
         if index == self.num_stages - 1:
-            x = tokenwise(self.norm, x, training=self.training, layers=(self.norm,))
+            x = chunked_apply(self.norm, x, training=self.training, layers=(self.norm,))
         return to_map(x) if self.out_type == 'map' else x.mean(dim=(1, 2))
 
 

@@ -10,12 +10,11 @@ from typing import NamedTuple
 
 import torch.nn as nn
 
-from ..layers.stages import SwinStage
-from ..layers.stem import PatchStem
-from ..layers.structured import StructuredMerging
-from ..layers.structured_stem import StructuredStem
-from ..layers.structured_swin import StructuredSwinBlock
-from ..layers.swin import PatchMerging
+from ..layers.common.stem import PatchStem
+from ..layers.common.swin import PatchMerging, SwinStage
+from ..layers.swat.blocks import StructuredSwinBlock
+from ..layers.swat.stem import StructuredStem
+from ..layers.swat.structured import StructuredMerging
 from ..registry import MODELS
 from .swin_base import SwinBackbone, stage_drop_rates
 
@@ -93,8 +92,8 @@ class SWATSwin(SwinBackbone):
     twin_args = dict(structured=False)
 
     # A classifier has the last of the output norms only.
-    unused_keys = r'norm\d\..*'
-    fresh_keys = r'norm\d\..*'
+    ignorable_keys = r'norm\d\..*'
+    newly_initialized_keys = r'norm\d\..*'
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch.nn as nn
 from torch import Tensor
 
-from ..tokens.maps import join_maps, to_map
+from ..layers.common.utils import join_maps, to_map
 from .base import TokenBackbone, resolve_arch
 
 

@@ -39,8 +39,8 @@ def load_into(
     and ``'module.'`` in front of names is dropped. Foreign names are recognised and made ours, and
     shapes brought to the module's, see :func:`~mmtoken.checkpoints.convert` and
     :func:`~mmtoken.checkpoints.fit.fit`; positions are laid out as in the file. The module may
-    declare two regular expressions: ``unused_keys``, names a file may have in excess, and
-    ``fresh_keys``, names it may lack.
+    declare two regular expressions: ``ignorable_keys``, names a file may have in excess, and
+    ``newly_initialized_keys``, names it may lack.
 
     Args:
         module: Where the weights go.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import inert_pickle
+from ..checkpoints import inert_pickle
 from .download import fetch, is_url, resolve
 
 WRAPPERS = ('state_dict', 'model', 'model_ema', 'teacher')  # the last is DINO's

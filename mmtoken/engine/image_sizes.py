@@ -9,8 +9,8 @@ from mmengine.model import BaseModel
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
+from ..layers.common.padding import note_sizes, noted_sizes
 from ..necks import GrainUnpoolNeck
-from ..tokens.padding import note_sizes, noted_sizes
 
 Size = tuple[int, int]  # height and width, in pixels
 

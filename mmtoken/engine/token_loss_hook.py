@@ -8,7 +8,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ..registry import HOOKS
-from ..tokens.sink import token_losses
+from ..runtime.aux_losses import token_losses
 from .image_sizes import follow_image_sizes
 
 _heard_any = False  # whether a model under this hook has published anything yet

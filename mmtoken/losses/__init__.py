@@ -2,6 +2,6 @@
 
 from .batch_shaping import BatchShapingLoss
 from .budget import BudgetLoss
-from .rate import RateLoss
+from .rate import CoarseRatioLoss
 
-__all__ = ['BatchShapingLoss', 'BudgetLoss', 'RateLoss']
+__all__ = ['BatchShapingLoss', 'BudgetLoss', 'CoarseRatioLoss']

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from mmengine.dist import all_gather, get_rank, get_world_size
 from torch import Tensor, nn
 
+from ..layers.common.positions import resample
 from ..registry import MODELS
-from ..tokens.positions import resample
 from .rate import check_open_interval, check_regions
-from .warm_up import WarmUp
+from .warm_up import WarmUpLoss
 
 
 def relaxed_bernoulli_cdf(x: Tensor, mean: Tensor, temperature: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def bin_grid(batches: Sequence[tuple[float, int, int]], min_samples: int) -> tup
 
 
 @MODELS.register_module()
-class BatchShapingLoss(WarmUp):
+class BatchShapingLoss(WarmUpLoss):
     """Compares how gates are distributed over a batch with a prior, position by position.
 
     A prior with most of its mass near 0 and 1 makes the gate decide, and decide otherwise for other

@@ -9,11 +9,11 @@ from mmengine.dist import all_reduce, get_world_size
 from torch import Tensor
 
 from ..registry import MODELS
-from .warm_up import WarmUp
+from .warm_up import WarmUpLoss
 
 
 @MODELS.register_module()
-class BudgetLoss(WarmUp):
+class BudgetLoss(WarmUpLoss):
     """``loss_weight * (beta - target)**2``, beta being the share of the full cost that is used.
 
     Beta is the cost of the routed network over that of the full one, each summed over the images

@@ -5,11 +5,11 @@ from mmengine.dist import all_reduce, get_world_size
 from torch import Tensor
 
 from ..registry import MODELS
-from .warm_up import WarmUp
+from .warm_up import WarmUpLoss
 
 
 @MODELS.register_module()
-class RateLoss(WarmUp):
+class CoarseRatioLoss(WarmUpLoss):
     """``loss_weight * (rate - target_coarse_ratio)**2``, rate being the mean of the soft gate.
 
     The mean is that over the regions of all GPUs. This is the simple alternative to

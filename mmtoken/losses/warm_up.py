@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from ..tokens.sink import recomputing
+from ..runtime.aux_losses import in_recompute
 
 
-class WarmUp(nn.Module):
+class WarmUpLoss(nn.Module):
     """Base of losses whose weight may rise linearly from 0.
 
     Args:
@@ -33,6 +33,6 @@ class WarmUp(nn.Module):
         if not self.warmup_iters:
             return self.loss_weight
         weight = self.loss_weight * (self.iterations / self.warmup_iters).clamp(max=1)
-        if self.training and torch.is_grad_enabled() and not recomputing():
+        if self.training and torch.is_grad_enabled() and not in_recompute():
             self.iterations += 1
         return weight

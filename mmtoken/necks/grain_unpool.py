@@ -10,14 +10,13 @@ from torch import Tensor
 
 from ..arguments import as_tuple
 from ..checkpoints.module import CheckpointedModule
-from ..layers.grained import GrainedBlock, TrainMode
-from ..layers.init import init_own
-from ..layers.spatial_reduction import SpatialReductionAttention
-from ..layers.usage import BUDGET, build_budget, publish_usage, usage_wanted
+from ..layers.common.padding import noted_sizes, padding_regions
+from ..layers.common.regions import make_region_layout
+from ..layers.common.utils import init_own, to_map
+from ..layers.dge.block import DynamicGranularityBlock, TrainMode
+from ..layers.dge.spatial_reduction import SpatialReductionAttention
+from ..losses.usage import BUDGET, build_budget, publish_usage, usage_wanted
 from ..registry import MODELS
-from ..tokens.maps import to_map
-from ..tokens.padding import noted_sizes, padding_regions
-from ..tokens.regions import lay_regions
 from .simple_feature_pyramid import XAVIER, Norm, SimpleFeaturePyramid
 
 INIT = [dict(type='TruncNormal', layer='Linear', std=0.02), XAVIER]
@@ -28,7 +27,7 @@ class GrainUnpoolNeck(CheckpointedModule):
     """Refine maps by transformer blocks that choose, region by region, how finely they look.
 
     Queries are few, and what becomes of them is un-pooled onto the map, see
-    :class:`~mmtoken.layers.grained.GrainedBlock`. With one map, of stride 16, a pyramid follows;
+    :class:`~mmtoken.layers.dge.block.DynamicGranularityBlock`. With one map, of stride 16, a pyramid follows;
     with several, each is refined and goes on as it is, for example to an ``FPN``::
 
         neck=[
@@ -49,7 +48,7 @@ class GrainUnpoolNeck(CheckpointedModule):
         sr_ratios: Side of the patch that becomes one key, in tokens, for all maps or for each.
         mlp_ratio: Hidden channels of an MLP over those of its map.
         granularities, region_size, train_mode: As for
-            :class:`~mmtoken.layers.grained.GrainedBlock`. ``(1,)`` gives the dense twin.
+            :class:`~mmtoken.layers.dge.block.DynamicGranularityBlock`. ``(1,)`` gives the dense twin.
         budget: Config of the loss that keeps the number of queries down; with it, training needs
             :class:`mmtoken.TokenLossHook`. None leaves routers to the task's loss.
         qkv_bias: Biases for queries, keys and values.
@@ -97,7 +96,7 @@ class GrainUnpoolNeck(CheckpointedModule):
         self.in_channels = widths
         self.stages = nn.ModuleList(
             nn.ModuleList(
-                GrainedBlock(
+                DynamicGranularityBlock(
                     dims,
                     SpatialReductionAttention(dims, count, ratio, qkv_bias),
                     int(dims * mlp_ratio),
@@ -156,12 +155,12 @@ class GrainUnpoolNeck(CheckpointedModule):
             publish_usage(usages, 0.0, self.budget, prefix='neck_')
         return tuple(maps) if self.pyramid is None else self.pyramid(maps)
 
-    def find_padding(self, x: Tensor, block: GrainedBlock) -> Tensor | None:
+    def find_padding(self, x: Tensor, block: DynamicGranularityBlock) -> Tensor | None:
         """Regions of a map that are padding, ``(B, Hr, Wr)``; None if nobody told."""
         sizes = noted_sizes(x)
         if sizes is None or block.router is None:
             return None
-        regions = lay_regions(
+        regions = make_region_layout(
             (x.shape[2], x.shape[3]), block.granularities, block.region_size, device=x.device
         )
         return padding_regions(sizes, 1, regions)

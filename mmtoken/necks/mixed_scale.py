@@ -5,16 +5,16 @@ from collections.abc import Sequence
 from mmengine.model import ModuleList
 from torch import Tensor
 
-from ..layers.coarse_refine import CoarseRefine
+from ..layers.common.packed import SparseFeatures
+from ..layers.msvit.mixed_scale import restore_map
+from ..layers.msvit.refine import CoarseRefine
 from ..registry import MODELS
-from ..tokens.mixed_scale import restore_map
-from ..tokens.packed import SparseFeatures
 from .simple_feature_pyramid import SCALES, XAVIER, Norm, one_width
-from .token_pyramid import TokenPyramid
+from .token_pyramid import SparseFeaturePyramid
 
 
 @MODELS.register_module()
-class MixedScaleNeck(TokenPyramid):
+class MixedScaleNeck(SparseFeaturePyramid):
     """The maps of :class:`mmtoken.MSViT` restored in the neck, for ``out_type='tokens'``.
 
     Each coarse token is copied to all places of its region, which gives the maps that the backbone
@@ -26,7 +26,7 @@ class MixedScaleNeck(TokenPyramid):
     Args:
         in_channels: Channels of a token, a multiple of 4.
         refine: Refine each map knowing where it was coarse, see
-            :class:`~mmtoken.layers.coarse_refine.CoarseRefine`. It starts as the identity.
+            :class:`~mmtoken.layers.msvit.refine.CoarseRefine`. It starts as the identity.
         out_channels, num_outs, multi_level, norm, scales: The pyramid, see
             :class:`mmtoken.SimpleFeaturePyramid`.
         init_cfg: MMEngine's initialisation config.

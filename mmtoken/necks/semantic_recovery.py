@@ -5,18 +5,18 @@ from collections.abc import Sequence
 import torch.nn as nn
 from torch import Tensor
 
-from ..layers.recovery import SemanticRecovery
+from ..layers.common.packed import SparseFeatures, unpack_equal
+from ..layers.common.utils import to_map
+from ..layers.stvit.semantic_vit import SemanticRecovery
 from ..registry import MODELS
-from ..tokens.maps import to_map
-from ..tokens.packed import SparseFeatures, unpack_equal
 from .simple_feature_pyramid import SCALES, XAVIER, Norm, one_width
-from .token_pyramid import TokenPyramid
+from .token_pyramid import SparseFeaturePyramid
 
 INIT = [dict(type='TruncNormal', layer='Linear', std=0.02), XAVIER]
 
 
 @MODELS.register_module()
-class SemanticRecoveryNeck(TokenPyramid):
+class SemanticRecoveryNeck(SparseFeaturePyramid):
     """The recovery of :class:`mmtoken.STViTDeiT` in the neck, for ``out_type='tokens'``.
 
     The layers are those the backbone has with ``out_type='map'``, one for each tap that is used,

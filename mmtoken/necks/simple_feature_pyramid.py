@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..arguments import as_tuple
 from ..checkpoints.module import CheckpointedModule
+from ..layers.swat.planes import unfold_planes
 from ..registry import MODELS
-from ..tokens.planes import unfold_planes
 
 Norm = Literal['LN', 'BN'] | None
 SCALES = (4.0, 2.0, 1.0, 0.5)

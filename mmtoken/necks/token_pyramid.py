@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..tokens.packed import SparseFeatures
+from ..layers.common.packed import SparseFeatures
 from .simple_feature_pyramid import SimpleFeaturePyramid
 
 
-class TokenPyramid(SimpleFeaturePyramid):
+class SparseFeaturePyramid(SimpleFeaturePyramid):
     """Restore the taps in use to maps, then build a pyramid from these.
 
     Subclasses say how in :meth:`restore`, and in ``restore_args`` which arguments they have for it.

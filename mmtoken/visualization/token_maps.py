@@ -11,8 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ..tokens.record import Decision
-from .decisions import (
+from ..analysis.decisions import (
     image_coarse_ratios,
     image_ratios,
     mean_density,
@@ -20,6 +19,7 @@ from .decisions import (
     real_regions,
     split_stages,
 )
+from ..runtime.decisions import RoutingDecision
 
 COLOURS = 'viridis'
 OVERLAY = 0.7  # opacity of the colours over the picture
@@ -32,13 +32,15 @@ MIN_CELL = 2.0  # side of a cell on the page, in points, below which its border 
 INCH = 72  # points
 
 
-def draw_stages(picture: np.ndarray, decisions: Sequence[Decision], image: int = 0) -> Figure:
+def draw_stages(
+    picture: np.ndarray, decisions: Sequence[RoutingDecision], image: int = 0
+) -> Figure:
     """A panel for each stage: the mean over its blocks of queries per token, region by region.
 
     Args:
         picture: What the network saw, padding included, ``(H, W, 3)``, uint8.
         decisions: Of all blocks, in their order, as
-            :func:`~mmtoken.tokens.record.record_routing` gives them.
+            :func:`~mmtoken.runtime.decisions.record_routing` gives them.
         image: Which of the batch.
     """
     stages = split_stages(decisions)
@@ -51,7 +53,9 @@ def draw_stages(picture: np.ndarray, decisions: Sequence[Decision], image: int =
     return figure
 
 
-def draw_blocks(picture: np.ndarray, decisions: Sequence[Decision], image: int = 0) -> Figure:
+def draw_blocks(
+    picture: np.ndarray, decisions: Sequence[RoutingDecision], image: int = 0
+) -> Figure:
     """A panel for each block: its cells, coloured by queries per token, and their borders.
 
     Args:
@@ -70,7 +74,7 @@ def draw_blocks(picture: np.ndarray, decisions: Sequence[Decision], image: int =
     return figure
 
 
-def draw_tokens(picture: np.ndarray, decision: Decision, image: int = 0) -> Figure:
+def draw_tokens(picture: np.ndarray, decision: RoutingDecision, image: int = 0) -> Figure:
     """The tokens of a network that chooses once, such as MSViT: their borders over the image.
 
     Args:
@@ -104,7 +108,7 @@ def stride_of(shape: tuple[int, int], grid: tuple[int, int]) -> int:
     return (powers or fitting or [largest])[0]
 
 
-def cell_borders(decision: Decision, image: int, level: int) -> np.ndarray:
+def cell_borders(decision: RoutingDecision, image: int, level: int) -> np.ndarray:
     """Borders of the cells of one granularity in the regions that chose it.
 
     Args:
@@ -115,7 +119,7 @@ def cell_borders(decision: Decision, image: int, level: int) -> np.ndarray:
     Returns:
         Line segments from ``(x, y)`` to ``(x, y)``, in tokens: ``(S, 2, 2)``.
     """
-    size, side = decision.region_size, decision.sides[level]
+    size, side = decision.region_size, decision.granularities[level]
     height, width = decision.grid
     chosen = (decision.choice[image] == level) & real_regions(decision)[image].to(
         decision.choice.device
@@ -152,7 +156,7 @@ def _make_figure(picture: np.ndarray, number: int) -> tuple[Figure, list[Axes]]:
 def _draw_density(
     ax: Axes,
     picture: np.ndarray,
-    blocks: list[Decision],
+    blocks: list[RoutingDecision],
     image: int,
     stride: int,
     opacity: float = OVERLAY,
@@ -181,14 +185,14 @@ def _draw_density(
 def _draw_cells(
     ax: Axes,
     picture: np.ndarray,
-    decision: Decision,
+    decision: RoutingDecision,
     image: int,
     stride: int,
     width: float = THIN,
 ) -> None:
     """Borders of cells, ``width`` points wide, those of the finest cells brightest."""
     points_per_pixel = math.sqrt(PANEL_AREA / math.prod(picture.shape[:2])) * INCH
-    for level, side in reversed(list(enumerate(decision.sides))):
+    for level, side in reversed(list(enumerate(decision.granularities))):
         if side * stride * points_per_pixel >= MIN_CELL:
             borders = cell_borders(decision, image, level) * stride - 0.5
             brightness = 0.8 / (level + 1)
@@ -196,9 +200,9 @@ def _draw_cells(
 
 
 def _draw_scale(
-    figure: Figure, axes: list[Axes], decisions: Sequence[Decision], opacity: float = OVERLAY
+    figure: Figure, axes: list[Axes], decisions: Sequence[RoutingDecision], opacity: float = OVERLAY
 ) -> None:
-    sides = sorted({side for decision in decisions for side in decision.sides})
+    sides = sorted({side for decision in decisions for side in decision.granularities})
     mappable = ScalarMappable(_norm(decisions), COLOURS)
     bar = figure.colorbar(mappable, ax=axes, alpha=opacity, label=ratio_unit(decisions), shrink=0.8)
     bar.set_ticks([1 / side**2 for side in sides], minor=False)
@@ -206,11 +210,11 @@ def _draw_scale(
     bar.set_ticklabels([f'1/{side**2}' if side > 1 else '1' for side in sides])
 
 
-def _norm(decisions: Sequence[Decision]) -> LogNorm:
+def _norm(decisions: Sequence[RoutingDecision]) -> LogNorm:
     """The same for all images and stages: from the coarsest granularity alone to the finest."""
-    coarsest = max(max(decision.sides) for decision in decisions)
+    coarsest = max(max(decision.granularities) for decision in decisions)
     return LogNorm(1 / max(coarsest, 2) ** 2, 1, clip=True)
 
 
-def _ratio(blocks: Sequence[Decision], image: int) -> str:
+def _ratio(blocks: Sequence[RoutingDecision], image: int) -> str:
     return f'{image_ratios(blocks)[image].item():.2f} queries per token'

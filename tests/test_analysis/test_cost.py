@@ -4,7 +4,7 @@ from torch import nn
 
 from mmtoken.analysis import measure_cost
 from mmtoken.analysis.cost import macs_by_stage, stage_names
-from mmtoken.tokens.reference import on_reference_path
+from mmtoken.runtime.reference import on_reference_path
 
 
 class Attention(nn.Module):

@@ -18,7 +18,7 @@ from mmtoken.analysis.layout_search import (
     plain_layout,
 )
 from mmtoken.backbones.psvit import PSViT
-from mmtoken.tokens.reference import reference_path
+from mmtoken.runtime.reference import reference_path
 
 TINY = LayoutSpace((2, 3), depth=4, max_group=2)
 COSTS = LayerCosts(fixed=10, leading=(5, 4, 3), following=(4, 2, 1))

@@ -14,7 +14,7 @@ import mmtoken
 from mmtoken.analysis import count_macs, dense_twin
 from mmtoken.analysis.subject import load_config, make_subject
 from mmtoken.registry import MODELS
-from mmtoken.tokens.reference import reference_path
+from mmtoken.runtime.reference import reference_path
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / 'configs' / 'shapes'
 SWIN = dict(embed_dims=16, depths=(2, 1, 6, 1), num_heads=(1, 2, 2, 4))

@@ -80,7 +80,7 @@ def test_mixed_precision_serves_networks_that_make_float32_tensors():
 
 
 def test_training_adds_the_losses_of_routers():
-    from mmtoken.tokens.sink import publish
+    from mmtoken.runtime.aux_losses import publish
 
     class Router(nn.Linear):
         gradients = []

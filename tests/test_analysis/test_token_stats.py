@@ -8,13 +8,13 @@ from mmseg.structures import SegDataSample
 
 from mmtoken.analysis.token_stats import annotated, collect, object_regions
 from mmtoken.analysis.watch import Watched
-from mmtoken.tokens.record import Decision
+from mmtoken.runtime.decisions import RoutingDecision
 
 IMAGES = torch.zeros(1, 3, 16, 24)  # 4 x 6 tokens of 4 pixels: one whole region and half of one
 
 
 def decide(*choice, grid=(4, 6)):
-    return Decision(torch.tensor([[choice]]), (1, 2, 4), 4, grid, None)
+    return RoutingDecision(torch.tensor([[choice]]), (1, 2, 4), 4, grid, None)
 
 
 def test_regions_are_objects_by_half_of_their_pixels():
@@ -55,7 +55,7 @@ def test_gates_that_choose_once():
         choice = torch.tensor([choice]).view(1, 2, 3)
         padding = torch.zeros(1, 2, 3, dtype=torch.bool)
         padding[0, :, 2] = True  # always coarse
-        return Decision(choice, (1, 2), 2, (4, 6), padding, once=True)
+        return RoutingDecision(choice, (1, 2), 2, (4, 6), padding, per_network=True)
 
     objects = torch.zeros(1, 16, 24, dtype=torch.bool)
     objects[:, :8] = True

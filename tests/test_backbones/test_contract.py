@@ -11,8 +11,8 @@ from torch import nn
 
 import mmtoken
 from mmtoken import backbones
-from mmtoken.layers.grained import GrainRouter
-from mmtoken.layers.scale_gate import ScaleGate
+from mmtoken.layers.dge.block import GranularityRouter
+from mmtoken.layers.msvit.gate import ScaleGate
 from mmtoken.registry import MODELS
 
 SWIN = dict(embed_dims=16, depths=(2, 1, 6, 1), num_heads=(1, 2, 2, 4))
@@ -268,7 +268,7 @@ def wake(model):
             with torch.no_grad():
                 parameter.add_(torch.empty_like(parameter).uniform_(0.2, 0.6, generator=generator))
     for module in model.modules():
-        if isinstance(module, GrainRouter):
+        if isinstance(module, GranularityRouter):
             with torch.no_grad():
                 module.gate.weight.normal_(0, 0.3, generator=generator)
                 module.gate.bias.normal_(0, 0.1, generator=generator)

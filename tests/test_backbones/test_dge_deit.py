@@ -8,9 +8,9 @@ from torch import nn
 
 import mmtoken
 from mmtoken.backbones import DGEDeiT
-from mmtoken.layers import grained
-from mmtoken.tokens.record import record_routing
-from mmtoken.tokens.routing import routing_override
+from mmtoken.layers.common.routing import routing_override
+from mmtoken.layers.dge import block as grained
+from mmtoken.runtime.decisions import record_routing
 
 DATA = Path(__file__).parent.parent / 'data'
 VIT = dict(embed_dims=32, num_layers=4, num_heads=2, feedforward_channels=48)
@@ -32,7 +32,7 @@ def stir(model):
 
 def choose(model, level):
     for module in model.modules():
-        if isinstance(module, grained.GrainRouter):
+        if isinstance(module, grained.GranularityRouter):
             with torch.no_grad():
                 module.gate.weight.zero_()
                 module.gate.bias.fill_(-100)[level] = 100
@@ -124,7 +124,7 @@ def test_released_budget():
     golden = np.load(DATA / 'dge_budget_full_models.npz')
     with torch.device('meta'):
         model = DGEDeiT('small', cls_token=True, img_size=256, budget=LEGACY)
-    regions = grained.lay_regions((16, 16), (1, 2, 4), 4, num_extra=1)
+    regions = grained.make_region_layout((16, 16), (1, 2, 4), 4, num_prefix_tokens=1)
     for level, side in enumerate((1, 2, 4)):
         static = dynamic = model.constant_complexity(torch.tensor([[256, 256]]))
         gates = nn.functional.one_hot(torch.full((1, 4, 4), level), 3)
@@ -143,7 +143,7 @@ def test_budget_of_a_forward_pass_is_that_of_its_blocks():
         model(torch.randn(2, 3, 128, 64))
     ((static, dynamic),) = asked
     constant = model.constant_complexity(torch.tensor([[128, 64]]))
-    regions = grained.lay_regions((8, 4), (1, 2, 4), 4, num_extra=1)
+    regions = grained.make_region_layout((8, 4), (1, 2, 4), 4, num_prefix_tokens=1)
     gates = nn.functional.one_hot(torch.ones(1, 2, 1, dtype=torch.long), 3)
     usages = [block.measure(gates, regions, None) for block in model.blocks]
     assert static.tolist() == [(constant + sum(u.static for u in usages)).item()] * 2
@@ -190,9 +190,11 @@ def test_forgotten_hook():
 @pytest.mark.parametrize('with_cp', [False, True])
 def test_routers_learn_from_both_losses(with_cp, monkeypatch):
     added = []
-    add = mmtoken.tokens.sink.Sink.add
+    add = mmtoken.runtime.aux_losses.AuxLossCollector.add
     monkeypatch.setattr(
-        mmtoken.tokens.sink.Sink, 'add', lambda *args: added.append(args[1]) or add(*args)
+        mmtoken.runtime.aux_losses.AuxLossCollector,
+        'add',
+        lambda *args: added.append(args[1]) or add(*args),
     )
     model = stir(make(with_cp=with_cp, drop_path_rate=0.0)).train()
     with mmtoken.token_losses() as published:

@@ -11,11 +11,11 @@ from torch.utils.checkpoint import checkpoint
 
 import mmtoken
 from mmtoken.backbones import DGEDPVT, DGEPVT
-from mmtoken.layers import grained
+from mmtoken.layers.common import routing
+from mmtoken.layers.common.routing import routing_override
+from mmtoken.layers.dge import block as grained
 from mmtoken.losses import BudgetLoss
-from mmtoken.tokens import routing
-from mmtoken.tokens.record import record_routing
-from mmtoken.tokens.routing import routing_override
+from mmtoken.runtime.decisions import record_routing
 
 DATA = Path(__file__).parent.parent / 'data'
 PYRAMID = dict(
@@ -46,7 +46,7 @@ def stir(model):
 def choose(model, level):
     """Let all routers choose one granularity, whatever they see."""
     for module in model.modules():
-        if isinstance(module, grained.GrainRouter):
+        if isinstance(module, grained.GranularityRouter):
             with torch.no_grad():
                 module.gate.weight.zero_()
                 module.gate.bias.fill_(-100)[level] = 100
@@ -113,7 +113,7 @@ def test_released_budget(arch):
         for stage in model.layers:
             grid = (256 // stage.stride,) * 2
             extra = int(stage.cls_token is not None)
-            regions = grained.lay_regions(grid, (1, 2, 4), 4, extra)
+            regions = grained.make_region_layout(grid, (1, 2, 4), 4, extra)
             gates = nn.functional.one_hot(torch.full((1, *regions.shape), level), 3)
             for block in stage.blocks:
                 usage = block.measure(gates, regions, None)
@@ -182,7 +182,7 @@ def test_other_granularities(granularities, size):
         loss = sum(map_.square().mean() for map_ in model(image))
     (loss + published.total()).backward()
     assert len(record) == 5
-    assert all(decision.sides == tuple(granularities) for decision in record)
+    assert all(decision.granularities == tuple(granularities) for decision in record)
     assert {0, 1} == set(torch.cat([d.choice.flatten() for d in record]).tolist())
     gates = [p for name, p in model.named_parameters() if 'router' in name]
     assert len(gates) == 10
@@ -197,7 +197,7 @@ def test_inference_and_training_are_the_same_function():
         for train_mode in ('exact', 'dense', 'sparse', None):
             model.train(train_mode is not None)
             for block in model.modules():
-                if isinstance(block, grained.GrainedBlock):
+                if isinstance(block, grained.DynamicGranularityBlock):
                     block.train_mode = train_mode
             quiet = nullcontext() if train_mode else torch.no_grad()
             with quiet, mmtoken.token_losses(), routing_override(query_ratio=0.5):
@@ -265,7 +265,9 @@ def test_published_once(with_cp, outside, monkeypatch):
     """Also when backward makes everything again while somebody collects."""
     added = []
     monkeypatch.setattr(
-        mmtoken.tokens.sink.Sink, 'add', lambda sink, name, value: added.append((name, value))
+        mmtoken.runtime.aux_losses.AuxLossCollector,
+        'add',
+        lambda sink, name, value: added.append((name, value)),
     )
     model = stir(make(with_cp=with_cp)).train()
     image = torch.randn(2, 3, 128, 128, requires_grad=True)
@@ -321,7 +323,7 @@ def test_budget_is_built_from_its_config():
 
 
 def assert_new_routers(model):
-    gates = [m.gate for m in model.modules() if isinstance(m, grained.GrainRouter)]
+    gates = [m.gate for m in model.modules() if isinstance(m, grained.GranularityRouter)]
     assert len(gates) == 5
     for gate in gates:
         assert gate.bias.tolist() == pytest.approx([1.8188, -1.8188, -1.8188], abs=1e-4)

@@ -17,12 +17,12 @@ from torch.utils._pytree import tree_map_only
 import mmtoken
 from mmtoken.analysis import count_macs
 from mmtoken.backbones import MSViT, msvit
-from mmtoken.layers.scale_gate import ScaleGate
-from mmtoken.tokens.attention import packed_attention
-from mmtoken.tokens.mixed_scale import restore_map
-from mmtoken.tokens.record import record_routing
-from mmtoken.tokens.reference import reference_path
-from mmtoken.tokens.routing import routing_override
+from mmtoken.layers.common.attention import varlen_attention
+from mmtoken.layers.common.routing import routing_override
+from mmtoken.layers.msvit.gate import ScaleGate
+from mmtoken.layers.msvit.mixed_scale import restore_map
+from mmtoken.runtime.decisions import record_routing
+from mmtoken.runtime.reference import reference_path
 
 DATA = Path(__file__).parent.parent / 'data'
 VIT = dict(embed_dims=32, num_layers=4, num_heads=2, feedforward_channels=48)
@@ -329,7 +329,7 @@ def test_tokens_are_few(kwargs, size):
                 )
                 choice = record[0].choice.flatten(1)
                 expected = int(torch.where(choice == 1, 1, per_region).sum())
-            assert seen == [expected + 3 * model.num_extra] * 4
+            assert seen == [expected + 3 * model.num_prefix_tokens] * 4
 
 
 @pytest.mark.parametrize('freeze', ['stage', 'parameters', 'no_grad'])
@@ -435,7 +435,7 @@ def test_windows_of_the_twin(size, global_blocks):
 
 def alone(block, tokens):
     lengths = [len(tokens)]
-    return block(tokens, partial(packed_attention, lengths=lengths), lengths)
+    return block(tokens, partial(varlen_attention, lengths=lengths), lengths)
 
 
 @pytest.mark.parametrize('training', [False, True])
@@ -539,7 +539,7 @@ def test_temperature_is_of_gradients_alone():
 
 
 def test_other_losses():
-    loss = dict(type='mmtoken.RateLoss', target_coarse_ratio=0.25, loss_weight=2.0)
+    loss = dict(type='mmtoken.CoarseRatioLoss', target_coarse_ratio=0.25, loss_weight=2.0)
     model = stir(make(gate=dict(loss=loss))).train()
     _, _, published = run(model, torch.randn(2, 3, 128, 128))
     assert list(published) == ['loss_gate', 'coarse_ratio']
@@ -577,7 +577,9 @@ def test_one_decision(training):
     _, record, _ = run(model, torch.randn(2, 3, 100, 150))
     (decision,) = record
     assert decision.choice.shape == decision.padding.shape == (2, 2, 3)
-    assert decision.sides == (1, 4) and decision.region_size == 4 and decision.grid == (7, 10)
+    assert (
+        decision.granularities == (1, 4) and decision.region_size == 4 and decision.grid == (7, 10)
+    )
     assert not decision.padding.any()
     assert not run(make(**MSViT.twin_args), torch.randn(1, 3, 64, 64))[1]
 
@@ -593,7 +595,9 @@ def test_new_gates_leave_nearly_all_fine():
 
 def test_padding_is_not_counted():
     """An image of 3 x 2 regions, alone and with padding around."""
-    model = stir(make(gate=dict(loss=dict(type='mmtoken.RateLoss', target_coarse_ratio=0.9))))
+    model = stir(
+        make(gate=dict(loss=dict(type='mmtoken.CoarseRatioLoss', target_coarse_ratio=0.9)))
+    )
     nn.init.constant_(model.gate.layers[-1].bias, -1e4)  # nothing is coarse that need not be
     asked = []
     model.gate_loss.register_forward_hook(lambda module, args, out: asked.append(args[1]))
@@ -629,9 +633,11 @@ def test_padding_teaches_gates_nothing():
 @pytest.mark.parametrize('train_mode', MODES)
 def test_recomputation_keeps_choices_and_loss(train_mode, monkeypatch):
     added = []
-    add = mmtoken.tokens.sink.Sink.add
+    add = mmtoken.runtime.aux_losses.AuxLossCollector.add
     monkeypatch.setattr(
-        mmtoken.tokens.sink.Sink, 'add', lambda *args: added.append(args[1]) or add(*args)
+        mmtoken.runtime.aux_losses.AuxLossCollector,
+        'add',
+        lambda *args: added.append(args[1]) or add(*args),
     )
     plain = stir(make(train_mode=train_mode, drop_path_rate=0.4)).train()
     images, results = torch.randn(3, 3, 100, 128), []

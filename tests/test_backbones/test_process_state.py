@@ -13,9 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmtoken
 from mmtoken import backbones
-from mmtoken.tokens import record, routing, shared_attention, sink
-from mmtoken.tokens.plan import PLANS
-from mmtoken.tokens.record import record_routing
+from mmtoken.layers.common import routing
+from mmtoken.layers.common.cache import PLANS
+from mmtoken.layers.psvit import shared_attention
+from mmtoken.runtime import aux_losses as sink
+from mmtoken.runtime import decisions as record
+from mmtoken.runtime.decisions import record_routing
 
 SWIN = dict(embed_dims=8, depths=(1, 2, 6), num_heads=(1, 2, 2))
 VIT = dict(embed_dims=32, num_layers=3, num_heads=2, feedforward_channels=48)
@@ -303,7 +306,7 @@ def test_no_float64(name):
 
 
 def test_no_float64_in_other_losses_and_necks():
-    rate = dict(type='mmtoken.RateLoss', warmup_iters=3)
+    rate = dict(type='mmtoken.CoarseRatioLoss', warmup_iters=3)
     gated = backbones.MSViT(**CONFIGS['MSViT'], gate=dict(loss=rate))
     neck = MODELS.build(dict(type='mmtoken.GrainUnpoolNeck', in_channels=32, num_heads=2))
     with NoFloat64(), mmtoken.token_losses() as published:
@@ -317,7 +320,7 @@ def test_nothing_is_measured_that_nobody_uses(name, monkeypatch):
     def fail(*_):
         raise AssertionError
 
-    monkeypatch.setattr('mmtoken.layers.grained.GrainedBlock.measure', fail)
+    monkeypatch.setattr('mmtoken.layers.dge.block.GrainedBlock.measure', fail)
     model = build(name)
     with torch.no_grad():
         model.eval()(IMAGE)

@@ -5,7 +5,7 @@ from torch import nn
 
 from mmtoken.analysis import count_macs
 from mmtoken.backbones import STViTDeiT
-from mmtoken.tokens.packed import unpack_equal
+from mmtoken.layers.common.packed import unpack_equal
 
 VIT = dict(embed_dims=32, num_layers=6, num_heads=2, feedforward_channels=48)
 SMALL = dict(arch=VIT, base_layers=2, img_size=80)

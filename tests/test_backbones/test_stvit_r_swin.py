@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from mmtoken.analysis import count_macs
 from mmtoken.backbones import STViTRSwin
 from mmtoken.backbones.stvit_r_swin import Form
-from mmtoken.layers import semantic
-from mmtoken.layers.semantic_global import inner_patches
-from mmtoken.tokens.reference import reference_path
-from mmtoken.tokens.windows import window_index
+from mmtoken.layers.common.windows import window_index
+from mmtoken.layers.stvit import semantic_swin as semantic
+from mmtoken.layers.stvit.semantic_swin import clamped_patches
+from mmtoken.runtime.reference import reference_path
 
 DATA = Path(__file__).parent.parent / 'data'
 SWIN = dict(embed_dims=16, depths=(1, 1, 6, 1), num_heads=(1, 2, 2, 4))
@@ -194,7 +194,7 @@ def test_tokens_are_saved():
 
 def test_exact_mask_ignores_what_lies_in_the_padding():
     """Poisoned padding must not change the maps; with the released mask it may."""
-    original = semantic.attend_groups
+    original = semantic.neighborhood_attention
 
     def poisoned(query, key_value, *args):
         key_value = torch.cat([key_value[:, :-1], key_value[:, -1:] + 100], dim=1)
@@ -257,7 +257,7 @@ def test_three_stages(form):
 @pytest.mark.parametrize('window', [7, 8])
 def test_patches_of_a_classifier_lie_around_their_windows(grid, window):
     """The released constants, 10 and 4, hold for 14 x 14 tokens only."""
-    patches = inner_patches(grid, window + window // 2, window)
+    patches = clamped_patches(grid, window + window // 2, window)
     assert patches.min() >= 0 and patches.max() < grid[0] * grid[1]
     for patch, tokens in zip(patches, window_index(grid, window), strict=True):
         real = tokens[tokens < grid[0] * grid[1]]

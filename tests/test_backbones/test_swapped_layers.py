@@ -18,11 +18,11 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import mmtoken
-from mmtoken.layers.grained import GrainRouter
-from mmtoken.layers.scale_gate import ScaleGate
+from mmtoken.fast import tiles
+from mmtoken.layers.dge.block import GranularityRouter
+from mmtoken.layers.msvit.gate import ScaleGate
 from mmtoken.registry import MODELS
-from mmtoken.tokens import tiles
-from mmtoken.tokens.reference import reference_path
+from mmtoken.runtime.reference import reference_path
 
 SWIN = dict(embed_dims=16, depths=(2, 1, 6, 1), num_heads=(1, 2, 2, 4))
 VIT = dict(embed_dims=32, num_layers=4, num_heads=2, feedforward_channels=48)
@@ -100,7 +100,7 @@ def build(name):
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.uniform_(-0.5, 0.5)
                 module.running_var.uniform_(0.5, 2)
-            if isinstance(module, (GrainRouter, ScaleGate)):
+            if isinstance(module, (GranularityRouter, ScaleGate)):
                 last = [m for m in module.modules() if isinstance(m, nn.Linear)][-1]
                 last.weight.normal_()
                 last.bias.zero_()

@@ -13,7 +13,7 @@ from torch import nn
 
 from mmtoken.analysis import count_macs
 from mmtoken.backbones.swat_deit import SWATDeiT
-from mmtoken.tokens.reference import reference_path
+from mmtoken.runtime.reference import reference_path
 
 DATA = Path(__file__).parents[1] / 'data'
 ARCH = dict(

@@ -9,8 +9,8 @@ from torch import nn
 
 from mmtoken.analysis import count_macs
 from mmtoken.backbones.swat_swin import SWATSwin
-from mmtoken.layers.structured import StructuredLinear, StructuredMlp
-from mmtoken.tokens.reference import reference_path
+from mmtoken.layers.swat.structured import StructuredLinear, StructuredMlp
+from mmtoken.runtime.reference import reference_path
 
 DATA = Path(__file__).parent.parent / 'data'
 SWIN = dict(embed_dims=32, depths=(2, 2, 3, 2), num_heads=(1, 2, 2, 4))

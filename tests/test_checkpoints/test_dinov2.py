@@ -21,7 +21,7 @@ UNSCALED = dict(init_values=None)
 class MixedViT(nn.Module):
     """Has the names of a plain ViT of mixed-scale tokens, and computes as one of a single scale."""
 
-    unused_keys = r'(head|norm|fc_norm)\..*|cls_token'
+    ignorable_keys = r'(head|norm|fc_norm)\..*|cls_token'
 
     def __init__(
         self, layer_scale=True, num_registers=0, cls_token=True, pos_grid=(4, 4), patch_size=14
@@ -54,7 +54,7 @@ class MixedViT(nn.Module):
 class LenientViT(MixedViT):
     """May lack what a ViT has not, so names of timm pass for its own."""
 
-    fresh_keys = r'(gate|gate_loss|patch_embed_coarse)\..*'
+    newly_initialized_keys = r'(gate|gate_loss|patch_embed_coarse)\..*'
 
 
 def timm_vit(num_registers=0, **kwargs):

@@ -8,8 +8,8 @@ from mmtoken.checkpoints import Report, convert, detect_source, load_into
 
 
 class Net(nn.Linear):
-    unused_keys = r'head\..*'
-    fresh_keys = r'bias'
+    ignorable_keys = r'head\..*'
+    newly_initialized_keys = r'bias'
 
 
 @pytest.mark.parametrize('wrapper', [None, 'state_dict', 'model'])

@@ -14,7 +14,7 @@ from mmtoken.backbones.swat_deit import SWATDeiT
 from mmtoken.backbones.swat_swin import SWATSwin
 from mmtoken.checkpoints import Report, fit_to, load_into
 from mmtoken.checkpoints.structure import LIFT, structure_layers
-from mmtoken.tokens.reference import reference_path
+from mmtoken.runtime.reference import reference_path
 
 from .test_swin import to_microsoft
 
@@ -39,8 +39,8 @@ def settle(model):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             scale = 1.5 * parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.3
-            centre = 1.0 if 'norm' in name and name.endswith('weight') else 0.0
-            parameter.normal_(centre, scale)
+            center = 1.0 if 'norm' in name and name.endswith('weight') else 0.0
+            parameter.normal_(center, scale)
     model.eval()
     return model
 

@@ -15,9 +15,9 @@ from torch import nn
 
 import mmtoken
 from mmtoken.engine.image_sizes import sizes_of_samples
+from mmtoken.layers.common.padding import noted_sizes, valid_size
 from mmtoken.necks import GrainUnpoolNeck
-from mmtoken.tokens.padding import noted_sizes, valid_size
-from mmtoken.tokens.record import record_routing
+from mmtoken.runtime.decisions import record_routing
 
 
 def samples(*metas):

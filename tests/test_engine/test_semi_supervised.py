@@ -11,8 +11,8 @@ from mmengine.structures import InstanceData
 from mmengine.utils import import_modules_from_strings
 
 from mmtoken.engine import TokenLossHook
-from mmtoken.tokens import routing
-from mmtoken.tokens.record import record_routing
+from mmtoken.layers.common import routing
+from mmtoken.runtime.decisions import record_routing
 
 PVT = dict(
     type='mmtoken.DGEPVT',

@@ -16,7 +16,7 @@ from torch import nn
 import mmtoken
 from mmtoken.engine import TokenLossHook
 from mmtoken.losses import BudgetLoss
-from mmtoken.tokens.sink import publish, wanted
+from mmtoken.runtime.aux_losses import publish, should_publish
 
 TOKEN_LOSSES = dict(type='mmtoken.TokenLossHook')
 
@@ -30,7 +30,7 @@ class Backbone(nn.Module):
         self.budget = BudgetLoss(target=0.5, warmup_iters=4)
 
     def forward(self, x):
-        if wanted(self.training):
+        if should_publish(self.training):
             static = torch.full((len(x),), 100.0, dtype=torch.float64)
             loss, ratio = self.budget(static, static * self.kept)
             publish(dict(loss_budget=loss, cost_ratio=ratio))

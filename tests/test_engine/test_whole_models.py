@@ -15,7 +15,7 @@ from mmengine.structures import PixelData
 from mmengine.utils import import_modules_from_strings
 
 from mmtoken.engine import token_loss_hook
-from mmtoken.tokens import routing
+from mmtoken.layers.common import routing
 
 SIDE, IMAGES, CLASSES = 64, 4, 5
 # Group norm: batch norm would see other images in each process.

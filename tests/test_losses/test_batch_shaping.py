@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from mmtoken.losses import BatchShapingLoss, RateLoss
+from mmtoken.losses import BatchShapingLoss, CoarseRatioLoss
 from mmtoken.losses.batch_shaping import (
     PRIORS,
     batch_shaping,
@@ -326,7 +326,7 @@ def test_gates_learn_to_vary(target, generalised):
 
 
 def test_a_rate_alone_lets_gates_be_constant():
-    gates = descend(RateLoss(0.25))
+    gates = descend(CoarseRatioLoss(0.25))
     assert gates.mean().item() == pytest.approx(0.25, abs=0.01)
     assert gates.std(0).max() < 0.02
 

@@ -10,7 +10,7 @@ from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mmtoken.losses import RateLoss
+from mmtoken.losses import CoarseRatioLoss
 
 INPUTS = torch.arange(3 * 2 * 4, dtype=torch.float32).view(3, 2, 4) / 24
 REAL = torch.ones(3, 2, 4, dtype=torch.bool)
@@ -19,7 +19,7 @@ REAL[1, :, 2:] = False
 
 def test_value_and_gradient():
     coarse = torch.tensor([[[0.2, 0.4], [0.9, 0.1]]], requires_grad=True)
-    loss = RateLoss(target_coarse_ratio=0.25, loss_weight=2)(coarse)
+    loss = CoarseRatioLoss(target_coarse_ratio=0.25, loss_weight=2)(coarse)
     assert loss.dtype == torch.float32 and loss.shape == ()
     assert loss.item() == pytest.approx(2 * (0.4 - 0.25) ** 2)
     loss.backward()
@@ -28,7 +28,7 @@ def test_value_and_gradient():
 
 def test_padding_is_left_out():
     coarse = torch.tensor([[[0.2, float('nan')], [0.4, float('nan')]]], requires_grad=True)
-    loss = RateLoss(target_coarse_ratio=0.5)(coarse, torch.tensor([[[True, False]] * 2]))
+    loss = CoarseRatioLoss(target_coarse_ratio=0.5)(coarse, torch.tensor([[[True, False]] * 2]))
     assert loss.item() == pytest.approx(0.2**2)
     loss.backward()
     assert coarse.grad.flatten().tolist() == pytest.approx([-0.2, 0, -0.2, 0])
@@ -37,25 +37,25 @@ def test_padding_is_left_out():
 @pytest.mark.parametrize('images', [0, 2])
 def test_nothing_but_padding(images):
     coarse = torch.rand(images, 3, 4, requires_grad=True)
-    loss = RateLoss()(coarse, torch.zeros(images, 3, 4, dtype=torch.bool))
+    loss = CoarseRatioLoss()(coarse, torch.zeros(images, 3, 4, dtype=torch.bool))
     loss.backward()
     assert loss == 0 and not coarse.grad.any()
 
 
 def test_loss_stays_float32_under_autocast():
     coarse = torch.rand(2, 3, 4, requires_grad=True)
-    plain = RateLoss()(coarse)
+    plain = CoarseRatioLoss()(coarse)
     with torch.autocast('cpu', torch.bfloat16):
-        loss = RateLoss()(coarse)
+        loss = CoarseRatioLoss()(coarse)
     assert loss.dtype == torch.float32 and loss == plain
-    assert RateLoss()(coarse.bfloat16()).item() == pytest.approx(plain.item(), rel=0.1)
+    assert CoarseRatioLoss()(coarse.bfloat16()).item() == pytest.approx(plain.item(), rel=0.1)
 
 
 def test_warm_up():
-    criterion = RateLoss(loss_weight=3, warmup_iters=2)
+    criterion = CoarseRatioLoss(loss_weight=3, warmup_iters=2)
     coarse = torch.ones(1, 2, 2, requires_grad=True)
     assert [criterion(coarse).item() / 0.25 for _ in range(4)] == [0, 1.5, 3, 3]
-    assert list(criterion.state_dict()) == ['iterations'] and not RateLoss().state_dict()
+    assert list(criterion.state_dict()) == ['iterations'] and not CoarseRatioLoss().state_dict()
 
 
 @pytest.mark.parametrize(
@@ -70,24 +70,24 @@ def test_warm_up():
 )
 def test_bad_arguments(argument, value, allowed):
     with pytest.raises(ValueError, match=f'{argument} must be {allowed}, got {value}'):
-        RateLoss(**{argument: value})
+        CoarseRatioLoss(**{argument: value})
 
 
 def test_bad_input():
     coarse = torch.rand(2, 3, 4)
     with pytest.raises(ValueError, match=r'of shape \(B, Hr, Wr\), got torch.float32.*\(3, 4\)'):
-        RateLoss()(coarse[0])
+        CoarseRatioLoss()(coarse[0])
     with pytest.raises(ValueError, match='must be floating point.*torch.bool'):
-        RateLoss()(coarse > 0.5)
+        CoarseRatioLoss()(coarse > 0.5)
     with pytest.raises(ValueError, match=r'\(2, 3, 4\), got torch.bool of shape \(3, 4\)'):
-        RateLoss()(coarse, coarse[0] > 0.5)
+        CoarseRatioLoss()(coarse, coarse[0] > 0.5)
     with pytest.raises(ValueError, match='must be torch.bool .* got torch.float32'):
-        RateLoss()(coarse, coarse)
+        CoarseRatioLoss()(coarse, coarse)
 
 
 def test_built_from_a_config_of_any_library():
-    built = MODELS.build(dict(type='mmtoken.RateLoss', target_coarse_ratio=0.4))
-    assert isinstance(built, RateLoss) and built.target_coarse_ratio == 0.4
+    built = MODELS.build(dict(type='mmtoken.CoarseRatioLoss', target_coarse_ratio=0.4))
+    assert isinstance(built, CoarseRatioLoss) and built.target_coarse_ratio == 0.4
 
 
 class Gated(nn.Module):
@@ -97,7 +97,7 @@ class Gated(nn.Module):
         super().__init__()
         self.slope = nn.Parameter(torch.tensor(0.7))
         self.offset = nn.Parameter(torch.tensor(-0.1))
-        self.rate = RateLoss(target_coarse_ratio=0.3, loss_weight=5)
+        self.rate = CoarseRatioLoss(target_coarse_ratio=0.3, loss_weight=5)
 
     def forward(self, inputs, real):
         return self.rate((self.slope * inputs + self.offset).sigmoid(), real)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmtoken.tokens.record import Decision
+from mmtoken.runtime.decisions import RoutingDecision
 from mmtoken.visualization.token_maps import (
     cell_borders,
     draw_blocks,
@@ -19,7 +19,7 @@ PICTURE = np.zeros((32, 40, 3), np.uint8)
 def decide(grid, region_columns, choice, padding=None):
     shape = (2, -(-grid[0] // 4), region_columns)
     choice = torch.full(shape, choice)
-    return Decision(choice, (1, 2, 4), 4, grid, padding)
+    return RoutingDecision(choice, (1, 2, 4), 4, grid, padding)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_strides(shape, grid, stride):
 
 
 def test_borders_of_cells():
-    decision = Decision(torch.tensor([[[1, 0]]]), (1, 2, 4), 4, (3, 6), None)
+    decision = RoutingDecision(torch.tensor([[[1, 0]]]), (1, 2, 4), 4, (3, 6), None)
     halves = {tuple(map(tuple, line)) for line in cell_borders(decision, 0, 1).tolist()}
     assert halves == {
         ((0, 0), (4, 0)), ((0, 2), (4, 2)), ((0, 3), (4, 3)),
@@ -64,7 +64,7 @@ def test_panels_of_stages_and_blocks():
 
 def test_tokens_of_a_network_that_chooses_once():
     choice = torch.tensor([[[1] * 5] * 4, [[0, 0, 0, 1, 1]] * 4])
-    figure = draw_tokens(PICTURE, Decision(choice, (1, 2), 2, (8, 10), None, True), image=1)
+    figure = draw_tokens(PICTURE, RoutingDecision(choice, (1, 2), 2, (8, 10), None, True), image=1)
     panel, bar = figure.axes[1:]
     assert panel.get_title() == 'coarse 0.40, 70 % of the tokens'
     assert bar.get_ylabel() == 'tokens per fine patch'

@@ -100,7 +100,7 @@ def measure(args: argparse.Namespace, tokens: int, advance) -> dict:
 
     from mmtoken.analysis.macs import count_macs
     from mmtoken.analysis.timing import Spread, ratios, time_in_turn
-    from mmtoken.tokens.reference import reference_path
+    from mmtoken.runtime.reference import reference_path
 
     torch.manual_seed(0)
     image = torch.randn(1, 1, tokens, args.channels)
@@ -126,7 +126,7 @@ def measure(args: argparse.Namespace, tokens: int, advance) -> dict:
 
 def make_pair(args: argparse.Namespace, groups: tuple[int, ...], sharing: str):
     """Two blocks, in groups."""
-    from mmtoken.layers.sharing_stage import SharingStage
+    from mmtoken.layers.psvit.stage import SharingStage
 
     return SharingStage(
         args.channels,

@@ -45,6 +45,7 @@ def main() -> int:
         cfg = load_config(args.config)
     except (OSError, ValueError) as bad:
         return fail(bad)
+    from mmtoken.analysis.decisions import coarse_ratio, query_ratio, ratio_unit, split_stages
     from mmtoken.analysis.watch import (
         check_channels,
         image_pipeline,
@@ -53,7 +54,6 @@ def main() -> int:
         to_picture,
         watch,
     )
-    from mmtoken.visualization.decisions import coarse_ratio, query_ratio, ratio_unit, split_stages
     from mmtoken.visualization.token_maps import draw_blocks, draw_stages, draw_tokens
 
     if checkpoint is None:

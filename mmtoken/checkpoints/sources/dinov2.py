@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from . import vit
+from ..sources import vit
 from .source import Layout, Rename, Renamed, Source, rename_with
 
 PATCHES = r'patch_embed\.proj\.weight'

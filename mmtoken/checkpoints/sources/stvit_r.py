@@ -4,7 +4,7 @@ Our names are the official ones. Source: github.com/changsn/STViT-R,
 github.com/changsn/STViT-R-Object-Detection (MIT).
 """
 
-from . import swin
+from ..sources import swin
 from .source import Layout, Source
 
 CROSS = rf'layers\.\d+\.blocks\.\d+\.attn\.(q|kv){swin.PARAM}'

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..report import OURS
-from . import swin, vit
+from ..sources import swin, vit
 from .source import Layout, Renamed, Source, rename_with
 
 PARAM = swin.PARAM

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from . import pvt, vit
+from ..sources import pvt, vit
 from .source import Layout, Source, rename_with
 
 SPLITS = (r'.*\.dge\.splits$', None)

@@ -1,0 +1,268 @@
+"""Scaled dot-product attention, through one door.
+
+Every attention of the package is :func:`attention`, so that kernels are chosen, counted and
+tested in one place. :func:`attention_reference` says the same in plain arithmetic.
+"""
+
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ...runtime.reference import on_reference_path
+
+# Hidden keys may have higher scores than those that count, by more than fp32 can take to the power.
+MAX_EXPONENT = 60.0
+CHANNEL_MULTIPLE = 8  # what fused kernels want channels to be a multiple of
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Softmax attention with torch's fused kernels.
+
+    Args:
+        query: ``(B, heads, Q, d)``.
+        key, value: ``(B, heads, K, d)``.
+        bias: Added to the scaled scores; broadcasts to ``(B, heads, Q, K)``. Minus infinity hides
+            a key; a query must keep at least one.
+
+    Returns:
+        ``(B, heads, Q, d)``.
+    """
+    # For a bias that is learned torch has no fused kernel on a CPU, and its substitute is slower
+    # than plain products.
+    if bias is not None and bias.requires_grad and query.device.type == 'cpu':
+        return attention_reference(query, key, value, bias)
+    # Counters of operations that read a trace know products, but not torch's name for all of it.
+    if torch.jit.is_tracing():
+        return attention_reference(query, key, value, bias)
+    if bias is not None:
+        bias = bias.to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+
+
+def attention_reference(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """What :func:`attention` computes, written out."""
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    if bias is not None:
+        scores = scores + bias.to(query.dtype)
+    return scores.softmax(dim=-1) @ value
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """``(B, L, heads * d) -> (B, heads, L, d)``. Inverse: :func:`join_heads`."""
+    batch, length, channels = x.shape
+    return x.view(batch, length, num_heads, channels // num_heads).transpose(1, 2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """``(B, heads, L, d) -> (B, L, heads * d)``. Inverse: :func:`split_heads`."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def varlen_cross_attention(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+    """Attention of packed queries, each to the keys of its own image.
+
+    Keys are as many in every image, so that no mask is needed however images are put together.
+    :func:`varlen_cross_attention_reference` does the same image by image.
+
+    Args:
+        query: ``(M, heads, d)``, image after image.
+        key, value: ``(B, heads, K, d)``.
+        lengths: Queries of each image, adding up to M.
+
+    Returns:
+        ``(M, heads, d)``.
+    """
+    if len(set(lengths)) == 1:
+        query = query.unflatten(0, (len(lengths), -1)).transpose(1, 2)
+        return attention(query, key, value).transpose(1, 2).flatten(0, 1)
+    if query.device.type == 'cpu' or on_reference_path():
+        return varlen_cross_attention_reference(query, key, value, lengths)
+    if _has_varlen_kernel(query):
+        keys = [key.shape[2]] * len(lengths)
+        key, value = (t.transpose(1, 2).flatten(0, 1) for t in (key, value))
+        return _varlen_kernel(query, key, value, lengths, keys)
+    out = attention(_pad(query, lengths), key, value)
+    return _unpad(out, lengths)
+
+
+def varlen_cross_attention_reference(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int]
+) -> Tensor:
+    """What :func:`varlen_cross_attention` computes, one image at a time; on a CPU also the fastest."""
+    out = []
+    for image, q in enumerate(query.split(lengths)):
+        k, v = key[image : image + 1], value[image : image + 1]
+        out.append(attention(q.transpose(0, 1)[None], k, v)[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+    """Attention inside each of several sequences that are packed one after another.
+
+    :func:`varlen_attention_reference` does the same sequence by sequence.
+
+    Args:
+        query, key, value: ``(M, heads, d)``.
+        lengths: Tokens of each sequence, adding up to M.
+
+    Returns:
+        ``(M, heads, d)``.
+    """
+    if len(set(lengths)) == 1:
+        packed = (query, key, value)
+        q, k, v = (t.unflatten(0, (len(lengths), -1)).transpose(1, 2) for t in packed)
+        return attention(q, k, v).transpose(1, 2).flatten(0, 1)
+    if query.device.type == 'cpu' or on_reference_path():
+        return varlen_attention_reference(query, key, value, lengths)
+    if _has_varlen_kernel(query):
+        return _varlen_kernel(query, key, value, lengths, lengths)
+    ones = torch.ones(sum(lengths), dtype=torch.bool).split(lengths)
+    real = pad_sequence(ones, batch_first=True).to(query.device, non_blocking=True)
+    bias = torch.zeros_like(real, dtype=query.dtype).masked_fill_(~real, float('-inf'))
+    out = attention(*(_pad(t, lengths) for t in (query, key, value)), bias[:, None, None])
+    return _unpad(out, lengths)
+
+
+def varlen_attention_reference(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int]
+) -> Tensor:
+    """What :func:`varlen_attention` computes, one sequence at a time; on a CPU also the fastest."""
+    out = []
+    for packed in zip(*(t.split(lengths) for t in (query, key, value)), strict=True):
+        q, k, v = (t.transpose(0, 1)[None] for t in packed)
+        out.append(attention(q, k, v)[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+def gated_attention(
+    query: Tensor, key: Tensor, value: Tensor, gate: Tensor, lengths: list[int]
+) -> Tensor:
+    """:func:`varlen_attention` in which each key counts ``gate`` times.
+
+    Weights become ``exp(s_ij) gate_j / sum_n exp(s_in) gate_n``: a key whose gate is 0 might as
+    well not be there, but its gate still has a gradient. :func:`gated_attention_reference` says it
+    in plain arithmetic.
+
+    Args:
+        query, key, value: ``(M, heads, d)``.
+        gate: ``(M,)``, 0 or more; not 0 for all keys of a sequence.
+        lengths: Tokens of each sequence, adding up to M.
+
+    Returns:
+        ``(M, heads, d)``.
+    """
+    attend = gated_attention_reference if on_reference_path() else _GatedAttention.apply
+    out = []
+    for *packed, g in zip(*(t.split(lengths) for t in (query, key, value, gate)), strict=True):
+        q, k, v = (t.transpose(0, 1) for t in packed)
+        out.append(attend(q, k, v, g).transpose(0, 1))
+    return torch.cat(out)
+
+
+def gated_attention_reference(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
+    """What :func:`gated_attention` computes, of one sequence.
+
+    Args:
+        query, key, value: ``(heads, L, d)``.
+        gate: ``(L,)``.
+
+    Returns:
+        ``(heads, L, d)``.
+    """
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    weights = _relative_to_kept(scores, gate)
+    return (weights * gate / (weights * gate).sum(dim=-1, keepdim=True)).to(value.dtype) @ value
+
+
+def _relative_to_kept(scores: Tensor, gate: Tensor) -> Tensor:
+    """Exponentials of scores, relative to the highest of the keys that count."""
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        scores = scores.float()
+    highest = scores.detach().masked_fill(gate == 0, float('-inf')).amax(dim=-1, keepdim=True)
+    return (scores - highest).clamp(max=MAX_EXPONENT).exp()
+
+
+class _GatedAttention(torch.autograd.Function):
+    """:func:`gated_attention_reference` with a fused kernel, and scores made again in backward.
+
+    With weights w_ij per unit of gate, of which hidden keys have some too, outputs o_i and their
+    gradients d_i, the gradient of gate_j is ``sum_i w_ij (d_i v_j - d_i o_i)``, and that of the
+    score s_ij its summand times gate_j.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, gate):
+        bias = gate.log().to(query.dtype)[None, None, None]
+        out = attention(query[None], key[None], value[None], bias)[0]
+        ctx.save_for_backward(query, key, value, gate, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, gate, out = ctx.saved_tensors
+        scale = query.shape[-1] ** -0.5
+        weights = _relative_to_kept((query * scale) @ key.transpose(-2, -1), gate)
+        weights /= weights @ gate.to(weights.dtype)[:, None]
+        change = (grad @ value.transpose(-2, -1)).to(weights.dtype)
+        change -= (grad * out).sum(dim=-1, keepdim=True).to(weights.dtype)
+        change *= weights
+        grad_gate = change.sum(dim=(0, 1)).to(gate.dtype)
+        grad_scores = (change * gate * scale).to(query.dtype)
+        grad_value = (weights * gate).to(grad.dtype).transpose(-2, -1) @ grad
+        return (
+            grad_scores @ key, grad_scores.transpose(-2, -1) @ query, grad_value, grad_gate,
+        )  # fmt: skip
+
+
+def gated_attention_fused(
+    query: Tensor, key: Tensor, value: Tensor, gate: Tensor, lengths: list[int]
+) -> Tensor:
+    """:func:`gated_attention` with fused kernels, for gates that are all greater than 0.
+
+    A key that counts g times has log(g) more score. That is one more channel: 1 in the queries,
+    log(g) in the keys, so that the kernel's own backward gives the gradient of the gate.
+    """
+    dims = query.shape[-1]
+    wide = dims + CHANNEL_MULTIPLE
+    # Kernels divide scores by the root of the number of channels, which is now that of ``wide``.
+    one = query.new_full((*query.shape[:2], 1), wide**0.5)
+    log_gate = gate.log().to(key.dtype)[:, None, None].expand(-1, key.shape[1], 1)
+    query = _widen(torch.cat([query * (wide / dims) ** 0.5, one], dim=-1), wide)
+    key = _widen(torch.cat([key, log_gate], dim=-1), wide)
+    return varlen_attention(query, key, _widen(value, wide), lengths)[..., :dims]
+
+
+def _widen(x: Tensor, channels: int) -> Tensor:
+    return F.pad(x, (0, channels - x.shape[-1]))
+
+
+def _pad(x: Tensor, lengths: list[int]) -> Tensor:
+    """``(M, heads, d) -> (B, heads, L, d)``, L being the greatest length. Inverse: _unpad."""
+    return pad_sequence(x.split(lengths), batch_first=True).transpose(1, 2)
+
+
+def _unpad(x: Tensor, lengths: list[int]) -> Tensor:
+    x = x.transpose(1, 2)
+    return torch.cat([sequence[:length] for sequence, length in zip(x, lengths, strict=True)])
+
+
+def _has_varlen_kernel(x: Tensor) -> bool:
+    return varlen_attn is not None and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def _varlen_kernel(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], key_lengths: list[int]
+) -> Tensor:
+    ends = torch.tensor([[0, *accumulate(n)] for n in (lengths, key_lengths)], dtype=torch.int32)
+    ends = ends.to(query.device, non_blocking=True)
+    return varlen_attn(query, key, value, *ends, max(lengths), max(key_lengths))

@@ -1,0 +1,225 @@
+"""Index tables and masks that depend on shapes alone: made once per shape, on demand.
+
+A process has one cache of them, :data:`PLANS`, which outlives whatever a network is put through:
+tracing, export, fake tensors, ``torch.func``, inference mode, other default devices and types. So
+plans are made and kept outside of all these, and only what a call returns enters them.
+"""
+
+import operator
+import threading
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# What plans may fill of each device. Those of a whole network take 2 to 8 MB for a detector's image
+# of 800 x 1344, so that the shapes of the last iterations are there, whatever the training.
+BUDGET_BYTES = 64 * 2**20
+# What is larger is made again each time: kept, it would drive out all others.
+LARGEST_BYTES = BUDGET_BYTES // 4
+ENTRY_BYTES = 1024  # what an entry costs beside its tensors, so that small ones are bounded too
+
+TRACE_WARNING = (
+    'the trace of an mmtoken network holds index tables of the image size, and in places of the '
+    'batch size, that it was traced with: it fails for others. Trace once for each size'
+)
+
+
+class PlanCache:
+    """Keeps what was used last, as much as fits into a budget; any thread may use it.
+
+    Args:
+        budget: Bytes of each device.
+        largest: Bytes of an entry from which on it is not kept.
+    """
+
+    def __init__(self, budget: int, largest: int) -> None:
+        self.budget = budget
+        self.largest = largest
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()  # the last used one last
+        self._used: Counter[torch.device] = Counter()
+
+    def find(self, key: Hashable) -> Any:
+        """What is kept under a key; None if there is nothing."""
+        with self._lock:
+            if key not in self._entries:
+                return None
+            self._entries.move_to_end(key)
+            return self._entries[key].value
+
+    def keep(self, key: Hashable, value: Any) -> None:
+        """Keep a plan unless it is too large, or on the meta device, in place of the oldest."""
+        entry = _Entry(value, _bytes_by_device(value))
+        sizes = entry.sizes
+        if max(sizes.values()) > self.largest or torch.device('meta') in sizes:
+            return
+        with self._lock:
+            if key in self._entries:
+                self._drop(key)
+            self._entries[key] = entry
+            self._used.update(sizes)
+            for device in sizes:
+                while self._used[device] > self.budget:
+                    self._drop(next(k for k, e in self._entries.items() if device in e.sizes))
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._entries.clear()
+            self._used.clear()
+
+    def nbytes(self) -> dict[torch.device, int]:
+        """Bytes in use on each device."""
+        with self._lock:
+            return {device: size for device, size in self._used.items() if size}
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that are kept."""
+        with self._lock:
+            return [t for e in self._entries.values() for t in _tensors(e.value)]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _drop(self, key: Hashable) -> None:
+        self._used.subtract(self._entries.pop(key).sizes)
+
+
+class _Entry(NamedTuple):
+    value: Any
+    sizes: dict[torch.device, int]
+
+
+PLANS = PlanCache(BUDGET_BYTES, LARGEST_BYTES)
+
+
+def cache_by_shape(function: Callable) -> Callable:
+    """Keep the results of a function in :data:`PLANS`.
+
+    Its arguments are numbers, strings, devices, types, None, and tuples of these. Sizes that a
+    tracer stands for are taken as the numbers they are. Results are tensors, or tuples of tensors
+    and other things; they are shared and must not be written to. The function makes tensors on a
+    CPU unless it is told a device, and says their types itself, for the default type may be any.
+
+    Graphs of ``torch.compile`` leave it out: they could not trace how many tokens lie where.
+    """
+
+    @torch.compiler.disable
+    @wraps(function)
+    def plan(*args, **kwargs):
+        tracing = torch.jit.is_tracing()
+        sizes = list(_tensors((args, *kwargs.values()))) if tracing else []
+        args, kwargs = _plain(args), {name: _plain(value) for name, value in kwargs.items()}
+        key = (function, args, *sorted(kwargs.items()))
+        result = PLANS.find(key)
+        if result is None:
+            result = _make(function, args, kwargs)
+            PLANS.keep(key, result)
+        if tracing:
+            warnings.warn(TRACE_WARNING, torch.jit.TracerWarning, stacklevel=3)
+            return _bound_to(sizes, result)
+        if torch._C._len_torch_dispatch_stack():
+            # Shown to the modes in force, as tensors that a program makes itself are
+            return _map_tensors(torch.ops.aten.lift_fresh, result)
+        return result
+
+    return plan
+
+
+def runs_eagerly() -> bool:
+    """Whether operations are done on real tensors as they are called, and only that.
+
+    Otherwise they are traced, watched, or transformed, and tensors that are made now may not mean
+    anything later.
+    """
+    return not (
+        torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def _make(function: Callable, args: tuple, kwargs: dict) -> Any:
+    def make() -> Any:
+        # Autograd cannot save tensors that were made in inference mode.
+        with torch.inference_mode(False), torch.autocast('cpu', enabled=False):
+            return function(*args, **kwargs)
+
+    def make_on_cpu() -> Any:
+        with torch.device('cpu'):
+            return make()
+
+    # A default device, even the CPU, costs each operation a few microseconds.
+    plain = runs_eagerly() and torch.empty(0).device.type == 'cpu'
+    return make() if plain else _in_another_thread(make_on_cpu)
+
+
+def _in_another_thread(function: Callable[[], Any]) -> Any:
+    """Call a function where nothing traces, watches or transforms it: all that is a thread's."""
+    results: list[Any] = []
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def _plain(value: Any) -> Any:
+    """An argument as it is kept in a key, without tracers' stand-ins for numbers."""
+    if value is None or isinstance(value, (int, str, torch.device, torch.dtype)):
+        return value
+    if isinstance(value, tuple):
+        parts = [_plain(part) for part in value]
+        return type(value)(*parts) if hasattr(value, '_fields') else tuple(parts)
+    return operator.index(value)
+
+
+def _bound_to(sizes: list[Tensor], plan: Any) -> Any:
+    """A plan that makes the trace fail where sizes are not those that it was made for."""
+    first = next(_tensors(plan), None)
+    zero = torch.zeros(())
+    for size in sizes:
+        length = operator.index(size) + 1  # a length of 1 could be expanded to any
+        zero = zero + torch.zeros(length).expand(size + 1)[0]
+    return _map_tensors(lambda t: t + zero.to(t) if t is first else t, plan)
+
+
+def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        parts = [_map_tensors(function, part) for part in value]
+        return type(value)(*parts) if hasattr(value, '_fields') else tuple(parts)
+    return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _bytes_by_device(value: Any) -> dict[torch.device, int]:
+    """Memory that the tensors of a plan hold, that of views once."""
+    sizes = {torch.device('cpu'): ENTRY_BYTES}
+    storages = {t.untyped_storage()._cdata: t for t in _tensors(value)}
+    for tensor in storages.values():
+        size = tensor.untyped_storage().nbytes()
+        sizes[tensor.device] = sizes.get(tensor.device, 0) + size
+    return sizes

@@ -1,0 +1,150 @@
+"""Batch padding: what lies below and to the right of an image in its batch.
+
+Detectors pad the images of a batch to one size, and padding is what need not be looked at closely.
+How large an image is cannot be seen with certainty: padding may have any colour, and an image may
+end in black. So the sizes are noted on the batch itself (:func:`set_image_sizes`), from where they
+go wherever it goes, and nowhere else. Where none are noted, trailing zeros are taken for padding.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .regions import RegionLayout
+
+_NOTE = '_mmtoken_image_sizes'  # an attribute of a batch
+
+
+def set_image_sizes(images: Tensor, sizes: Tensor | Sequence[Sequence[int]]) -> None:
+    """Tell backbones how large the images of a batch are without their padding.
+
+    For training and inference in loops of your own::
+
+        images = images.to(device)
+        mmtoken.set_image_sizes(images, [(480, 640), (512, 500)])
+        maps = backbone(images)
+
+    The sizes hold for this tensor and for windows cut out of it by slicing, not for copies of it,
+    such as another device or type makes. For whole models of OpenMMLab there is
+    :func:`mmtoken.follow_image_sizes`, which reads them from data samples.
+
+    Args:
+        images: ``(B, C, H, W)``, padded at the bottom and right.
+        sizes: Height and width of each image, in pixels, ``(B, 2)``.
+
+    Raises:
+        ValueError: Sizes for another number of images, or of images that are larger than the batch
+            or empty.
+    """
+    given = torch.as_tensor(sizes)
+    batch, height, width = len(images), *images.shape[-2:]
+    if given.shape != (batch, 2) or given.is_floating_point():
+        raise ValueError(
+            f'sizes must be {batch} pairs of integers, height and width of each image of the '
+            f'batch, got {sizes}'
+        )
+    if not ((given >= 1) & (given <= given.new_tensor([height, width]))).all():
+        raise ValueError(
+            f'images in a batch of {height} x {width} pixels must be from 1 x 1 up to that, '
+            f'got {given.tolist()}'
+        )
+    note_sizes(images, given.long())
+
+
+def note_sizes(images: Tensor, sizes: Tensor) -> None:
+    """As :func:`set_image_sizes`, for sizes that are known to be right."""
+    setattr(images, _NOTE, sizes)
+
+
+def noted_sizes(x: Tensor) -> Tensor | None:
+    """Sizes noted on a batch, or on the one that it is a window of.
+
+    Args:
+        x: ``(B, C, H, W)``.
+
+    Returns:
+        ``(B, 2)``, on the device of ``x``; at least 1 x 1, though a window may lie wholly in the
+        padding. None if there are none.
+    """
+    sizes = getattr(x, _NOTE, None)
+    if sizes is None and x._base is not None:
+        whole = getattr(x._base, _NOTE, None)
+        sizes = None if whole is None else _sizes_in_window(x, x._base, whole)
+    return None if sizes is None else sizes.to(x.device)
+
+
+def valid_size(images: Tensor) -> Tensor:
+    """Height and width of each image without its padding.
+
+    Args:
+        images: ``(B, C, H, W)``.
+
+    Returns:
+        ``(B, 2)``, in pixels, on the device of the images, without waiting for it: what was noted,
+        otherwise what :func:`filled_size` finds.
+    """
+    noted = noted_sizes(images)
+    return filled_size(images) if noted is None else noted
+
+
+def filled_size(images: Tensor) -> Tensor:
+    """Height and width without trailing rows and columns that are zero in every channel.
+
+    Args:
+        images: ``(B, C, H, W)``, padded after normalisation.
+
+    Returns:
+        ``(B, 2)``, in pixels, on the device of the images. An image of zeros alone counts as a
+        whole.
+    """
+    filled = (images != 0).any(dim=1)
+    sizes = []
+    for dim in (1, 2):
+        line = filled.any(dim=3 - dim)
+        end = torch.arange(1, line.shape[1] + 1, device=line.device)
+        size = (line * end).amax(dim=1)
+        sizes.append(torch.where(size > 0, size, line.shape[1]))
+    return torch.stack(sizes, dim=1)
+
+
+def padding_regions(valid: Tensor, stride: int, regions: RegionLayout) -> Tensor:
+    """Regions that lie wholly in the padding.
+
+    Args:
+        valid: From :func:`valid_size`.
+        stride: Of a token, in pixels.
+        regions: Of the token grid.
+
+    Returns:
+        ``(B, Hr, Wr)``, bool.
+    """
+    rows, columns = (
+        torch.arange(n, device=valid.device) * (regions.region_size * stride) for n in regions.shape
+    )
+    below = rows >= valid[:, :1]
+    right = columns >= valid[:, 1:]
+    return below[:, :, None] | right[:, None, :]
+
+
+def _sizes_in_window(window: Tensor, batch: Tensor, sizes: Tensor) -> Tensor | None:
+    """What a window shows of each image; None if the view is no window.
+
+    Args:
+        window: A view of the batch, as sliding inference cuts it out: ``(b, c, h, w)``.
+        batch: ``(B, C, H, W)``.
+        sizes: Of its images, ``(B, 2)``.
+
+    Returns:
+        ``(b, 2)``.
+    """
+    if window.ndim != 4 or batch.ndim != 4 or window.stride() != batch.stride():
+        return None
+    # Where the first number of the window lies in the batch, from the outermost dimension inwards.
+    offset, start = window.storage_offset() - batch.storage_offset(), [0] * 4
+    for dim in sorted(range(4), key=batch.stride, reverse=True):
+        if batch.shape[dim] > 1:
+            start[dim], offset = divmod(offset, batch.stride(dim))
+    first, _, top, left = start
+    shown = sizes[first : first + len(window)] - sizes.new_tensor([top, left])
+    return shown.clamp(min=1).minimum(sizes.new_tensor(window.shape[-2:]))

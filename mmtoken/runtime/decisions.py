@@ -1,0 +1,47 @@
+"""Watch which tokens a network chooses, for pictures and statistics."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class RoutingDecision(NamedTuple):
+    """What one router chose for a batch.
+
+    Attributes:
+        choice: Index of each region's choice, ``(B, Hr, Wr)``.
+        granularities: Side of a token under each choice, in tokens of the grid.
+        region_size: Side of a region, in tokens of the grid.
+        grid: ``(H, W)`` of the dense map, in tokens.
+        padding: Regions that hold padding alone, ``(B, Hr, Wr)``; None if not looked for.
+        once: Whether it holds for the whole network; otherwise for one of its blocks.
+    """
+
+    choice: Tensor
+    granularities: tuple[int, ...]
+    region_size: int
+    grid: tuple[int, int]
+    padding: Tensor | None
+    per_network: bool = False
+
+
+_records: list[list[RoutingDecision]] = []
+
+
+@contextmanager
+def record_routing() -> Iterator[list[RoutingDecision]]:
+    """Inside this context the list it gives fills with decisions, in the order of the layers."""
+    record: list[RoutingDecision] = []
+    _records.append(record)
+    try:
+        yield record
+    finally:
+        _records.pop()
+
+
+def record_decision(decision: RoutingDecision) -> None:
+    """Add a decision to all open records."""
+    for record in _records:
+        record.append(decision)

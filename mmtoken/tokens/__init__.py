@@ -1,1 +1,0 @@
-"""Token arithmetic in plain torch: tensors in, tensors out, nothing of OpenMMLab."""

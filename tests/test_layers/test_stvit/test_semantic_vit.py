@@ -1,0 +1,67 @@
+import pytest
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import nn
+
+from mmtoken.layers.common.attention import attention_reference, join_heads, split_heads
+from mmtoken.layers.stvit.semantic_vit import (
+    SemanticPoolBlock,
+    SemanticRecovery,
+    SemanticRefineBlock,
+)
+
+BLOCK = dict(num_heads=2, feedforward_channels=12)
+GRID = (6, 9)
+
+
+def randomised(module):
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return module
+
+
+def mha(layer, query, tokens):
+    """Multi-head attention as it is written: projections, softmax, projection."""
+    attn = layer.attn
+    key, value = attn.kv(layer.norm1(tokens)).chunk(2, dim=-1)
+    heads = [split_heads(t, attn.num_heads) for t in (attn.q(layer.norm1(query)), key, value)]
+    return attn.proj(join_heads(attention_reference(*heads)))
+
+
+def mlp(layer, x):
+    return layer.mlp.fc2(torch.nn.functional.gelu(layer.mlp.fc1(layer.norm2(x))))
+
+
+def test_pool_layer_is_its_formula():
+    layer, image = randomised(SemanticPoolBlock(8, 4, 'attention', **BLOCK)), torch.randn(2, 54, 8)
+    semantic, initial = layer(image, GRID)
+    torch.testing.assert_close(initial, layer.pool(image.view(2, *GRID, 8)))
+    first = initial + mha(layer, initial, image)
+    torch.testing.assert_close(semantic, first + mlp(layer, first))
+
+
+@pytest.mark.parametrize('residual', ['query', 'initial'])
+@pytest.mark.parametrize('center_grid', [(2, 3), (4, 4), None])
+def test_refine_layer_is_its_formula(residual, center_grid):
+    layer = randomised(SemanticRefineBlock(8, 4, center_grid, residual, **BLOCK))
+    semantic, initial, image = torch.randn(2, 6, 8), torch.randn(2, 6, 8), torch.randn(2, 54, 8)
+    query = semantic
+    if center_grid is not None:
+        query = semantic + resample_abs_pos_embed(layer.centers, (2, 3), center_grid, 0)
+    second = initial if residual == 'initial' else query
+    second = second + mha(layer, query, torch.cat([semantic, image], dim=1))
+    expected = second + mlp(layer, second)
+    torch.testing.assert_close(layer(semantic, initial, image, GRID), expected)
+
+
+def test_recovery_is_its_formula():
+    layer = randomised(SemanticRecovery(8, **BLOCK))
+    image, semantic = torch.randn(2, 54, 8), torch.randn(2, 6, 8)
+    x = image + mha(layer, image, semantic)
+    x = x + mlp(layer, x)
+    torch.testing.assert_close(layer(image, semantic), layer.norm(x))
+
+
+def test_unknown_residual():
+    with pytest.raises(ValueError, match="got 'none'"):
+        SemanticRefineBlock(8, 4, None, 'none', **BLOCK)

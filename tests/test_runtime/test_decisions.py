@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from mmtoken.layers.common.routing import routing_override
+from mmtoken.layers.dge.block import DynamicGranularityBlock
+from mmtoken.layers.dge.spatial_reduction import SpatialReductionAttention
+from mmtoken.runtime.decisions import RoutingDecision, record_decision, record_routing
+
+
+def decision(i):
+    return RoutingDecision(torch.full((1, 1, 1), i), (1, 2), 2, (2, 2), None)
+
+
+def test_records_fill_in_order_and_only_while_open():
+    record_decision(decision(0))
+    with record_routing() as outer:
+        record_decision(decision(1))
+        with record_routing() as inner:
+            record_decision(decision(2))
+        record_decision(decision(3))
+    record_decision(decision(4))
+    assert [d.choice.item() for d in outer] == [1, 2, 3]
+    assert [d.choice.item() for d in inner] == [2]
+
+
+def test_equal_records_are_told_apart():
+    with record_routing() as outer:
+        with record_routing() as inner:
+            pass
+        record_decision(decision(1))
+    assert len(outer) == 1 and not inner
+
+
+def test_records_close_when_something_fails():
+    with pytest.raises(KeyError), record_routing() as record:
+        raise KeyError
+    record_decision(decision(0))
+    assert not record
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('with_cp', [True, False])
+def test_blocks_note_what_they_chose(training, with_cp):
+    block = DynamicGranularityBlock(8, SpatialReductionAttention(8, 2), 16, with_cp=with_cp).train(
+        training
+    )
+    x = torch.randn(2, 6 * 9, 8, requires_grad=True)
+    padding = torch.zeros(2, 2, 3, dtype=torch.bool)
+    padding[1, :, 2] = True
+    with record_routing() as record, routing_override(query_ratio=0.4):
+        out, usage = block(x, (6, 9), padding)
+        out.sum().backward()
+        block(x, (6, 9))
+    noted, unpadded = record
+    assert noted.granularities == (1, 2, 4) and noted.region_size == 4 and noted.grid == (6, 9)
+    assert noted.padding is padding and unpadded.padding is None
+    assert noted.choice.shape == (2, 2, 3)
+    assert (noted.choice[padding] == 2).all() and (noted.choice[~padding] != 2).any()
+
+
+def test_plain_blocks_note_nothing():
+    block = DynamicGranularityBlock(8, SpatialReductionAttention(8, 2), 16, granularities=(1,))
+    with record_routing() as record:
+        block(torch.randn(1, 16, 8), (4, 4))
+    assert not record
