@@ -29,26 +29,31 @@ between two comments, the first of which names it and the files it shows:
 ROOT = Path(__file__).resolve().parent.parent.parent
 BENCHMARKS = ROOT / 'benchmarks'
 MARK = re.compile(r'(<!-- table: (?P<name>\S+) ?(?P<argument>\S*) -->\n).*?(<!-- end -->)', re.S)
-SIZES = ('tiny', 't', 'small', 's', 'medium', 'm', 'base', 'b', 'base32')  # in this order
+SIZES = ('t', 's', 'm', 'b', 'base32')  # in this order
+SHORT = dict(tiny='t', small='s', medium='m', base='b')
 METRICS = {'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP', 'mIoU': 'mIoU'}
-# Columns of the README's first table: what you have, the method (a folder of configs), what becomes
-# of the tokens; then files of measurements: of speed, with what the network was set to, and of
-# scores on the embedded data.
+# Rows of the README's first table: what the user has, folder and name of the method, what becomes of
+# the tokens, what else it costs; files of timings and of scores, with what they are of.
 CHOICE = (
-    ('Swin; any task', 'stvit_r', 'STViT-R', 'windows of 49 become 9',
-     {'stvit-r-swin-s_forward_800x1280_run*': 'small'}, ('stvit-r',)),
-    ('plain DeiT; speed first', 'stvit_deit', 'STViT', '4×4 become 1, for the whole image',
-     {'stvit-deit-s_forward_800x1280_run*': 'small'}, ()),
-    ('PVT or DeiT; large quiet areas in images', 'dge', 'DGE',
-     'in each block, regions take 1/1, 1/4 or 1/16 of theirs',
-     {'dge-pvt-s_forward_800x1280_run*': 'PVT, small, 0.436 of the queries'}, ('dge',)),
-    ('plain ViT: DeiT, MAE, DINOv2', 'msvit', 'MSViT', 'a region is 1 or 4, chosen at the input',
-     {'msvit-s_forward_1x1024x1024_run*': 'small, half of the regions coarse'}, ('msvit',)),
-    ('time to train from scratch', 'psvit', 'PSViT', 'pooled twice over depth; layers share maps',
-     {'psvit-t_forward_800x1280_run*': 'tiny'}, ('psvit',)),
-    ('time to spend on accuracy', 'swat', 'SWAT', 'all stay, with their spatial structure',
-     {'swat-swin-t_forward_800x1280_run*': 'Swin, tiny',
-      'swat-deit-s_forward_800x1280_run*': 'DeiT, small'}, ('swat-swin', 'swat-deit')),
+    ('Swin; any task', 'stvit_r', 'STViT-R', 'each window of 49 becomes 9',
+     'ImageNet weights of its own: released for small and base',
+     {'stvit-r-swin-s_forward_800x1280_run*': 'small'}, {'stvit-r': ''}),
+    ('plain DeiT; speed first', 'stvit_deit', 'STViT', '4×4 become 1, attention is global',
+     'score not measured; pretrain on ImageNet',
+     {'stvit-deit-s_forward_800x1280_run*': 'small'}, {}),
+    ('PVT or DeiT; images with large quiet areas', 'dge', 'DGE',
+     'in every block, 16 of a region become 16, 4 or 1', 'a budget loss',
+     {'dge-pvt-s_forward_800x1280_run*': 'PVT small, 0.436 of the queries'}, {'dge': ''}),
+    ('plain ViT: DeiT, MAE, DINOv2', 'msvit', 'MSViT', 'at the input, 4 of a region stay or become 1',
+     'a gate loss',
+     {'msvit-s_forward_1x1024x1024_run*': 'small, half of the regions coarse'}, {'msvit': ''}),
+    ('time to train from scratch', 'psvit', 'PSViT', 'pooled twice; layers share attention maps',
+     'no pretrained weights', {'psvit-t_forward_800x1280_run*': 'tiny'}, {'psvit': ''}),
+    ('time to spend on accuracy', 'swat', 'SWAT', 'all stay and keep their spatial structure',
+     'no weights released',
+     {'swat-swin-t_forward_800x1280_run*': 'Swin tiny',
+      'swat-deit-s_forward_800x1280_run*': 'DeiT small'},
+     {'swat-swin': 'Swin', 'swat-deit': 'DeiT'}),
 )  # fmt: skip
 
 
@@ -61,7 +66,9 @@ def main() -> int:
     check = parser.parse_args().check
     old = [page for page in pages() if fill(page.read_text()) != page.read_text()]
     for page in old:
-        print(f'{page.relative_to(ROOT)}: {"old; run tools/docs/tables.py" if check else "written"}')
+        print(
+            f'{page.relative_to(ROOT)}: {"old; run tools/docs/tables.py" if check else "written"}'
+        )
         if not check:
             page.write_text(fill(page.read_text()))
     return 1 if check and old else 0
@@ -113,27 +120,32 @@ def size_key(name: str) -> tuple[str, int, str]:
 def choice() -> str:
     """The methods, for the README."""
     rows = []
-    for have, folder, method, tokens, speed, scores in CHOICE:
-        ratios = [
-            f'{median(run["speedup"] for run in read(BENCHMARKS, glob).values()):.2f} ({what})'
-            for glob, what in speed.items()
+    for have, folder, method, tokens, costs, timings, comparisons in CHOICE:
+        gains = [
+            f'{median(run["speedup"] for run in read(BENCHMARKS, glob).values()):.2f}× ({what})'
+            for glob, what in timings.items()
         ]
-        differences = [
-            f'{METRICS[metric]} {signed(spread["difference"]["mean"], 1)}'
-            for name in scores
-            for pair in twins(read(BENCHMARKS / 'shapes', name)[name])
-            for metric, spread in pair['metrics'].items()
+        points = [
+            ' '.join(filter(None, [what, *differences(read(BENCHMARKS / 'shapes', name)[name])]))
+            for name, what in comparisons.items()
         ]
         rows.append(
-            (have, f'[{method}](configs/{folder})', tokens, ', '.join(ratios),
-             ', '.join(differences) or 'not measured')
+            (have, f'[{method}](configs/{folder})', tokens, ', '.join(gains),
+             '; '.join([*points, costs]))
         )  # fmt: skip
-    return markdown(('you have', 'method', 'tokens', 'speed-up', 'score'), rows)
+    header = ('you have', 'method', 'tokens', 'you get: speed-up', 'it costs: score in points')
+    return markdown(header, rows)
 
 
-def twins(results: dict) -> list[dict]:
-    """Comparisons with a dense twin."""
-    return [pair for pair in results['pairs'] if '-dense_' in pair['twin']]
+def differences(results: dict) -> list[str]:
+    """How far networks are from their dense twins, in points."""
+    found = [
+        f'{METRICS[metric]} {signed(spreads["difference"]["mean"], 1)}'
+        for pair in results['pairs']
+        if '-dense_' in pair['twin']
+        for metric, spreads in pair['metrics'].items()
+    ]
+    return [', '.join(found) + ' (one seed)' * (len(results['seeds']) == 1)]
 
 
 def speed(glob: str = '*') -> str:
@@ -201,26 +213,41 @@ def sharing() -> str:
 
 
 def networks(folder: str) -> str:
-    """Parameters and MACs of a metafile, a row for each network."""
-    data = {'COCO': 'COCO', 'ADE20K': 'ADE20K', 'ImageNet-1k': 'ImageNet'}
-    rows: dict[tuple[str, int], dict[str, float]] = {}
+    """Parameters and MACs in a metafile, a row for each network, in brackets its dense twin's.
+
+    Where configs of one network differ (another neck, another image size) all figures are given.
+    """
+    figures: dict[str, dict[tuple[str, bool], set[str]]] = {}
     for model in metafile(folder)['Models']:
         metadata = model['Metadata']
-        if 'FLOPs' in metadata:
-            network = re.split(r'_(?=\d+xb)', model['Name'])[0]
-            key = network_name(network), metadata['Parameters']
-            rows.setdefault(key, {})[data[metadata['Training Data']]] = metadata['FLOPs'] / 1e9
-    used = [name for name in data.values() if any(name in row for row in rows.values())]
+        if 'FLOPs' not in metadata:
+            continue
+        name, twin = network_name(model['Name'])
+        row = figures.setdefault(name, {})
+        row.setdefault(('M parameters', twin), set()).add(f'{metadata["Parameters"] / 1e6:.2f}')
+        data = f'{metadata["Training Data"]}, G MACs'
+        row.setdefault((data, twin), set()).add(f'{metadata["FLOPs"] / 1e9:.2f}')
+    columns = ('M parameters', 'COCO, G MACs', 'ADE20K, G MACs', 'ImageNet-1k, G MACs')
+
+    def cell(row: dict, column: str) -> str:
+        own, twin = (
+            ' / '.join(sorted(row.get((column, side), ()), key=float)) for side in (False, True)
+        )
+        return f'{own} ({twin})' if twin else own
+
     body = [
-        (f'`{name}`', f'{parameters / 1e6:.2f}', *(f'{row[d]:.2f}' if d in row else '' for d in used))
-        for (name, parameters), row in sorted(rows.items(), key=lambda row: size_key(row[0][0]))
+        (f'`{name}`', *(cell(figures[name], column) for column in columns))
+        for name in sorted(figures, key=size_key)
     ]
-    return markdown(('backbone of', 'M parameters', *(f'{d}, G MACs' for d in used)), body)
+    return markdown(('backbone', *columns), body)
 
 
-def network_name(name: str) -> str:
-    """Of ``mask-rcnn_dge-pvt-s_fpn`` the part that names the backbone; classifiers have no other."""
-    return name.split('_')[1] if '_' in name else name
+def network_name(config: str) -> tuple[str, bool]:
+    """``('dge-pvt-s', True)`` of ``mask-rcnn_dge-pvt-s-dense_fpn_...``: network, whether a twin."""
+    head, *others = config.split('_')
+    name = head if re.match(r'\d+xb', others[0]) else others[0]  # classifiers begin with it
+    words = [SHORT.get(word, word) for word in name.split('-') if word != 'dense']
+    return '-'.join(words), '-dense' in name
 
 
 def published() -> str:

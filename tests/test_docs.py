@@ -1,0 +1,173 @@
+"""Pages: tables are fresh, links and commands lead somewhere, names exist, examples run."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+from mmengine.registry import MODELS
+
+import mmtoken
+from mmtoken import registry
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [
+    ROOT / name
+    for name in subprocess.run(
+        ['git', 'ls-files', '*.md'], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split()
+]
+BLOCK = re.compile(r'^```(\w*)\n(.*?)^```$', re.S | re.M)
+# What quoted paths may begin with; work_dirs/ and checkpoints/ are of the reader's own making.
+FOLDERS = ('benchmarks/', 'configs/', 'docs/', 'mmtoken/', 'requirements/', 'tests/', 'tools/')
+EXAMPLES = (ROOT / 'README.md', ROOT / 'docs' / 'get_started.md')
+
+
+def each(pages):
+    return pytest.mark.parametrize('page', pages, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def load_tool(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='module')
+def tables():
+    return load_tool(ROOT / 'tools' / 'docs' / 'tables.py')
+
+
+@each(PAGES)
+def test_tables_are_fresh(page, tables):
+    text = page.read_text()
+    assert text.count('<!-- table:') == len(tables.MARK.findall(text)) == text.count('<!-- end -->')
+    assert tables.fill(text) == text, 'run tools/docs/tables.py'
+
+
+def test_a_figure_changed_by_hand_is_found(tables):
+    text = '<!-- table: scores dge -->\n' + tables.scores('dge') + '<!-- end -->\n'
+    assert tables.fill(text) == text
+    changed = text.replace('43.00', '47.00')
+    assert changed != text and tables.fill(changed) == text
+
+
+def test_tables_name_what_is_missing(tables):
+    with pytest.raises(ValueError, match='no benchmarks/macs/nothing.json'):
+        tables.macs('nothing')
+    with pytest.raises(KeyError):
+        tables.fill('<!-- table: nothing -->\n<!-- end -->')
+
+
+@each(PAGES)
+def test_links(page):
+    text = BLOCK.sub('', page.read_text())
+    for target in re.findall(r'\]\(([^)\s]+)\)', text):
+        if target.startswith('https://'):
+            continue
+        file, _, anchor = target.partition('#')
+        place = (page.parent / file).resolve() if file else page
+        assert place.exists(), target
+        if anchor:
+            assert anchor in anchors(place / 'README.md' if place.is_dir() else place), target
+
+
+def anchors(page):
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r'^#+ (.+)$', BLOCK.sub('', page.read_text()), re.M)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+@each(PAGES)
+def test_quoted_paths_exist(page):
+    """In code, inline and in blocks; with braces, stars and shell variables."""
+    text = page.read_text()
+    variables = dict(re.findall(r'^([A-Z])=(\S+)$', text, re.M))
+    quoted = re.findall(r'`([^`\n]+)`', BLOCK.sub('', text))
+    for language, block in BLOCK.findall(text):
+        if language in ('bash', 'python'):
+            quoted += block.splitlines()
+    words = [word for line in quoted for word in re.split(r'[\s\'"=():,]+(?![^{]*\})', line)]
+    for word in words:
+        word = re.sub(r'\$([A-Z])\b', lambda m: variables.get(m[1], m[0]), word)
+        if word.startswith(FOLDERS) and not re.search(r'[A-Z]{4,}(?!\w*\.md)|\$|\.\.\.', word):
+            for path in expand(word):
+                assert list(ROOT.glob(path)), path
+
+
+def expand(word):
+    """Braces as in a shell, which brace expansions of one comma-separated list are."""
+    found = re.search(r'\{([^{}]*)\}', word)
+    if not found:
+        return [word]
+    return [
+        path
+        for option in found[1].split(',')
+        for path in expand(word[: found.start()] + option + word[found.end() :])
+    ]
+
+
+@each(sorted(ROOT.glob('configs/*/README.md')))
+def test_pages_list_their_configs(page):
+    """All configs of the folder, and no others."""
+    names = {path.stem for path in page.parent.glob('*.py')}
+    quoted = re.findall(r'`([^`\s]+)`', BLOCK.sub('', page.read_text()))
+    listed = {name for word in quoted for name in expand(word) if re.search(r'_\d+xb\d+', name)}
+    assert {Path(name).name.removesuffix('.py') for name in listed} == names
+
+
+@each(PAGES)
+def test_names_exist(page):
+    """``mmtoken.Name`` in running text and in blocks."""
+    text = page.read_text()
+    for name in set(re.findall(r'\bmmtoken\.([A-Za-z_][\w.]*\w)', text)):
+        first, *rest = name.split('.')
+        if first in ('git', 'py') or (ROOT / 'mmtoken' / first).exists():
+            assert not rest or exists(name), name
+        else:
+            assert hasattr(mmtoken, first) or registered(first), name
+
+
+def exists(name):
+    path = ROOT / 'mmtoken' / name.replace('.', '/')
+    return path.is_dir() or path.with_suffix('.py').exists()
+
+
+@cache
+def registered(name):
+    registries = (registry.MODELS, registry.HOOKS, registry.OPTIM_WRAPPER_CONSTRUCTORS)
+    return any(known.get(name) is not None for known in registries)
+
+
+@pytest.mark.parametrize('page', EXAMPLES, ids=lambda page: page.name)
+def test_examples_run(page, tmp_path, monkeypatch, capsys):
+    """Python blocks: configs are read and their backbones built, the rest is executed in turn."""
+    monkeypatch.chdir(tmp_path)
+    blocks = [block for language, block in BLOCK.findall(page.read_text()) if language == 'python']
+    names, built = {}, 0
+    for block in blocks:
+        if 'Inferencer' in block:  # needs a trained detector
+            compile(block, page.name, 'exec')
+        elif '_base_' in block:
+            (tmp_path / 'my_config.py').write_text(block)
+            backbone = Config.fromfile(tmp_path / 'my_config.py').model.backbone
+            assert type(MODELS.build(backbone)).__module__.startswith('mmtoken.backbones.')
+            built += 1
+        else:
+            exec(block, names)
+            said = re.findall(r'^# (\[.*)$', block, re.M)
+            assert capsys.readouterr().out.splitlines() == said
+    assert built and len(blocks) >= built
+
+
+def test_commands_parse():
+    """Blocks of shell commands have their quotes and continuations in order."""
+    for page in PAGES:
+        for language, block in BLOCK.findall(page.read_text()):
+            if language == 'bash':
+                shlex.split(block, comments=True)
