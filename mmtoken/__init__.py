@@ -18,7 +18,8 @@ enable_config_paths()
 _FUNCTIONS = dict(
     dense_twin='mmtoken.analysis.twin',
     follow_image_sizes='mmtoken.engine.image_sizes',
-    routing_override='mmtoken.layers.common.routing',
+    optimize_for_cpu='mmtoken.fast',
+    routing_override='mmtoken.runtime.routing_override',
     set_image_sizes='mmtoken.layers.common.padding',
     token_losses='mmtoken.runtime.aux_losses',
 )

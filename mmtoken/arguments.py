@@ -52,6 +52,8 @@ class CheckedArguments(ABCMeta):
             ValueError: ``pretrained`` that is for another backbone, ``init_cfg`` without ``type``
                 or without ``checkpoint``.
         """
+        from .fast import optimize_for_cpu  # which imports all layers
+
         known = _parameters(cls)
         pretrained = None if 'pretrained' in known else kwargs.pop('pretrained', None)
         for name in kwargs:
@@ -63,7 +65,7 @@ class CheckedArguments(ABCMeta):
         check_init_cfg(kwargs.get('init_cfg'), cls.__name__)
         module = super().__call__(*args, **kwargs)
         module.after_construction()
-        return module
+        return optimize_for_cpu(module)
 
     @property
     def __signature__(cls) -> inspect.Signature:

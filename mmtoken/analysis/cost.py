@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from ..fast.plain import hooks_ignored
+from ..layers.common.plain import hooks_ignored
 from ..runtime.decisions import record_routing
 from ..runtime.reference import reference_path
 from .decisions import coarse_ratio, query_ratio

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..fast.plain import hooks_ignored
+from ..layers.common.plain import hooks_ignored
 
 # Fused attention that torch's counter has no entry for, and so counts 0 for. Which of these
 # exist depends on the version of torch.

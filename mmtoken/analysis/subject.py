@@ -13,8 +13,8 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.utils import import_modules_from_strings
 from torch import Tensor, nn
 
-from ..layers.common.routing import routing_override
 from ..library import library_of, read_config
+from ..runtime.routing_override import routing_override
 from .peers import peer_config
 from .twin import dense_twin, find_backbone, find_sparse, mappings, our_class
 

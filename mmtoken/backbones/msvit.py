@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..arguments import as_tuple
 from ..checkpoints.fit import enlarge
-from ..fast.tiles import chunked_apply
+from ..layers.common.old_tiles import chunked_apply
 from ..layers.common.packed import SparseFeatures
 from ..layers.common.padding import padding_regions, valid_size
 from ..layers.common.regions import (

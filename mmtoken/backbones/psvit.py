@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..arguments import as_tuple
-from ..fast.tiles import chunked_apply
+from ..layers.common.old_tiles import chunked_apply
 from ..layers.common.utils import join_maps, to_map
 from ..layers.common.vit import NORM_EPS
 from ..layers.psvit.pooling import Pooling, TokenPooling

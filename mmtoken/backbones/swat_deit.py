@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..fast.tiles import chunked_apply
+from ..layers.common.old_tiles import chunked_apply
 from ..layers.common.utils import join_maps, run_block, to_map
 from ..layers.common.vit import NORM_EPS
 from ..layers.swat.blocks import GridBlock, StructuredBlock

@@ -1,0 +1,1 @@
+"""State that belongs to a context, never to the process: switches, collectors, records."""

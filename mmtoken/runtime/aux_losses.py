@@ -12,11 +12,12 @@ modules, where recomputation of activations would add it twice and a copy of the
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
-_open: list['AuxLossCollector'] = []  # innermost last
+_collector: ContextVar['AuxLossCollector | None'] = ContextVar('mmtoken_aux_losses', default=None)
 
 
 class AuxLossCollector(Mapping[str, Tensor]):
@@ -47,12 +48,12 @@ class AuxLossCollector(Mapping[str, Tensor]):
 @contextmanager
 def token_losses() -> Iterator[AuxLossCollector]:
     """Collect what modules publish inside this context; of nested ones the innermost does."""
-    sink = AuxLossCollector()
-    _open.append(sink)
+    collector = AuxLossCollector()
+    token = _collector.set(collector)
     try:
-        yield sink
+        yield collector
     finally:
-        _open.pop()
+        _collector.reset(token)
 
 
 def is_loss(name: str) -> bool:
@@ -60,6 +61,7 @@ def is_loss(name: str) -> bool:
     return 'loss' in name
 
 
+@torch.compiler.disable  # which cannot trace a ContextVar
 def should_publish(training: bool) -> bool:
     """Whether a module should compute what it publishes.
 
@@ -77,10 +79,11 @@ def should_publish(training: bool) -> bool:
     if not training or not torch.is_grad_enabled() or torch.jit.is_tracing():
         return False
     if not in_recompute():
-        _require_sink()
+        _require_collector()
     return True
 
 
+@torch.compiler.disable
 def publish(values: Mapping[str, Tensor]) -> None:
     """Give losses and statistics to the open sink.
 
@@ -95,14 +98,18 @@ def publish(values: Mapping[str, Tensor]) -> None:
         TypeError: A value that is no scalar tensor.
         RuntimeError: Nobody collects.
     """
-    if in_recompute() or torch.jit.is_tracing() or not (_open or torch.is_grad_enabled()):
+    if (
+        in_recompute()
+        or torch.jit.is_tracing()
+        or not (_collector.get() is not None or torch.is_grad_enabled())
+    ):
         return
-    _require_sink()
+    collector = _require_collector()
     for name, value in values.items():
         if not isinstance(value, Tensor) or value.ndim:
             given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f'{name!r} must be a tensor of shape (), got {given}')
-        _open[-1].add(name, value)
+        collector.add(name, value)
 
 
 def in_recompute() -> bool:
@@ -110,8 +117,9 @@ def in_recompute() -> bool:
     return torch._C._current_graph_task_id() != -1  # the backward that this thread works on
 
 
-def _require_sink() -> None:
-    if not _open:
+def _require_collector() -> AuxLossCollector:
+    collector = _collector.get()
+    if collector is None:
         raise RuntimeError(
             'the losses that this model makes of its tokens would be lost. With a config, add '
             "default_hooks = dict(token_losses=dict(type='mmtoken.TokenLossHook')), which leaves "
@@ -119,3 +127,4 @@ def _require_sink() -> None:
             'theirs; in a loop of your own, call the model inside of '
             '`with mmtoken.token_losses() as published:` and add published.total() to the loss'
         )
+    return collector

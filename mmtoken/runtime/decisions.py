@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -27,21 +29,22 @@ class RoutingDecision(NamedTuple):
     per_network: bool = False
 
 
-_records: list[list[RoutingDecision]] = []
+_records: ContextVar[tuple[list[RoutingDecision], ...]] = ContextVar('mmtoken_records', default=())
 
 
 @contextmanager
 def record_routing() -> Iterator[list[RoutingDecision]]:
     """Inside this context the list it gives fills with decisions, in the order of the layers."""
     record: list[RoutingDecision] = []
-    _records.append(record)
+    token = _records.set((*_records.get(), record))
     try:
         yield record
     finally:
-        _records.pop()
+        _records.reset(token)
 
 
+@torch.compiler.disable  # which cannot trace a ContextVar
 def record_decision(decision: RoutingDecision) -> None:
     """Add a decision to all open records."""
-    for record in _records:
+    for record in _records.get():
         record.append(decision)

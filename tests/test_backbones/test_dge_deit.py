@@ -8,9 +8,9 @@ from torch import nn
 
 import mmtoken
 from mmtoken.backbones import DGEDeiT
-from mmtoken.layers.common.routing import routing_override
 from mmtoken.layers.dge import block as grained
 from mmtoken.runtime.decisions import record_routing
+from mmtoken.runtime.routing_override import routing_override
 
 DATA = Path(__file__).parent.parent / 'data'
 VIT = dict(embed_dims=32, num_layers=4, num_heads=2, feedforward_channels=48)

@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 import mmtoken
 from mmtoken.backbones import DGEDPVT, DGEPVT
 from mmtoken.layers.common import routing
-from mmtoken.layers.common.routing import routing_override
 from mmtoken.layers.dge import block as grained
 from mmtoken.losses import BudgetLoss
 from mmtoken.runtime.decisions import record_routing
+from mmtoken.runtime.routing_override import routing_override
 
 DATA = Path(__file__).parent.parent / 'data'
 PYRAMID = dict(

@@ -18,11 +18,11 @@ import mmtoken
 from mmtoken.analysis import count_macs
 from mmtoken.backbones import MSViT, msvit
 from mmtoken.layers.common.attention import varlen_attention
-from mmtoken.layers.common.routing import routing_override
 from mmtoken.layers.msvit.gate import ScaleGate
 from mmtoken.layers.msvit.mixed_scale import restore_map
 from mmtoken.runtime.decisions import record_routing
 from mmtoken.runtime.reference import reference_path
+from mmtoken.runtime.routing_override import routing_override
 
 DATA = Path(__file__).parent.parent / 'data'
 VIT = dict(embed_dims=32, num_layers=4, num_heads=2, feedforward_channels=48)

@@ -13,11 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmtoken
 from mmtoken import backbones
-from mmtoken.layers.common import routing
 from mmtoken.layers.common.cache import PLANS
 from mmtoken.layers.psvit import shared_attention
-from mmtoken.runtime import aux_losses as sink
-from mmtoken.runtime import decisions as record
+from mmtoken.runtime import aux_losses, decisions, routing_override
 from mmtoken.runtime.decisions import record_routing
 
 SWIN = dict(embed_dims=8, depths=(1, 2, 6), num_heads=(1, 2, 2))
@@ -195,7 +193,8 @@ def test_nothing_is_left_behind(name, expected):
         assert all(map(is_plain, PLANS.tensors())), ordeal.__name__
         buffer = getattr(shared_attention._kept, 'buffer', None)
         assert buffer is None or is_plain(buffer), ordeal.__name__
-        assert not sink._open and not record._records and routing._override is None
+        assert aux_losses._collector.get() is None and routing_override._override.get() is None
+        assert decisions._records.get() == ()
         for ours, theirs in zip(outcome(build(name)), expected[name], strict=True):
             assert type(ours) in (torch.Tensor, nn.Parameter), ordeal.__name__
             assert torch.equal(ours, theirs), ordeal.__name__

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import mmtoken
-from mmtoken.fast import tiles
+from mmtoken.layers.common import old_tiles as tiles
 from mmtoken.layers.dge.block import GranularityRouter
 from mmtoken.layers.msvit.gate import ScaleGate
 from mmtoken.registry import MODELS

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from mmtoken.layers.common.routing import routing_override
 from mmtoken.layers.dge.block import DynamicGranularityBlock
 from mmtoken.layers.dge.spatial_reduction import SpatialReductionAttention
 from mmtoken.runtime.decisions import RoutingDecision, record_decision, record_routing
+from mmtoken.runtime.routing_override import routing_override
 
 
 def decision(i):

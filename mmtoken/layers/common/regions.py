@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ...fast.tiles import tokens_per_tile, use_tiling
 from .cache import cache_by_shape
+from .old_tiles import tokens_per_tile, use_tiling
 
 
 class RegionLayout(NamedTuple):

@@ -8,14 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ...fast.plain import (
+from .old_tiles import tokens_per_tile, use_tiling
+from .plain import (
     all_plain,
     has_geometry,
     is_plain,
     is_plain_conv,
-    known_to_fast_paths,
 )
-from ...fast.tiles import tokens_per_tile, use_tiling
 
 
 class ConvStem(nn.Module):
@@ -83,7 +82,6 @@ class ConvStem(nn.Module):
         return torch.cat(out, dim=1)
 
 
-@known_to_fast_paths
 class PatchStem(nn.Module):
     """One convolution that takes whole patches, with a LayerNorm in Swin and PVT, without in ViT.
 
@@ -146,7 +144,7 @@ def patchify(x: Tensor, side: int) -> Tensor:
 def project(patches: Tensor, conv: nn.Conv2d) -> Tensor:
     """What a convolution makes of whole patches: ``(..., C * side**2) -> (..., embed_dims)``.
 
-    It reads the weights, so the layer must be plain (:func:`~mmtoken.fast.plain.is_plain_conv`).
+    It reads the weights, so the layer must be plain (:func:`~mmtoken.layers.common.plain.is_plain_conv`).
     """
     return F.linear(patches, conv.weight.flatten(1), conv.bias)
 

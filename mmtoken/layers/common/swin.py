@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import Tensor
 
-from ...fast.plain import known_to_fast_paths
-from ...fast.tiles import plan_window_tiles, tokens_per_tile, use_tiling
 from .attention import attention, join_heads
+from .old_tiles import plan_window_tiles, tokens_per_tile, use_tiling
 from .utils import run_block
 from .windows import (
     pad_to_windows,
@@ -23,7 +22,6 @@ from .windows import (
 )
 
 
-@known_to_fast_paths
 class WindowAttention(nn.Module):
     """Multi-head self-attention inside windows, with a learned relative position bias.
 
@@ -88,7 +86,6 @@ def relative_position_index(size: int) -> Tensor:
     return down * (2 * size - 1) + across
 
 
-@known_to_fast_paths
 class SwinBlock(nn.Module):
     """Window attention and MLP, each behind a LayerNorm and with a residual.
 
@@ -206,7 +203,6 @@ class SwinBlock(nn.Module):
         return out.view_as(x)
 
 
-@known_to_fast_paths
 class PatchMerging(nn.Module):
     """Concatenate each 2 x 2 group of tokens and project it: half the grid, twice the channels."""
 

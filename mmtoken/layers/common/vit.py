@@ -14,9 +14,9 @@ from timm.layers import DropPath, LayerScale, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
-from ...fast.plain import draws, is_plain, known_to_fast_paths
-from ...fast.tiles import chunked_apply, use_tiling
 from .attention import attention, join_heads, split_heads
+from .old_tiles import chunked_apply, use_tiling
+from .plain import draws, is_plain
 
 Attend = Callable[..., Tensor]
 
@@ -50,7 +50,6 @@ class HeadedAttention(nn.Module):
         """To queries, keys and values, ``(M, 3 * C)``, or with ``follow`` to values, ``(M, C)``."""
 
 
-@known_to_fast_paths
 class Attention(HeadedAttention):
     """Attention with one layer for queries, keys and values, as in ViT.
 
@@ -75,7 +74,6 @@ class Attention(HeadedAttention):
         return F.linear(x, self.qkv.weight[values], bias)
 
 
-@known_to_fast_paths
 class ViTBlock(nn.Module):
     """Attention and MLP, each behind a LayerNorm and with a residual.
 
@@ -253,7 +251,6 @@ class SelfAttention(nn.Module):
         return self.proj(join_heads(attention(*heads)))
 
 
-@known_to_fast_paths
 class CrossAttention(nn.Module):
     """Multi-head attention whose queries and keys are different tokens."""
 

@@ -14,10 +14,10 @@ import torch.nn as nn
 from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import Tensor
 
-from ...fast.plain import draws, weight_dtype
-from ...fast.tiles import tokens_per_tile, use_tiling
 from ...losses.usage import Usage
 from ...runtime.decisions import RoutingDecision, record_decision
+from ..common.old_tiles import tokens_per_tile, use_tiling
+from ..common.plain import draws, weight_dtype
 from ..common.precision import full_precision
 from ..common.regions import (
     CellSet,

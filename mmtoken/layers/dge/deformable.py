@@ -9,15 +9,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...fast.plain import known_to_fast_paths
-from ...fast.tiles import chunked_apply
+from ..common.old_tiles import chunked_apply
 from ..common.regions import CellSet
 
 # How much of the gradient goes through the places that are sampled, in the released code.
 OFFSET_GRADIENT = 0.1
 
 
-@known_to_fast_paths
 class DeformableAttention(nn.Module):
     """Each query samples the map at a few places per head and sums up what it finds there.
 

@@ -8,16 +8,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...fast.plain import is_plain_conv, known_to_fast_paths
-from ...fast.tiles import chunked_apply, tokens_per_tile, use_tiling
 from ..common.attention import varlen_cross_attention
+from ..common.old_tiles import chunked_apply, tokens_per_tile, use_tiling
+from ..common.plain import is_plain_conv
 from ..common.regions import CellSet
 
 # Each call of the convolution prepares its weights anew, which costs as much as a small tile.
 STRIP_TILES = 8
 
 
-@known_to_fast_paths
 class SpatialReductionAttention(nn.Module):
     """Multi-head attention whose keys and values are made by a strided convolution.
 

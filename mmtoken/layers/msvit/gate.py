@@ -11,7 +11,7 @@ import torch.nn as nn
 from timm.layers import trunc_normal_
 from torch import Tensor
 
-from ...fast.plain import weight_dtype
+from ..common.plain import weight_dtype
 from ..common.precision import full_precision
 
 

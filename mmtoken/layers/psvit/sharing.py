@@ -8,14 +8,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ...fast.plain import known_to_fast_paths
 from ..common.attention import attention
 from ..common.vit import HeadedAttention, ViTBlock
 from .shared_attention import Sharing, shared_attention
 from .windows import Pieces
 
 
-@known_to_fast_paths
 class ValueOnlyAttention(HeadedAttention):
     """The projections of an attention whose map is another's: those of values and outputs.
 
@@ -43,7 +41,6 @@ class ValueOnlyAttention(HeadedAttention):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-@known_to_fast_paths
 class SharedMapBlock(ViTBlock):
     """A ViT block without an attention map of its own: ``follow`` must be True.
 

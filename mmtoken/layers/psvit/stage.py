@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ...fast.tiles import tokens_per_tile, use_tiling
+from ..common.old_tiles import tokens_per_tile, use_tiling
 from ..common.utils import run_block
 from ..common.vit import ViTBlock
 from .shared_attention import Sharing, keeps_map

@@ -27,10 +27,9 @@ import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import Tensor
 
-from ...fast.plain import known_to_fast_paths
-from ...fast.tiles import chunked_apply, use_tiling
 from ...runtime.reference import on_reference_path
 from ..common.cache import cache_by_shape
+from ..common.old_tiles import chunked_apply, use_tiling
 from ..common.positions import resample
 from ..common.swin import SwinBlock
 from ..common.utils import run_block
@@ -123,7 +122,6 @@ class SemanticBlock(nn.Module):
         return self.attn.attend(query.flatten(1, 2), key_value.flatten(1, -2)).view_as(query)
 
 
-@known_to_fast_paths
 class NeighborhoodBlock(SemanticBlock):
     """A block whose keys lie in a patch around each window of queries.
 
@@ -170,7 +168,6 @@ class NeighborhoodBlock(SemanticBlock):
         return self.update(query, F.pad(keys.flatten(1, 2), (0, 0, 0, 1)), between)
 
 
-@known_to_fast_paths
 class ReduceBlock(NeighborhoodBlock):
     """Semantic tokens gather from the image tokens around their window."""
 
@@ -200,7 +197,6 @@ class ReduceBlock(NeighborhoodBlock):
         return self.look_around(semantic, x, spec)
 
 
-@known_to_fast_paths
 class PoolBlock(ReduceBlock):
     """The first of the two reductions: it also makes the semantic tokens.
 
@@ -219,7 +215,6 @@ class PoolBlock(ReduceBlock):
         return semantic if self.conv_pos is None else self.conv_pos(semantic, windows.pooled_size)
 
 
-@known_to_fast_paths
 class WindowPositionConv(nn.Module):
     """Depth-wise 3 x 3 convolution inside each window of semantic tokens, added to them."""
 
@@ -237,7 +232,6 @@ class WindowPositionConv(nn.Module):
         return semantic + window_reverse(position, size, grid)
 
 
-@known_to_fast_paths
 class LocalBlock(SemanticBlock):
     """Self-attention among the semantic tokens of each window."""
 
@@ -252,7 +246,6 @@ class LocalBlock(SemanticBlock):
         return self.update(semantic, semantic, between)
 
 
-@known_to_fast_paths
 class GlobalBlock(SemanticBlock):
     """Self-attention among all semantic tokens of an image."""
 
@@ -261,7 +254,6 @@ class GlobalBlock(SemanticBlock):
         return self.update(semantic, semantic, self.attend_to_all)
 
 
-@known_to_fast_paths
 class RecoverBlock(NeighborhoodBlock):
     """Image tokens query the semantic tokens around their window."""
 
@@ -320,7 +312,6 @@ def semantic_unit(
     return recover(x, semantic, windows)
 
 
-@known_to_fast_paths
 class ClassifierPoolBlock(PoolBlock):
     """Fresh semantic tokens attend to those of their own window and to the image tokens around it.
 
@@ -377,7 +368,6 @@ def clamped_patches(
     return index.flatten(2).flatten(0, 1).to(device)
 
 
-@known_to_fast_paths
 class GlobalReduceBlock(SemanticBlock):
     """Semantic tokens attend to themselves and to all image tokens."""
 
@@ -398,7 +388,6 @@ class GlobalReduceBlock(SemanticBlock):
         return self.update(semantic, tokens, self.attend_to_all)
 
 
-@known_to_fast_paths
 class GlobalRecoverBlock(SemanticBlock):
     """Image tokens query all semantic tokens."""
 

@@ -10,15 +10,13 @@ import torch.nn as nn
 from timm.layers import DropPath
 from torch import Tensor
 
-from ...fast.plain import known_to_fast_paths
-from ...fast.tiles import chunked_apply, use_tiling
 from ..common.attention import attention, join_heads, varlen_attention
+from ..common.old_tiles import chunked_apply, use_tiling
 from ..common.swin import SwinBlock
 from ..common.vit import NORM_EPS, ViTBlock
 from .structured import StructuredLinear, StructuredMlp, fold
 
 
-@known_to_fast_paths
 class StructuredSwinBlock(SwinBlock):
     """A Swin block that mixes channels along the planes of a token, and tokens along the grid.
 
@@ -64,7 +62,6 @@ class StructuredSwinBlock(SwinBlock):
 # ViT blocks that mix along the structure inside a token and along that of the token grid.
 
 
-@known_to_fast_paths
 class StructuredAttention(nn.Module):
     """Multi-head self-attention of all tokens, with projections that see the planes inside them.
 
@@ -95,7 +92,6 @@ class StructuredAttention(nn.Module):
         return join_heads(attention(*heads)).unflatten(1, grid)
 
 
-@known_to_fast_paths
 class StructuredBlock(nn.Module):
     """Attention and MLP, each behind a LayerNorm and with a residual.
 
@@ -145,7 +141,6 @@ class StructuredBlock(nn.Module):
         return self.mlp.add_in_strips(x, self.norm2)
 
 
-@known_to_fast_paths
 class GridBlock(ViTBlock):
     """A plain ViT block on the token grids of a batch, of the dense twin."""
 

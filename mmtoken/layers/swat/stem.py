@@ -9,16 +9,15 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor
 
-from ...fast.plain import all_plain, is_plain_conv, known_to_fast_paths
-from ...fast.tiles import tokens_per_tile, use_tiling
 from ...runtime.reference import on_reference_path
+from ..common.old_tiles import tokens_per_tile, use_tiling
+from ..common.plain import all_plain, is_plain_conv
 from ..common.stem import pad_to_stride, patchify
 from .planes import fold_planes
 
 STRIDE = 2  # of the first convolution
 
 
-@known_to_fast_paths
 class StructuredStem(nn.Module):
     """Two convolutions to a few planes at a fine stride, folded to tokens.
 

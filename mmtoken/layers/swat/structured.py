@@ -12,14 +12,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...fast.plain import is_plain, is_plain_conv, known_to_fast_paths
-from ...fast.tiles import tokens_per_tile, use_tiling
 from ...runtime.reference import on_reference_path
 from ..common.cache import cache_by_shape
+from ..common.old_tiles import tokens_per_tile, use_tiling
+from ..common.plain import is_plain, is_plain_conv
 from .planes import fold_planes, unfold_planes
 
 
-@known_to_fast_paths
 class StructuredLinear(nn.Module):
     """The mean of a Linear layer and of a convolution inside the planes of each token.
 
@@ -109,7 +108,6 @@ def cell_offsets(side: int, kernel_size: int, device: torch.device, dtype: torch
     return places.reshape(kernel_size**2, side**2, side**2).to(device)
 
 
-@known_to_fast_paths
 class StructuredMlp(nn.Module):
     """An MLP with a depth-wise convolution of the token grid between its layers.
 
@@ -195,7 +193,6 @@ class StructuredMlp(nn.Module):
         return self.fc2(torch.ops.aten.gelu_(x.permute(0, 2, 3, 1)))[0]
 
 
-@known_to_fast_paths
 class StructuredMerging(nn.Module):
     """Convolve the planes of all tokens as one map, and fold them to half the grid.
 

@@ -6,7 +6,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from mmtoken.fast import tiles
+from mmtoken.layers.common import old_tiles as tiles
 from mmtoken.layers.common.attention import varlen_attention
 from mmtoken.layers.common.vit import ViTBlock
 from mmtoken.runtime.reference import reference_path

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmtoken.fast import tiles
+from mmtoken.layers.common import old_tiles as tiles
 from mmtoken.layers.common import routing
 from mmtoken.layers.common.attention import attention_reference, join_heads, split_heads
 from mmtoken.layers.common.regions import (
@@ -15,12 +15,12 @@ from mmtoken.layers.common.regions import (
     pool_cells,
     unpool_cells,
 )
-from mmtoken.layers.common.routing import routing_override
 from mmtoken.layers.dge.block import DynamicGranularityBlock, GranularityRouter
 from mmtoken.layers.dge.deformable import DeformableAttention
 from mmtoken.layers.dge.spatial_reduction import SpatialReductionAttention
 from mmtoken.runtime.decisions import record_routing
 from mmtoken.runtime.reference import reference_path
+from mmtoken.runtime.routing_override import routing_override
 
 DATA = Path(__file__).parents[2] / 'data'
 MODES = ['exact', 'dense', 'sparse']

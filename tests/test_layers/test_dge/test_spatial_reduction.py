@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmtoken.fast import tiles
+from mmtoken.layers.common import old_tiles as tiles
 from mmtoken.layers.common.regions import all_cells, make_region_layout
 from mmtoken.layers.dge import spatial_reduction
 from mmtoken.layers.dge.spatial_reduction import SpatialReductionAttention

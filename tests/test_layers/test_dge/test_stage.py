@@ -3,11 +3,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mmtoken.layers.common.routing import routing_override
 from mmtoken.layers.dge.block import DynamicGranularityBlock
 from mmtoken.layers.dge.spatial_reduction import SpatialReductionAttention
 from mmtoken.layers.dge.stage import DynamicGranularityStage, resize_position
 from mmtoken.runtime.decisions import record_routing
+from mmtoken.runtime.routing_override import routing_override
 
 
 def make(depth=2, cls_token=False, granularities=(1, 2, 4), patch_size=2, stride=8, **kwargs):

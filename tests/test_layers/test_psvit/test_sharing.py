@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmtoken.fast import tiles
+from mmtoken.layers.common import old_tiles as tiles
 from mmtoken.layers.common.vit import ViTBlock
 from mmtoken.layers.psvit.sharing import GroupAttention, SharedMapBlock, ValueOnlyAttention
 from mmtoken.layers.psvit.stage import SharingStage

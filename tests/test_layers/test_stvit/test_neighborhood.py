@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mmtoken.layers.common.cache import PLANS
 from mmtoken.layers.common.windows import window_index
-from mmtoken.layers.stvit import neighborhood as neighbourhood
+from mmtoken.layers.stvit import neighborhood
 from mmtoken.layers.stvit.neighborhood import (
     NeighborhoodSpec,
     neighborhood_attention,

@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from mmtoken.fast import tiles
+from mmtoken.layers.common import old_tiles as tiles
 from mmtoken.layers.swat import structured
 from mmtoken.layers.swat.blocks import GridBlock, StructuredBlock
 from mmtoken.runtime.reference import reference_path

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmtoken.fast import tiles
+from mmtoken.layers.common import old_tiles as tiles
 from mmtoken.layers.swat import stem as structured_stem
 from mmtoken.layers.swat.stem import StructuredStem
 from mmtoken.runtime.reference import reference_path

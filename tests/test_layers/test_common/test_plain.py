@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, prune
 
-from mmtoken.fast.plain import (
+from mmtoken.layers.common.plain import (
     all_plain,
     draws,
     hooks_ignored,
@@ -36,7 +36,7 @@ class Subclass(nn.Linear):
 
 @pytest.fixture(autouse=True)
 def own_is_known(monkeypatch):
-    monkeypatch.setattr('mmtoken.fast.plain._KNOWN', {nn.Linear: nn.Linear.forward})
+    monkeypatch.setattr('mmtoken.layers.common.plain._KNOWN', {nn.Linear: nn.Linear.forward})
     for kind in (Own, Mlp, nn.LayerNorm, nn.GELU, nn.Dropout, nn.Identity, nn.Conv2d, DropPath):
         known_to_fast_paths(kind)
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mmtoken.fast.tiles import (
+from mmtoken.layers.common.old_tiles import (
     TILE_ELEMENTS,
     chunked_apply,
     plan_window_tiles,

@@ -5,7 +5,7 @@ times larger than the tokens. For a whole map it is written to memory that the s
 hand out and later fetch back into the cache; for a tile it never leaves the cache. On a CPU that
 halves the time of an early Swin block. Training keeps those tensors for backward anyway, and a GPU
 would rather have few large kernels, so both take whole maps. So do blocks in which somebody has
-replaced or watches a layer (:mod:`~mmtoken.fast.plain`), which is to see whole maps too.
+replaced or watches a layer (:mod:`~mmtoken.layers.common.plain`), which is to see whole maps too.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,10 +15,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..layers.common.cache import cache_by_shape
-from ..layers.common.windows import shift_mask, window_index
-from ..runtime.reference import on_reference_path
+from ...runtime.reference import on_reference_path
+from .cache import cache_by_shape
 from .plain import all_plain
+from .windows import shift_mask, window_index
 
 # The hidden layer of an MLP is then 3 MB in fp32.
 TILE_ELEMENTS = 192_000

@@ -11,12 +11,15 @@ Nothing is remembered between calls, so a layer may be replaced at any time.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn as nn
 from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor
 from torch.nn.modules import module as torch_module
+
+from ...runtime.reference import is_compiling
 
 # The classes that fast paths know, and the forward by which they know them.
 _KNOWN: dict[type[nn.Module], Callable] = {
@@ -31,28 +34,29 @@ _WEIGHTS = (nn.Parameter, Tensor)
 # What torch itself looks at before it calls a forward directly
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
-# A plain variable, which torch.compile can guard on; it cannot trace a ContextVar.
-_heed_hooks = True
+_heed_hooks = ContextVar('mmtoken_heed_hooks', default=True)
 
 
 @contextmanager
 def hooks_ignored() -> Iterator[None]:
-    """Inside this context hooks make no difference to the path, in every thread.
+    """Inside this context hooks make no difference to the path.
 
     For those who count by hooks what it costs when there are none.
     """
-    global _heed_hooks
-    before, _heed_hooks = _heed_hooks, False
+    token = _heed_hooks.set(False)
     try:
         yield
     finally:
-        _heed_hooks = before
+        _heed_hooks.reset(token)
 
 
-def known_to_fast_paths(kind: type[nn.Module]) -> type[nn.Module]:
-    """Class decorator: a fast path knows what such a module computes; not so its subclasses."""
-    _KNOWN[kind] = kind.forward
-    return kind
+def _hooks_count() -> bool:
+    return is_compiling() or _heed_hooks.get()  # torch.compile cannot trace a ContextVar
+
+
+def know(kind: type[nn.Module]) -> None:
+    """Let fast paths know what modules of this very class compute; not so its subclasses."""
+    _KNOWN.setdefault(kind, kind.forward)
 
 
 def all_plain(*modules: nn.Module) -> bool:
@@ -119,7 +123,7 @@ def _is_plain(module: nn.Module) -> bool:
     kind, state = type(module), module.__dict__
     if _KNOWN.get(kind) is not kind.forward or 'forward' in state:
         return False
-    if _heed_hooks and any(map(state.get, _HOOKS)):
+    if _hooks_count() and any(map(state.get, _HOOKS)):
         return False
     for weight in state['_parameters'].values():
         if weight is not None and type(weight) not in _WEIGHTS:
@@ -129,7 +133,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _all_are_watched() -> bool:
     """Whether there are hooks on all modules of the process."""
-    return _heed_hooks and bool(
+    return _hooks_count() and bool(
         torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks
         or torch_module._global_backward_hooks
