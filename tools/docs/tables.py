@@ -32,8 +32,8 @@ MARK = re.compile(r'(<!-- table: (?P<name>\S+) ?(?P<argument>\S*) -->\n).*?(<!--
 SIZES = ('t', 's', 'm', 'b', 'base32')  # in this order
 SHORT = dict(tiny='t', small='s', medium='m', base='b')
 METRICS = {'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP', 'mIoU': 'mIoU'}
-# Rows of the README's first table: what the user has, folder and name of the method, what becomes of
-# the tokens, what else it costs; files of timings and of scores, with what they are of.
+# Rows of the README's first table: what the user has, folder and name of the method, what it does
+# to tokens, what else it costs; files of timings and of scores, with what was measured.
 CHOICE = (
     ('Swin; any task', 'stvit_r', 'STViT-R', 'each window of 49 becomes 9',
      'ImageNet weights of its own: released for small and base',
@@ -44,8 +44,8 @@ CHOICE = (
     ('PVT or DeiT; images with large quiet areas', 'dge', 'DGE',
      'in every block, 16 of a region become 16, 4 or 1', 'a budget loss',
      {'dge-pvt-s_forward_800x1280_run*': 'PVT small, 0.436 of the queries'}, {'dge': ''}),
-    ('plain ViT: DeiT, MAE, DINOv2', 'msvit', 'MSViT', 'at the input, 4 of a region stay or become 1',
-     'a gate loss',
+    ('plain ViT: DeiT, MAE, DINOv2', 'msvit', 'MSViT',
+     'at the input, 4 of a region stay or become 1', 'a gate loss',
      {'msvit-s_forward_1x1024x1024_run*': 'small, half of the regions coarse'}, {'msvit': ''}),
     ('time to train from scratch', 'psvit', 'PSViT', 'pooled twice; layers share attention maps',
      'no pretrained weights', {'psvit-t_forward_800x1280_run*': 'tiny'}, {'psvit': ''}),

@@ -13,7 +13,7 @@ DESCRIPTION = """\
 Draw a photograph, and beside it the tokens of several methods: each token is painted in the mean
 color of its pixels, with a border.
 
-DGE and MSViT choose by the image: give a config and a checkpoint of each, which were trained with it.
+DGE and MSViT choose by the image: give a config and a checkpoint of each, trained with that config.
 The tokens of STViT-R, STViT and PSViT depend on the size of the image alone.
 
 The photograph is one that scikit-image ships: Eileen Collins, by NASA, public domain.
@@ -114,7 +114,7 @@ def number(*parts: np.ndarray) -> np.ndarray:
 
 
 def panel(title: str, photograph: np.ndarray, token: np.ndarray) -> tuple[str, np.ndarray]:
-    """Paint each token in the mean color of its pixels; the number of tokens goes into the title."""
+    """Paint each token in the mean color of its pixels; add their number to the title."""
     flat = token.ravel()
     counts = np.bincount(flat)
     means = [np.bincount(flat, channel.ravel()) / counts for channel in photograph.T.swapaxes(1, 2)]
