@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
@@ -156,7 +157,9 @@ def test_examples_run(page, tmp_path, monkeypatch, capsys):
         elif '_base_' in block:
             (tmp_path / 'my_config.py').write_text(block)
             backbone = Config.fromfile(tmp_path / 'my_config.py').model.backbone
-            assert type(MODELS.build(backbone)).__module__.startswith('mmtoken.backbones.')
+            with torch.device('meta'):  # no values
+                built_type = type(MODELS.build(backbone))
+            assert built_type.__module__.startswith('mmtoken.backbones.')
             built += 1
         else:
             exec(block, names)
