@@ -69,9 +69,8 @@ class CheckedArguments(ABCMeta):
 
     @property
     def __signature__(cls) -> inspect.Signature:
-        """That of the constructor; ``inspect`` would show the one of :meth:`__call__`."""
-        signature = inspect.signature(cls.__init__)
-        return signature.replace(parameters=list(signature.parameters.values())[1:])
+        """That of the constructors; ``inspect`` would show the one of :meth:`__call__`."""
+        return inspect.Signature(sorted(_parameters(cls).values(), key=lambda p: p.kind))
 
 
 def as_tuple(values: Any) -> tuple:
@@ -120,17 +119,23 @@ def check_init_cfg(init_cfg: Any, owner: str) -> None:
                 )
 
 
-def _parameters(cls: type) -> list[str]:
-    """Names that a constructor takes, with those that it hands on as keywords."""
-    names: dict[str, None] = {}
-    for base in cls.__mro__:
-        if '__init__' not in vars(base):
-            continue
+def _parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """What a constructor takes, with the keywords that it hands on to those of its bases."""
+    taken: dict[str, inspect.Parameter] = {}
+    bases = [base for base in cls.__mro__ if '__init__' in vars(base)]
+    first = bases[0]
+    for base in bases:
         parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
-        names |= dict.fromkeys(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
+        for parameter in parameters:
+            if parameter.kind is parameter.VAR_KEYWORD:
+                continue
+            if taken and base is not first:
+                parameter = parameter.replace(kind=parameter.KEYWORD_ONLY)
+            taken.setdefault(parameter.name, parameter)
         if all(p.kind is not p.VAR_KEYWORD for p in parameters):
             break
-    return list(names)
+    fixed = getattr(cls, 'fixed_args', ())
+    return {name: parameter for name, parameter in taken.items() if name not in fixed}
 
 
 def _init_cfg_of(pretrained: Any, init_cfg: Any, owner: str) -> Any:

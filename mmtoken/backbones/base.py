@@ -1,10 +1,10 @@
-"""What every backbone of the package has in common."""
+"""Base classes of all backbones."""
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -13,9 +13,19 @@ from torch import Tensor
 
 from ..arguments import as_tuple
 from ..checkpoints.module import CheckpointedBackbone
+from ..layers.common.packed import SparseFeatures
 from ..layers.common.positions import resample
 from ..layers.common.stem import PatchStem
-from ..layers.common.utils import init_own
+from ..layers.common.utils import (
+    ceil_div,
+    check_heads,
+    drop_path_rates,
+    init_own,
+    join_maps,
+    run_block,
+    to_map,
+)
+from ..layers.common.vit import NORM_EPS
 
 MAX_STAGES = 10  # of a hierarchical architecture
 
@@ -44,8 +54,10 @@ class TokenBackbone(CheckpointedBackbone):
     stem_names: ClassVar[tuple[str, ...]] = ('patch_embed',)  # what precedes the first block
     stages_name: ClassVar[str] = 'layers'  # the attribute that lists the stages
     twin_args: ClassVar[dict]  # constructor arguments that turn the class into its dense twin
-    ignorable_keys: str | None = None  # names a checkpoint may have in excess (regular expression)
-    newly_initialized_keys: str | None = None  # names it may lack
+    fixed_args: ClassVar[tuple[str, ...]] = ()  # arguments of a base class that it does not take
+    ratio_name: ClassVar[str | None] = None  # which ratio routing_override sets, if any
+    ignorable_keys: str | None = None  # checkpoint keys that are ignored (regular expression)
+    newly_initialized_keys: str | None = None  # keys that a checkpoint may lack
 
     def __init__(
         self,
@@ -80,7 +92,7 @@ class TokenBackbone(CheckpointedBackbone):
     def init_fresh(self) -> None:
         """Truncated-normal Linear layers, then whatever ``init_cfg`` says.
 
-        Layers with an ``init_weights`` of their own have the last word, before a checkpoint.
+        A layer's own ``init_weights`` runs last; a checkpoint is loaded after it.
         """
         self.apply(_init_linear)
         super().init_fresh()
@@ -116,7 +128,7 @@ class TokenBackbone(CheckpointedBackbone):
         return getattr(self, self.stages_name)
 
     def output_layers(self, index: int) -> list[nn.Module]:
-        """What lies between a stage and its map."""
+        """Norm applied to a stage's output."""
         return [getattr(self, f'norm{index}')]
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
@@ -150,59 +162,171 @@ class TokenBackbone(CheckpointedBackbone):
         return sum(depths[:stage]) + block, num_layers
 
 
-class PlainBackbone(TokenBackbone):
-    """A plain ViT: every block is a stage, but where a subclass says otherwise. Names are timm's.
+class DenseLayout(NamedTuple):
+    """All tokens of the grid are there, row by row.
 
-    This class makes the stem, ``patch_embed`` and ``pos_embed``; a subclass adds ``blocks``.
-
-    Args:
-        embed_dims: Channels of a token.
-        num_layers: Blocks.
-        img_size: Image that ``pos_embed`` is laid out for, in pixels: a side, or ``(H, W)``. Any
-            other size is accepted too.
-        patch_size: Side of a patch, in pixels.
-        in_channels: Channels of the image.
-        out_indices: Blocks that are tapped, in rising order; negative ones count from the end.
-        frozen_stages: Blocks kept fixed: 0 freezes the stem, 1 the stem and the first block, and
-            so on; -1 freezes nothing.
-        norm_eval: Keep batch norms in eval mode while training.
-        init_cfg: MMEngine's initialisation config.
-        cls_token: Whether a class token goes first.
-        patch_embed: Another stem than ViT's, ``(B, in_channels, H, W) -> (B, H', W', C)``.
-
-    Raises:
-        ValueError: ``out_indices`` or ``frozen_stages`` out of range.
+    Attributes:
+        grid: ``(H, W)``, in tokens.
     """
 
-    stem_names = ('patch_embed', 'cls_token', 'pos_embed')
+    grid: tuple[int, int]
+
+
+class PatchBackbone(TokenBackbone):
+    """A backbone that starts as ViT does: patch embedding and position embedding."""
+
+    stem_names = ('patch_embed', 'cls_token', 'reg_token', 'pos_embed')
+
+    def make_stem(
+        self,
+        embed_dims: int,
+        img_size: int | tuple[int, int],
+        patch_size: int,
+        in_channels: int,
+        cls_token: bool = False,
+        num_registers: int = 0,
+    ) -> None:
+        """Add the embeddings; for the arguments see :class:`PlainBackbone`."""
+        self.embed_dims = embed_dims
+        self.patch_size = patch_size
+        self.patch_embed = PatchStem(embed_dims, in_channels, patch_size, norm=False)
+        self.pos_grid = tuple(ceil_div(side, patch_size) for side in to_2tuple(img_size))
+        self.num_prefix_tokens = int(cls_token) + num_registers
+        self.cls_token = self.reg_token = None
+        if cls_token:
+            self.cls_token = trunc_normal_parameter(1, 1, embed_dims)
+        if num_registers:
+            self.reg_token = trunc_normal_parameter(1, num_registers, embed_dims)
+        self.pos_embed = trunc_normal_parameter(1, math.prod(self.pos_grid) + cls_token, embed_dims)
+
+    def embed(self, x: Tensor) -> tuple[Tensor, DenseLayout]:
+        """Embed the patches of images ``(B, in_channels, H, W)`` and add their positions.
+
+        Images are padded at the bottom and right to whole patches. For the result see
+        :meth:`add_positions`.
+        """
+        return self.add_positions(self.patch_embed(x))
+
+    def add_positions(self, x: Tensor) -> tuple[Tensor, DenseLayout]:
+        """Add the position embedding and put the prefix tokens first.
+
+        Args:
+            x: Embedded patches, ``(B, H', W', C)``.
+
+        Returns:
+            Tokens ``(B, P + H' * W', C)``, prefix tokens first, then the grid row by row; and the
+            layout of the grid.
+        """
+        grid = (x.shape[1], x.shape[2])
+        prefix, position = self.positions(grid)
+        x = (x + position).flatten(1, 2)
+        if self.num_prefix_tokens:
+            x = torch.cat([prefix.expand(len(x), -1, -1).to(x), x], dim=1)
+        return x, DenseLayout(grid)
+
+    def positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Prefix tokens ``(1, P, C)``, and the position embedding of a grid, ``(1, H, W, C)``."""
+        num_cls = int(self.cls_token is not None)
+        prefix, position = self.pos_embed[:, :num_cls], self.pos_embed[:, num_cls:]
+        if self.cls_token is not None:
+            prefix = self.cls_token + prefix
+        if self.reg_token is not None:  # registers have no position
+            prefix = torch.cat([prefix, self.reg_token], dim=1)
+        return prefix, resample(position, self.pos_grid, grid, 'bicubic', True)
+
+
+class PlainBackbone(PatchBackbone):
+    """A plain ViT, the trunk of every method on it: reduce, run the blocks, restore.
+
+    A method overrides :meth:`reduce`, :meth:`run_block` and :meth:`restore`; as they are they give
+    the dense ViT. A subclass sets ``blocks`` and calls :meth:`finish_init`. Each block counts as a
+    stage in ``out_indices`` and ``frozen_stages``. Parameter names are timm's.
+
+    Args:
+        arch: ``'tiny'``, ``'small'``, ``'base'``, ``'large'``, or a dict with the keys
+            ``embed_dims``, ``num_layers``, ``num_heads`` and ``feedforward_channels``.
+        img_size: Image that the position embedding is laid out for, in pixels: a side, or
+            ``(H, W)``. Images of any size are accepted.
+        patch_size: Side of a patch, in pixels.
+        in_channels: Channels of the image.
+        cls_token: Whether there is a class token.
+        num_registers: Register tokens, as in some weights of DINOv2.
+        qkv_bias: Biases of queries, keys and values.
+        layer_scale: Initial LayerScale; None for none. Weights of DINOv2 need it.
+        drop_path_rate: Stochastic depth of the last block, rising linearly from 0.
+        out_indices: Blocks whose outputs are returned, in rising order; negative ones count from
+            the end. The last block is normalized, as in mmpretrain.
+        out_type: ``'map'`` for dense maps. For classification ``'cls_token'``, the normalized class
+            token of the last block, or ``'avg_featmap'``, the mean over its normalized map.
+        frozen_stages: Blocks kept fixed: 0 freezes the patch and position embedding, 1 the first
+            block too, and so on; -1 freezes nothing.
+        norm_eval: Accepted for compatibility; unused, since there is no BatchNorm.
+        with_cp: Recompute the activations of each block in backward.
+        init_cfg: MMEngine's initialization config.
+
+    Raises:
+        ValueError: Bad argument values; the message says what is allowed.
+        TypeError: ``arch`` is neither a name nor a dict.
+    """
+
     stages_name = 'blocks'
+    out_types: ClassVar[tuple[str, ...]] = ('map', 'cls_token', 'avg_featmap')
+    ignorable_keys = r'(head|head_dist|norm|fc_norm)\..*|cls_token|dist_token'
     arch_keys = ('embed_dims', 'num_layers', 'num_heads', 'feedforward_channels')
     arch_zoo: ClassVar[dict[str, dict]] = dict(
         tiny=dict(embed_dims=192, num_layers=12, num_heads=3, feedforward_channels=768),
         small=dict(embed_dims=384, num_layers=12, num_heads=6, feedforward_channels=1536),
         base=dict(embed_dims=768, num_layers=12, num_heads=12, feedforward_channels=3072),
+        large=dict(embed_dims=1024, num_layers=24, num_heads=16, feedforward_channels=4096),
     )
 
     def __init__(
         self,
-        embed_dims: int,
-        num_layers: int,
-        img_size: int | tuple[int, int],
-        patch_size: int,
-        in_channels: int,
-        out_indices: Iterable[int],
+        arch: str | Mapping = 'small',
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_channels: int = 3,
+        cls_token: bool = False,
+        num_registers: int = 0,
+        qkv_bias: bool = True,
+        layer_scale: float | None = None,
+        drop_path_rate: float = 0.0,
+        out_indices: Sequence[int] = (-1,),
+        out_type: str = 'map',
         frozen_stages: int = -1,
         norm_eval: bool = False,
+        with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
-        cls_token: bool = False,
-        patch_embed: nn.Module | None = None,
     ) -> None:
-        super().__init__(num_layers, out_indices, frozen_stages, norm_eval, init_cfg)
-        self.patch_size = patch_size
-        self.patch_embed = patch_embed or PatchStem(embed_dims, in_channels, patch_size, norm=False)
-        self.pos_grid = tuple(-(-side // patch_size) for side in to_2tuple(img_size))
-        self.cls_token = trunc_normal_parameter(1, 1, embed_dims) if cls_token else None
-        self.pos_embed = trunc_normal_parameter(1, math.prod(self.pos_grid) + cls_token, embed_dims)
+        arch = self.resolve_arch(arch)
+        dims, depth = arch['embed_dims'], arch['num_layers']
+        super().__init__(depth, out_indices, frozen_stages, norm_eval, init_cfg)
+        check_out_type(out_type, self.out_types, self.out_indices, depth - 1, cls_token)
+        self.make_stem(dims, img_size, patch_size, in_channels, cls_token, num_registers)
+        self.out_type = out_type
+        self.out_channels = (dims,) * len(self.out_indices)
+        self.with_cp = with_cp
+        # For subclasses, which make the blocks
+        self.drop_rates = drop_path_rates(drop_path_rate, [depth])[0][: self.num_built]
+        self.block_args = dict(
+            embed_dims=dims,
+            num_heads=arch['num_heads'],
+            feedforward_channels=arch['feedforward_channels'],
+            qkv_bias=qkv_bias,
+        )
+        if layer_scale is not None:
+            self.block_args.update(layer_scale=layer_scale)
+
+    def finish_init(self) -> None:
+        """Add the norm behind the last block, if an output needs it, and apply freezing."""
+        # Only where it is used: DDP refuses parameters without a gradient.
+        self.norm = nn.LayerNorm(self.embed_dims, NORM_EPS) if self.has_norm else nn.Identity()
+        self.train()
+
+    @property
+    def has_norm(self) -> bool:
+        """Whether the last block is normalized by this module."""
+        return self.num_stages - 1 in self.out_indices
 
     @property
     def unbuilt_keys(self) -> str | None:
@@ -218,34 +342,68 @@ class PlainBackbone(TokenBackbone):
             ValueError, TypeError: As for :func:`resolve_arch`; heads that do not divide channels.
         """
         arch = resolve_arch(arch, cls.arch_zoo, cls.arch_keys)
-        dims, heads = arch['embed_dims'], arch['num_heads']
-        if dims % heads:
-            raise ValueError(f'embed_dims={dims} is no multiple of num_heads={heads}')
+        check_heads(arch['embed_dims'], arch['num_heads'])
         return arch
 
-    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Embed the patches and add their positions.
+    def output_layers(self, index: int) -> list[nn.Module]:
+        return [self.norm] if index == self.num_stages - 1 else []
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...] | tuple[SparseFeatures, ...]:
+        """Compute the outputs.
 
         Args:
-            x: Images, ``(B, in_channels, H, W)``, any H and W; padded at the bottom and right to
-                whole patches.
+            x: Images, ``(B, in_channels, H, W)``, any H and W.
 
         Returns:
-            Tokens ``(B, H' * W', C)``, row by row, behind the class token if there is one, and
-            their grid ``(H', W')``.
+            One for each of ``out_indices``, according to ``out_type``: a map
+            ``(B, C, ceil(H / patch_size), ceil(W / patch_size))``, a vector ``(B, C)``, or
+            :class:`~mmtoken.layers.common.packed.SparseFeatures`.
         """
-        x = self.patch_embed(x)
-        grid = (x.shape[1], x.shape[2])
-        x = x.flatten(1, 2)
-        if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x), x], dim=1)
-        return x + self.positions(grid), grid
+        tokens, layout = self.reduce(x)
+        outputs = []
+        for i in range(self.num_built):
+            tokens, layout = self.run_block(i, tokens, layout)
+            if i in self.out_indices:
+                outputs.append(self.output(i, tokens, layout))
+        self.finish(layout)
+        return join_maps(outputs)
 
-    def positions(self, grid: tuple[int, int]) -> Tensor:
-        """The position embedding of a grid, ``(1, N, C)``; that of a class token first."""
-        extra = int(self.cls_token is not None)
-        position = resample(self.pos_embed[:, extra:], self.pos_grid, grid, 'bicubic', True)
-        return torch.cat([self.pos_embed[:, :extra], position.flatten(1, 2)], dim=1)
+    def reduce(self, x: Tensor) -> tuple[Tensor, Any]:
+        """Images ``(B, in_channels, H, W)`` to tokens, and where on the grid they belong."""
+        return self.embed(x)
+
+    def run_block(self, index: int, tokens: Tensor, layout: Any) -> tuple[Tensor, Any]:
+        """Run one block; it may change the layout."""
+        return self.checkpoint(self.blocks[index], tokens), layout
+
+    def restore(self, index: int, tokens: Tensor, layout: Any) -> Tensor:
+        """Tokens behind a block to those of the whole grid, prefix first: ``(B, P + H * W, C)``."""
+        return tokens
+
+    def to_features(self, index: int, tokens: Tensor, layout: Any) -> SparseFeatures:
+        """Tokens behind a block for a neck that restores them, with ``out_type='tokens'``."""
+        raise NotImplementedError
+
+    def finish(self, layout: Any) -> None:
+        """Called with the last layout, behind all blocks."""
+
+    def output(self, index: int, tokens: Tensor, layout: Any) -> Tensor | SparseFeatures:
+        """The output behind one block."""
+        if index == self.num_stages - 1:
+            tokens = self.norm(tokens)
+        if self.out_type == 'tokens':
+            return self.to_features(index, tokens, layout)
+        dense = self.restore(index, tokens, layout)  # (B, P + H * W, C)
+        if self.out_type == 'cls_token':
+            return dense[:, 0]
+        dense = dense[:, self.num_prefix_tokens :]
+        if self.out_type == 'avg_featmap':
+            return dense.mean(dim=1)
+        return to_map(dense.unflatten(1, layout.grid))
+
+    def checkpoint(self, function: Callable, *args) -> Any:
+        """Call a block; with ``with_cp`` its activations are recomputed in backward."""
+        return run_block(function, *args, recompute=self.with_cp)
 
 
 def trunc_normal_parameter(*shape: int) -> nn.Parameter:

@@ -5,7 +5,7 @@ names are timm's, but for ``attn.q`` and ``attn.kv``, which are ``attn.qkv`` the
 """
 
 from collections.abc import Mapping, Sequence
-from typing import get_args
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -14,14 +14,22 @@ from torch import Tensor
 from ..arguments import as_tuple
 from ..layers.common.padding import padding_regions, valid_size
 from ..layers.common.regions import make_region_layout
-from ..layers.common.utils import join_maps, to_map
 from ..layers.common.vit import NORM_EPS
 from ..layers.dge.block import DynamicGranularityBlock, TrainMode
 from ..layers.dge.spatial_reduction import SpatialReductionAttention
 from ..losses.usage import BUDGET, build_budget, counted_pixels, publish_usage, usage_wanted
 from ..registry import MODELS
-from .base import PlainBackbone, check_out_type
-from .dge_pvt import OutType
+from .base import PlainBackbone
+
+
+class RoutingLayout(NamedTuple):
+    """What the blocks of one forward pass share."""
+
+    grid: tuple[int, int]
+    valid: Tensor | None
+    padding: Tensor | None
+    measured: bool
+    usages: list
 
 
 @MODELS.register_module()
@@ -46,22 +54,8 @@ class DGEDeiT(PlainBackbone):
             :class:`~mmtoken.layers.dge.block.DynamicGranularityBlock`: ``'exact'``, ``'dense'`` or ``'sparse'``.
         budget: Config of the loss that keeps the number of queries down; with it, training needs
             :class:`mmtoken.TokenLossHook`. None leaves routers to the task's loss.
-        cls_token: Whether there is a class token, as in the release. Dense prediction needs none.
-        img_size: Image that the position embedding is laid out for, in pixels: a side, or
-            ``(H, W)``. Images of any size are accepted. Released DGE weights are of 256.
-        patch_size: Side of a patch, in pixels.
-        in_channels: Channels of the image.
-        qkv_bias: Biases for queries, keys and values.
-        drop_path_rate: Stochastic depth of the last block, rising linearly from 0.
-        out_indices: Blocks that are tapped, in rising order; negative ones count from the end. The
-            last block is normalised, as in mmpretrain.
-        out_type: ``'map'``; for classification ``'cls_token'``, the normalised class token of the
-            last block, or ``'avg_featmap'``, the mean over its normalised tokens.
-        frozen_stages: Blocks kept fixed: 0 freezes the patch and position embedding, 1 the first
-            block too, and so on; -1 freezes nothing.
-        norm_eval: Of no effect here, since there is no batch norm.
-        with_cp: Recompute the activations of each block in backward.
-        init_cfg: MMEngine's initialisation config.
+        kwargs: As for :class:`~mmtoken.backbones.base.PlainBackbone`, without ``num_registers`` and
+            ``layer_scale``. Released DGE weights are of ``img_size=256`` and have a class token.
 
     Raises:
         ValueError: Bad argument values; the message says what is allowed.
@@ -69,7 +63,9 @@ class DGEDeiT(PlainBackbone):
     """
 
     twin_args = dict(granularities=(1,), budget=None)
-    ignorable_keys = r'(head|head_dist|norm|fc_norm|budget)\..*|cls_token|dist_token'
+    fixed_args = ('num_registers', 'layer_scale')
+    ratio_name = 'query_ratio'
+    ignorable_keys = rf'{PlainBackbone.ignorable_keys}|budget\..*'
     newly_initialized_keys = r'budget\..*'
 
     def __init__(
@@ -79,91 +75,52 @@ class DGEDeiT(PlainBackbone):
         region_size: int = 4,
         train_mode: TrainMode = 'exact',
         budget: dict | None = BUDGET,
-        cls_token: bool = False,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
-        in_channels: int = 3,
-        qkv_bias: bool = True,
-        drop_path_rate: float = 0.0,
-        out_indices: Sequence[int] = (-1,),
-        out_type: OutType = 'map',
-        frozen_stages: int = -1,
-        norm_eval: bool = False,
-        with_cp: bool = False,
-        init_cfg: dict | list[dict] | None = None,
+        **kwargs,
     ) -> None:
-        arch = self.resolve_arch(arch)
-        dims, depth, heads = arch['embed_dims'], arch['num_layers'], arch['num_heads']
-        super().__init__(
-            dims, depth, img_size, patch_size, in_channels,
-            out_indices, frozen_stages, norm_eval, init_cfg, cls_token,
-        )  # fmt: skip
-        check_out_type(out_type, get_args(OutType), self.out_indices, depth - 1, cls_token)
-        self.out_type = out_type
-        self.out_channels = (dims,) * len(self.out_indices)
-        self.stride = patch_size
-        self.in_channels = in_channels
+        super().__init__(arch, **kwargs)
+        self.stride = self.patch_size
+        self.in_channels = self.patch_embed.proj.in_channels
         self.granularities = as_tuple(granularities)
         self.region_size = region_size
         self.budget = build_budget(budget, self.granularities)
-        rates = torch.linspace(0, drop_path_rate, depth, device='cpu').tolist()
+        args = self.block_args
         self.blocks = nn.ModuleList(
             DynamicGranularityBlock(
-                dims, SpatialReductionAttention(dims, heads, 1, qkv_bias, counted_products=2),
-                arch['feedforward_channels'], self.granularities, region_size, train_mode, rate,
-                NORM_EPS, with_cp,
+                args['embed_dims'],
+                SpatialReductionAttention(
+                    args['embed_dims'], args['num_heads'], 1, args['qkv_bias'], counted_products=2
+                ),
+                args['feedforward_channels'], self.granularities, region_size, train_mode, rate,
+                NORM_EPS, self.with_cp,
             )
-            for rate in rates[: self.num_built]
+            for rate in self.drop_rates
         )  # fmt: skip
-        # Only where something uses it, since DDP refuses parameters without a gradient.
-        normed = depth - 1 in self.out_indices
-        self.norm = nn.LayerNorm(dims, NORM_EPS) if normed else nn.Identity()
-        self.train()
+        self.finish_init()
 
-    def output_layers(self, index: int) -> list[nn.Module]:
-        return [self.norm] if index == self.num_stages - 1 else []
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Compute the taps.
-
-        Args:
-            x: Images, ``(B, in_channels, H, W)``, any H and W. For padding see the class.
-
-        Returns:
-            One for each of ``out_indices``, according to ``out_type``: a map
-            ``(B, C, ceil(H / patch_size), ceil(W / patch_size))``, or one vector ``(B, C)``.
-        """
+    def reduce(self, x: Tensor) -> tuple[Tensor, 'RoutingLayout']:
         routed = len(self.granularities) > 1
-        measured = routed and usage_wanted(self.budget, self.training)
         valid = valid_size(x) if routed else None
-        x, grid = self.embed(x)
-        num_prefix_tokens = x.shape[1] - grid[0] * grid[1]
+        tokens, dense = self.embed(x)
         padding = None
         if routed:
             regions = make_region_layout(
-                grid, self.granularities, self.region_size, num_prefix_tokens, x.device
+                dense.grid, self.granularities, self.region_size, self.num_prefix_tokens, x.device
             )
             padding = padding_regions(valid, self.stride, regions)
-        taps, usages = [], []
-        for i, block in enumerate(self.blocks):
-            x, usage = block(x, grid, padding, measured)
-            usages.append(usage)
-            if i in self.out_indices:
-                taps.append(self._tap(i, x, grid))
-        if measured:
-            constant = self.constant_complexity(valid, torch.float32)
-            publish_usage([usages], constant, self.budget)
-        return join_maps(taps)
+        measured = routed and usage_wanted(self.budget, self.training)
+        return tokens, RoutingLayout(dense.grid, valid, padding, measured, [])
 
-    def _tap(self, index: int, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        if index == self.num_stages - 1:
-            x = self.norm(x)
-        if self.out_type == 'cls_token':
-            return x[:, 0]
-        tokens = x[:, x.shape[1] - grid[0] * grid[1] :]
-        if self.out_type == 'avg_featmap':
-            return tokens.mean(dim=1)
-        return to_map(tokens.unflatten(1, grid))
+    def run_block(
+        self, index: int, tokens: Tensor, layout: 'RoutingLayout'
+    ) -> tuple[Tensor, 'RoutingLayout']:
+        tokens, usage = self.blocks[index](tokens, layout.grid, layout.padding, layout.measured)
+        layout.usages.append(usage)
+        return tokens, layout
+
+    def finish(self, layout: 'RoutingLayout') -> None:
+        if layout.measured:
+            constant = self.constant_complexity(layout.valid, torch.float32)
+            publish_usage([layout.usages], constant, self.budget)
 
     def constant_complexity(
         self, valid: Tensor, dtype: torch.dtype = torch.float64

@@ -79,6 +79,7 @@ class DGEPVT(TokenBackbone):
 
     stem_names = ('layers.0.patch_embed', 'layers.0.pos_embed')
     twin_args = dict(granularities=(1,), budget=None)
+    ratio_name = 'query_ratio'
     ignorable_keys = r'(norm|head|budget)\..*|layers\.\d+\.cls_token'
     newly_initialized_keys = r'budget\..*'
     arch_keys = ('embed_dims', 'depths', 'num_heads', 'mlp_ratios', 'sr_ratios')

@@ -19,11 +19,11 @@ from ..layers.psvit.pooling import Pooling, TokenPooling
 from ..layers.psvit.shared_attention import Sharing
 from ..layers.psvit.stage import SharingStage
 from ..registry import MODELS
-from .base import PlainBackbone, resolve_arch
+from .base import PatchBackbone, resolve_arch
 
 
 @MODELS.register_module()
-class PSViT(PlainBackbone):
+class PSViT(PatchBackbone):
     """ViT whose tokens are pooled between stages, and whose layers share attention maps in groups.
 
     The first layer of a group computes the map; the others have values, an output projection and an
@@ -74,7 +74,6 @@ class PSViT(PlainBackbone):
         TypeError: ``arch`` is neither a name nor a dict.
     """
 
-    stem_names = ('patch_embed', 'pos_embed')
     stages_name = 'layers'
     twin_args = dict(sharing=None)
     # Other outputs may have been asked for before.
@@ -113,10 +112,8 @@ class PSViT(PlainBackbone):
         if len(window_sizes) == 1:
             window_sizes *= len(stages)
         check_windows(window_sizes, len(stages))
-        super().__init__(
-            stages[0][0], len(stages), img_size, patch_size, in_channels,
-            out_indices, frozen_stages, norm_eval, init_cfg,
-        )  # fmt: skip
+        super().__init__(len(stages), out_indices, frozen_stages, norm_eval, init_cfg)
+        self.make_stem(stages[0][0], img_size, patch_size, in_channels)
         depths = [sum(groups) for _, _, groups in stages]
         rates = torch.linspace(0, drop_path_rate, sum(depths), device='cpu').split(depths)
         self.layers = nn.ModuleList()
@@ -196,8 +193,8 @@ class PSViT(PlainBackbone):
             ValueError: ``sharing='map'`` and an image with too many tokens.
         """
         height, width = x.shape[-2:]
-        tokens, grid = self.embed(x)
-        tokens = tokens.unflatten(1, grid)
+        tokens, layout = self.embed(x)
+        tokens = tokens.unflatten(1, layout.grid)
         maps = []
         for i, stage in enumerate(self.layers):
             tokens = stage(tokens)

@@ -4,22 +4,16 @@ Source: SWAT, arXiv 2111.13677; released code, github.com/kkahatapitiya/SWAT (MI
 Parameter names are timm's where timm has the layer.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from collections.abc import Mapping
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..layers.common.old_tiles import chunked_apply
-from ..layers.common.utils import join_maps, run_block, to_map
-from ..layers.common.vit import NORM_EPS
-from ..layers.swat.blocks import GridBlock, StructuredBlock
+from ..layers.common.vit import ViTBlock
+from ..layers.swat.blocks import StructuredBlock
 from ..layers.swat.stem import STRIDE, StructuredStem
 from ..registry import MODELS
-from .base import PlainBackbone, check_out_type
-
-OutType = Literal['map', 'avg_featmap']
+from .base import DenseLayout, PlainBackbone
 
 
 @MODELS.register_module()
@@ -44,28 +38,17 @@ class SWATDeiT(PlainBackbone):
         structured: False gives the dense twin: DeiT.
         plane_size: Side of a plane, in cells; ``embed_dims`` is a multiple of its square, and
             ``patch_size`` of its double.
-        img_size: Image that the position embedding is laid out for, in pixels: a side, or
-            ``(H, W)``. Images of any size are accepted.
-        in_channels: Channels of the image.
-        qkv_bias: Biases for queries, keys and values.
-        drop_path_rate: Stochastic depth of the last block, rising linearly from 0.
-        out_indices: Blocks that are tapped, in rising order; negative ones count from the end. The
-            last block is normalised, as in mmpretrain.
-        out_type: ``'map'``, or for classification ``'avg_featmap'``, the mean over the last block's
-            normalised tokens.
-        frozen_stages: Blocks kept fixed: 0 freezes the patch and position embedding, 1 the first
-            block too, and so on; -1 freezes nothing.
-        norm_eval: Of no effect here, since there is no batch norm.
-        with_cp: Recompute the activations of each block in backward.
-        init_cfg: MMEngine's initialisation config.
+        kwargs: As for :class:`~mmtoken.backbones.base.PlainBackbone`, without ``patch_size``,
+            ``cls_token``, ``num_registers`` and ``layer_scale``.
 
     Raises:
         ValueError: Bad argument values; the message says what is allowed.
         TypeError: ``arch`` is neither a name nor a dict.
     """
 
+    out_types = ('map', 'avg_featmap')
+    fixed_args = ('patch_size', 'cls_token', 'num_registers', 'layer_scale')
     twin_args = dict(structured=False)
-    ignorable_keys = r'(head|head_dist|norm|fc_norm)\..*|cls_token|dist_token'
     arch_keys = (*PlainBackbone.arch_keys, 'patch_size', 'mlp_kernel')
     arch_zoo = dict(
         tiny=dict(PlainBackbone.arch_zoo['tiny'], patch_size=16, mlp_kernel=5),
@@ -78,78 +61,35 @@ class SWATDeiT(PlainBackbone):
         arch: str | Mapping = 'small',
         structured: bool = True,
         plane_size: int = 8,
-        img_size: int | tuple[int, int] = 224,
-        in_channels: int = 3,
-        qkv_bias: bool = True,
-        drop_path_rate: float = 0.0,
-        out_indices: Sequence[int] = (-1,),
-        out_type: OutType = 'map',
-        frozen_stages: int = -1,
-        norm_eval: bool = False,
-        with_cp: bool = False,
-        init_cfg: dict | list[dict] | None = None,
+        **kwargs,
     ) -> None:
-        arch = self.resolve_arch(arch)
-        dims, depth, heads = arch['embed_dims'], arch['num_layers'], arch['num_heads']
-        patch_size, stem = arch['patch_size'], None
+        sizes = self.resolve_arch(arch)
         if structured:
-            check_planes(plane_size, **arch)
-            stem = StructuredStem(
-                dims, patch_size, plane_size, kernel_size=4, in_channels=in_channels, position=True
-            )
-        super().__init__(
-            dims, depth, img_size, patch_size, in_channels,
-            out_indices, frozen_stages, norm_eval, init_cfg, patch_embed=stem,
-        )  # fmt: skip
-        check_out_type(out_type, get_args(OutType), self.out_indices, depth - 1)
-        self.out_type = out_type
-        self.with_cp = with_cp
-        self.out_channels = (dims,) * len(self.out_indices)
-
-        common = dict(
-            embed_dims=dims,
-            num_heads=heads,
-            feedforward_channels=arch['feedforward_channels'],
-            qkv_bias=qkv_bias,
-        )
-        rates = torch.linspace(0, drop_path_rate, depth, device='cpu').tolist()
+            check_planes(plane_size, **sizes)
+        super().__init__(arch, patch_size=sizes['patch_size'], **kwargs)
+        if structured:
+            self.patch_embed = StructuredStem(
+                self.embed_dims, self.patch_size, plane_size, kernel_size=4,
+                in_channels=self.patch_embed.proj.in_channels, position=True,
+            )  # fmt: skip
+        self.structured = structured
         self.blocks = nn.ModuleList(
-            StructuredBlock(side=plane_size, mlp_kernel=arch['mlp_kernel'], drop_path=r, **common)
+            StructuredBlock(
+                side=plane_size, mlp_kernel=sizes['mlp_kernel'], drop_path=rate, **self.block_args
+            )
             if structured
-            else GridBlock(drop_path=r, **common)
-            for r in rates[: self.num_built]
+            else ViTBlock(drop_path=rate, **self.block_args)
+            for rate in self.drop_rates
         )
-        # Only where something uses it, since DDP refuses parameters without a gradient.
-        normed = depth - 1 in self.out_indices
-        self.norm = nn.LayerNorm(dims, NORM_EPS) if normed else nn.Identity()
-        self.train()
+        self.finish_init()
 
-    def output_layers(self, index: int) -> list[nn.Module]:
-        return [self.norm] if index == self.num_stages - 1 else []
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Compute the taps.
-
-        Args:
-            x: Images, ``(B, in_channels, H, W)``, any H and W.
-
-        Returns:
-            One for each of ``out_indices``, according to ``out_type``: a map
-            ``(B, C, ceil(H / patch_size), ceil(W / patch_size))``, or a vector ``(B, C)``.
-        """
-        x, grid = self.embed(x)
-        x, taps = x.unflatten(1, grid), []
-        for i, block in enumerate(self.blocks):
-            x = run_block(block, x, recompute=self.with_cp)
-            if i in self.out_indices:
-                taps.append(self._tap(i, x))
-        return join_maps(taps)
-
-    def _tap(self, index: int, x: Tensor) -> Tensor:
-        """The output behind one block."""
-        if index == self.num_stages - 1:
-            x = chunked_apply(self.norm, x, training=self.training, layers=(self.norm,))
-        return to_map(x) if self.out_type == 'map' else x.mean(dim=(1, 2))
+    def run_block(
+        self, index: int, tokens: Tensor, layout: DenseLayout
+    ) -> tuple[Tensor, DenseLayout]:
+        if not self.structured:
+            return super().run_block(index, tokens, layout)
+        grid = tokens.unflatten(1, layout.grid)  # (B, H, W, C)
+        return self.checkpoint(self.blocks[index], grid).flatten(1, 2), layout
 
 
 def check_planes(

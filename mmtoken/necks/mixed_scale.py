@@ -6,7 +6,7 @@ from mmengine.model import ModuleList
 from torch import Tensor
 
 from ..layers.common.packed import SparseFeatures
-from ..layers.msvit.mixed_scale import restore_map
+from ..layers.msvit.mixed_scale import restore_features
 from ..layers.msvit.refine import CoarseRefine
 from ..registry import MODELS
 from .simple_feature_pyramid import SCALES, XAVIER, Norm, one_width
@@ -68,5 +68,5 @@ class MixedScaleNeck(SparseFeaturePyramid):
                 f'tap {index} has no layout, as those of mmtoken.STViTDeiT, which are for '
                 'mmtoken.SemanticRecoveryNeck'
             )
-        x, coarse = restore_map(features)
+        x, coarse = restore_features(features)
         return x if self.refine is None else self.refine[index](x, coarse)

@@ -19,7 +19,7 @@ from mmtoken.analysis import count_macs
 from mmtoken.backbones import MSViT, msvit
 from mmtoken.layers.common.attention import varlen_attention
 from mmtoken.layers.msvit.gate import ScaleGate
-from mmtoken.layers.msvit.mixed_scale import restore_map
+from mmtoken.layers.msvit.mixed_scale import restore_features
 from mmtoken.runtime.decisions import record_routing
 from mmtoken.runtime.reference import reference_path
 from mmtoken.runtime.routing_override import routing_override
@@ -112,11 +112,11 @@ def test_golden_embedding(golden, shared, monkeypatch):
     order = torch.cat([torch.arange(16, 80), torch.arange(16)])  # theirs are coarse first
     for choice in (golden['gate'], 1 - golden['gate']):
         choose(monkeypatch, choice)
-        tokens, mixture = model.embed_mixed(golden['img'])
-        expected = golden['full_tokens'][:, order].flatten(0, 1)[mixture.cells.cells]
+        tokens, mixture = model.reduce(golden['img'])
+        expected = golden['full_tokens'][:, order].flatten(0, 1)[mixture.index]
         close(tokens, expected, 1e-12)
     choose(monkeypatch, golden['gate'])
-    assert model.embed_mixed(golden['img'])[1].lengths == golden['lengths'].tolist()
+    assert model.reduce(golden['img'])[1].lengths == golden['lengths'].tolist()
 
 
 def test_golden_kernel(golden):
@@ -154,14 +154,14 @@ def test_coarse_positions_are_means_of_fine_ones(size, ratio, monkeypatch):
     for parameter in model.patch_embed.parameters():
         nn.init.zeros_(parameter)
     height, width = (-(-side // 16) for side in size)
-    position = model.positions((height, width))[0, 1:].unflatten(0, (height, width))
+    position = model.positions((height, width))[1][0]
     means = [
         position[y : y + ratio, x : x + ratio].mean(dim=(0, 1))
         for y in range(0, height, ratio)
         for x in range(0, width, ratio)
     ]
     choose(monkeypatch, torch.ones(1, -(-height // ratio), -(-width // ratio)))
-    tokens, mixture = model.embed_mixed(torch.zeros(1, 3, *size))
+    tokens, mixture = model.reduce(torch.zeros(1, 3, *size))
     assert mixture.lengths == [1 + len(means)]
     close(tokens[1:], torch.stack(means))
     close(tokens[:1], model.cls_token[0] + model.pos_embed[0, :1])
@@ -362,7 +362,7 @@ def test_images_of_a_batch_are_independent(kwargs):
     assert len(set(together.lengths.tolist())) > 1
     assert together.lengths.tolist() == [int(a.lengths) for a in alone]
     close(together.tokens, torch.cat([a.tokens for a in alone]))
-    close(restore_map(together)[0], torch.cat([restore_map(a)[0] for a in alone]))
+    close(restore_features(together)[0], torch.cat([restore_features(a)[0] for a in alone]))
 
 
 @pytest.mark.parametrize('sides', [(28, 14), (48, 16), (64, 16), (16, 8)])
@@ -409,7 +409,8 @@ def test_windows_of_the_twin(size, global_blocks):
     kwargs = dict(WINDOWS, global_blocks=global_blocks)
     model = stir(make(**MSViT.twin_args, **kwargs)).eval()
     images = torch.randn(2, 3, *size)
-    tokens, grid = model.embed(images)
+    tokens, layout = model.embed(images)
+    grid = layout.grid
     x = tokens.unflatten(1, grid)
     for i, block in enumerate(model.blocks):
         # Four blocks are quarters of one each, so by default all are global.
@@ -444,7 +445,7 @@ def test_windows_of_mixed_tokens(training):
     images = torch.randn(2, 3, 100, 170)
     torch.manual_seed(3)
     with mmtoken.token_losses():
-        tokens, mixture = model.embed_mixed(images)
+        tokens, mixture = model.reduce(images)
     assert len(mixture.windows) == 2 * 2 * 3 and len(set(mixture.windows)) > 2
     for i, block in enumerate(model.blocks):
         parts = tokens.split(mixture.lengths if i in (1, 3) else mixture.windows)
@@ -687,7 +688,7 @@ def test_tokens_are_the_map(kwargs, train_mode):
     assert len(features) == 2
     for feature, map_ in zip(features, expected, strict=True):
         assert feature.grid == (7, 10) and int(feature.lengths.sum()) == len(feature.tokens)
-        restored, coarse = restore_map(feature)
+        restored, coarse = restore_features(feature)
         assert torch.equal(restored, map_) and coarse.shape == (2, 1, 7, 10)
         if record:
             choice = record[0].choice.repeat_interleave(2, 1).repeat_interleave(2, 2)

@@ -91,13 +91,13 @@ def test_pyramid_of_restored_maps(multi_level):
 @pytest.mark.parametrize('multi_level, restored', [(False, [3]), (True, [0, 1, 2, 3])])
 def test_only_taps_in_use_are_restored(monkeypatch, multi_level, restored):
     taps = make_backbone(out_indices=(0, 1, 2, 3), out_type='tokens')(torch.randn(1, 3, 64, 64))
-    seen, restore = [], neck_module.restore_map
+    seen, restore = [], neck_module.restore_features
 
     def watched(features):
         seen.append(next(i for i, tap in enumerate(taps) if tap is features))
         return restore(features)
 
-    monkeypatch.setattr(neck_module, 'restore_map', watched)
+    monkeypatch.setattr(neck_module, 'restore_features', watched)
     MixedScaleNeck(16, multi_level=multi_level)(taps)
     assert seen == restored
 

@@ -1,6 +1,6 @@
-"""From token grids to the maps that necks and heads take."""
+"""Small functions that several methods share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn as nn
@@ -56,9 +56,6 @@ class _Join(torch.autograd.Function):
         return grads
 
 
-# Activations that are made again in backward instead of kept.
-
-
 def run_block(function: Callable, *args, recompute: bool):
     """Call ``function``; with ``recompute`` its activations are made again in backward.
 
@@ -69,14 +66,39 @@ def run_block(function: Callable, *args, recompute: bool):
     return function(*args)
 
 
-# Initial weights.
-
-
 def init_own(root: nn.Module) -> None:
     """Let the layers inside ``root`` that have an ``init_weights`` of their own use it.
 
-    Called after a general initialisation, which would otherwise have the last word.
+    Called after a general initialization, which would otherwise overwrite theirs.
     """
     for module in root.modules():
         if module is not root and hasattr(module, 'init_weights'):
             module.init_weights()
+
+
+def ceil_div(a: int, b: int) -> int:
+    """``a / b``, rounded up."""
+    return -(-a // b)
+
+
+def drop_path_rates(rate: float, depths: Iterable[int]) -> list[list[float]]:
+    """Stochastic depth of each block of each stage, rising linearly from 0 to ``rate``."""
+    depths = list(depths)
+    last = max(sum(depths) - 1, 1)
+    rates = iter([rate * i / last for i in range(sum(depths))])
+    return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+def check_heads(embed_dims: int, num_heads: int, where: str = '') -> None:
+    """Refuse heads that do not divide the channels.
+
+    Args:
+        embed_dims: Channels.
+        num_heads: Attention heads.
+        where: In front of the message, such as ``'stage 2: '``.
+
+    Raises:
+        ValueError: They do not.
+    """
+    if num_heads < 1 or embed_dims % num_heads:
+        raise ValueError(f'{where}embed_dims={embed_dims} is no multiple of num_heads={num_heads}')

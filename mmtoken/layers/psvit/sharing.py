@@ -9,28 +9,29 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..common.attention import attention
-from ..common.vit import HeadedAttention, ViTBlock
+from ..common.vit import Attention, ViTBlock
 from .shared_attention import Sharing, shared_attention
 from .windows import Pieces
 
 
-class ValueOnlyAttention(HeadedAttention):
-    """The projections of an attention whose map is another's: those of values and outputs.
+class ValueOnlyAttention(Attention):
+    """Attention whose map is another layer's: it projects values and outputs alone.
 
-    Weights with queries and keys too, those of a dense network, give it their values.
+    Loading a dense layer's ``qkv`` takes the values of it.
 
     Args:
         embed_dims: Channels.
         num_heads: Attention heads.
-        qkv_bias: Bias for values.
+        qkv_bias: Bias of values.
     """
 
     def __init__(self, embed_dims: int, num_heads: int, qkv_bias: bool = True) -> None:
-        super().__init__(embed_dims, num_heads)
+        super().__init__(embed_dims, num_heads, qkv_bias)
+        del self.qkv
         self.v = nn.Linear(embed_dims, embed_dims, bias=qkv_bias)
-        self.proj = nn.Linear(embed_dims, embed_dims)
 
-    def project(self, x: Tensor, follow: bool = True) -> Tensor:
+    def project(self, x: Tensor) -> Tensor:
+        """Values: ``(..., C) -> (..., C)``."""
         return self.v(x)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
@@ -42,12 +43,12 @@ class ValueOnlyAttention(HeadedAttention):
 
 
 class SharedMapBlock(ViTBlock):
-    """A ViT block without an attention map of its own: ``follow`` must be True.
+    """A ViT block that uses the attention map of another block.
 
     Arguments as for :class:`~mmtoken.layers.common.vit.ViTBlock`.
     """
 
-    attention_type = ValueOnlyAttention
+    attn_class = ValueOnlyAttention
 
 
 class GroupAttention:

@@ -117,7 +117,7 @@ class SharingStage(nn.Module):
         tokens, lengths = x.flatten(0, 1), [length] * batch
         for i, block in enumerate(group):
             attend = shared.follow if i else shared.lead
-            tokens = block(tokens, attend, lengths, follow=i > 0)
+            tokens = block(tokens, attend, lengths)
         return tokens.unflatten(0, (batch, length))
 
     def set_groups(self, groups: Sequence[int] | None) -> None:

@@ -10,10 +10,10 @@ import torch.nn as nn
 from timm.layers import DropPath
 from torch import Tensor
 
-from ..common.attention import attention, join_heads, varlen_attention
+from ..common.attention import attention, join_heads
 from ..common.old_tiles import chunked_apply, use_tiling
 from ..common.swin import SwinBlock
-from ..common.vit import NORM_EPS, ViTBlock
+from ..common.vit import NORM_EPS
 from .structured import StructuredLinear, StructuredMlp, fold
 
 
@@ -139,13 +139,3 @@ class StructuredBlock(nn.Module):
         attended = self.attn.attend(tile(lambda t: project(self.norm1(t)), x))
         x = tile(lambda t, a: t + project_back(a), x, attended)
         return self.mlp.add_in_strips(x, self.norm2)
-
-
-class GridBlock(ViTBlock):
-    """A plain ViT block on the token grids of a batch, of the dense twin."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, H, W, C) -> (B, H, W, C)``."""
-        lengths = [x.shape[1] * x.shape[2]] * len(x)
-        attend = partial(varlen_attention, lengths=lengths)
-        return super().forward(x.flatten(0, 2), attend, lengths).view_as(x)
