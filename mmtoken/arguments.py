@@ -1,7 +1,7 @@
-"""What people who know OpenMMLab's own backbones pass to ours.
+"""Argument checks for users who come from OpenMMLab's own backbones.
 
-What means the same here is taken; what does not is refused with the line that mends it, when the
-module is built and not an hour later.
+Arguments that mean the same are accepted; others are refused when the module is built, with a
+message that says how to fix it.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from mmengine.model import PretrainedInit
 
 from .checkpoints.download import ZOOS
 
-# Arguments of other backbones, and what ours have in their place
+# Arguments of other backbones, and how to fix them
 REMEDIES = {
     **dict.fromkeys(
         ('embed_dims', 'depth', 'depths', 'num_layers', 'num_heads', 'num_stages', 'mlp_ratios',
@@ -92,7 +92,7 @@ def entries_of(init_cfg: Mapping | Sequence[Mapping] | None) -> list[Mapping]:
 
 
 def check_init_cfg(init_cfg: Any, owner: str) -> None:
-    """Refuse what MMEngine would trip over after the model is built.
+    """Refuse an ``init_cfg`` on which MMEngine would fail after the model is built.
 
     Args:
         init_cfg: As given to a module.

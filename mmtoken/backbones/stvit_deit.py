@@ -45,10 +45,10 @@ class SemanticLayout(NamedTuple):
 class STViTDeiT(PlainBackbone):
     """DeiT that works on a few semantic tokens after its first blocks.
 
-    ``base_layers`` ordinary blocks are followed by two layers that make semantic tokens, in place of
-    two blocks, and by the remaining blocks, which see the semantic tokens alone. The image tokens
-    are not updated any more. A dense map behind such a block is recovered by image tokens that
-    query the semantic tokens, in one layer per output. All three are in
+    ``base_layers`` ordinary blocks are followed by two layers that make semantic tokens, in place
+    of two blocks, and by the remaining blocks, which see the semantic tokens alone. The image
+    tokens are not updated any more. A dense map behind such a block is recovered by image tokens
+    that query the semantic tokens, in one layer per output. All three are in
     :mod:`mmtoken.layers.stvit.semantic_vit`.
 
     The paper's 16 semantic tokens are for images of 224 pixels, where 4 x 4 of them stand for

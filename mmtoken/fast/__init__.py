@@ -9,7 +9,6 @@ training, GPUs, export and ``torch.compile`` run the forward of the layer itself
 import torch.nn as nn
 
 from ..layers.common.plain import know
-from . import vit  # noqa: F401 (registers its tiled blocks)
 from .tiling import TILED
 
 __all__ = ['optimize_for_cpu']

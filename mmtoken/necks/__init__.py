@@ -1,8 +1,8 @@
-"""Necks: restorations of dense maps, and the pyramid they end in.
+"""Necks: they restore dense maps and build a feature pyramid.
 
-A neck that restores tokens says in ``twin_type`` which neck takes maps in its place, and in
-``restore_args`` which of its arguments that neck does not have; the dense twin of a config is made
-with these. A neck that reduces tokens itself has ``twin_args``, like a backbone.
+A neck that restores tokens declares in ``twin_type`` the neck for maps that replaces it in the
+dense twin of a config, and in ``restore_args`` which of its arguments that neck does not have. A
+neck that reduces tokens itself has ``twin_args``, like a backbone.
 """
 
 from .grain_unpool import GrainUnpoolNeck

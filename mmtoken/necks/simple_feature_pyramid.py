@@ -30,8 +30,8 @@ class SimpleFeaturePyramid(CheckpointedModule):
     Each level scales a map by transposed convolutions or max-pooling, then projects it by a 1 x 1
     and a 3 x 3 convolution. There are no lateral connections.
 
-    Padding: convolutions and pooling see what lies beside a place, so that a level is that of the
-    map alone but for the last two rows and columns before the padding.
+    Padding: convolutions and pooling see neighboring places, so only the last two rows and columns
+    before the padding of a level differ from those of the image alone.
 
     Args:
         in_channels: Channels of the maps, a multiple of 4; or one number a map, all equal, as
@@ -44,12 +44,12 @@ class SimpleFeaturePyramid(CheckpointedModule):
         norm: ``'LN'`` (over the channels), ``'BN'``, or None.
         scales: How many times as high and wide as its map each level is, some of 4, 2, 1 and 0.5.
             Maps of stride 8 reach the usual strides with ``(2, 1, 0.5)``.
-        init_cfg: MMEngine's initialisation config.
+        init_cfg: MMEngine's initialization config.
         plane_size: Side of the planes in the channels of structure-aware tokens, in cells:
             ``plane_size`` of :class:`mmtoken.SWATDeiT`. Finer levels then unfold these planes,
-            without parameters, in place of transposed convolutions. No number is lost, but a
-            quarter of the channels is left at scale 2 and a sixteenth at scale 4: with 384, the
-            1 x 1 convolution there sees 24 at each place, and not 96. None for other maps.
+            without parameters, instead of using transposed convolutions. No value is lost, but a
+            quarter of the channels remains at scale 2 and a sixteenth at scale 4: with 384
+            channels, the 1 x 1 convolution there sees 24, not 96. None for other maps.
 
     Raises:
         ValueError: Bad argument values; the message says what is allowed.
@@ -118,7 +118,7 @@ class SimpleFeaturePyramid(CheckpointedModule):
         return tuple(outs)
 
     def per_level(self, inputs: Sequence) -> list:
-        """What each level is made from."""
+        """The input of each level."""
         if not self.multi_level:
             return [inputs[-1]] * len(self.levels)
         if len(inputs) != len(self.levels):
@@ -127,7 +127,7 @@ class SimpleFeaturePyramid(CheckpointedModule):
 
 
 def one_width(in_channels: int | Sequence[int]) -> int:
-    """The width that all maps have.
+    """The number of channels that all maps have.
 
     Raises:
         ValueError: They have several; the message names the neck for such maps.

@@ -1,4 +1,4 @@
-"""What the necks that restore tokens have in common."""
+"""Base class of the necks that restore tokens."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from .simple_feature_pyramid import SimpleFeaturePyramid
 
 
 class SparseFeaturePyramid(SimpleFeaturePyramid):
-    """Restore the taps in use to maps, then build a pyramid from these.
+    """Restore tokens to maps, then build a pyramid from these.
 
-    Subclasses say how in :meth:`restore`, and in ``restore_args`` which arguments they have for it.
+    Subclasses implement :meth:`restore` and list its arguments in ``restore_args``.
     """
 
     twin_type = 'mmtoken.SimpleFeaturePyramid'

@@ -1,13 +1,13 @@
-"""Where the losses and statistics go that are born inside a backbone.
+"""Collects auxiliary losses and statistics that are produced inside a backbone.
 
-A router publishes, and whoever computes the loss collects::
+A router publishes, and the training loop collects::
 
     with mmtoken.token_losses() as published:
         task_loss = criterion(model(images), labels)
     (task_loss + published.total()).backward()
 
 Under MMEngine's runner :class:`~mmtoken.engine.TokenLossHook` does this. Nothing is stored on
-modules, where recomputation of activations would add it twice and a copy of the model fail.
+modules: activation checkpointing would add it twice, and copying the model would fail.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,18 +21,18 @@ _collector: ContextVar['AuxLossCollector | None'] = ContextVar('mmtoken_aux_loss
 
 
 class AuxLossCollector(Mapping[str, Tensor]):
-    """What was published, by name; the mean if a name came several times, as with two views."""
+    """Published values by name; the mean if a name was published several times."""
 
     def __init__(self) -> None:
         self._published: dict[str, list[Tensor]] = {}
 
     def add(self, name: str, value: Tensor) -> None:
-        """Take one value more; all but losses lose their graph."""
+        """Add a value; statistics are detached, losses are not."""
         value = value if is_loss(name) else value.detach()
         self._published.setdefault(name, []).append(value)
 
     def total(self) -> Tensor:
-        """The sum of the losses, 0 without any; ``()``."""
+        """The sum of the losses, ``()``; 0 if there are none."""
         return sum((self[name] for name in self if is_loss(name)), start=torch.zeros(()))
 
     def __getitem__(self, name: str) -> Tensor:
@@ -47,7 +47,7 @@ class AuxLossCollector(Mapping[str, Tensor]):
 
 @contextmanager
 def token_losses() -> Iterator[AuxLossCollector]:
-    """Collect what modules publish inside this context; of nested ones the innermost does."""
+    """Collect the values published inside this context; nested contexts are independent."""
     collector = AuxLossCollector()
     token = _collector.set(collector)
     try:
@@ -57,24 +57,23 @@ def token_losses() -> Iterator[AuxLossCollector]:
 
 
 def is_loss(name: str) -> bool:
-    """Whether a name is that of a loss: MMEngine sums every value with "loss" in its name."""
+    """Whether a name denotes a loss: MMEngine sums all values with "loss" in their name."""
     return 'loss' in name
 
 
 @torch.compiler.disable  # which cannot trace a ContextVar
 def should_publish(training: bool) -> bool:
-    """Whether a module should compute what it publishes.
+    """Whether a module should compute the values that it publishes.
 
     Args:
         training: The module's ``training``.
 
     Returns:
-        True in training with gradients, also while backward makes activations again: it must do
-        the same as the forward pass did, though :func:`publish` drops the result. False in a trace,
-        which trains nothing.
+        True in training with gradients, also during checkpoint recomputation, which must repeat the
+        forward pass, though :func:`publish` ignores its values. False in a trace.
 
     Raises:
-        RuntimeError: It should, but nobody collects.
+        RuntimeError: A loss would be published outside of :func:`token_losses`.
     """
     if not training or not torch.is_grad_enabled() or torch.jit.is_tracing():
         return False
@@ -85,18 +84,18 @@ def should_publish(training: bool) -> bool:
 
 @torch.compiler.disable
 def publish(values: Mapping[str, Tensor]) -> None:
-    """Give losses and statistics to the open sink.
+    """Add losses and statistics to the collector.
 
-    Dropped are those that backward gives again as it recomputes activations, those of a trace, and,
-    if nobody collects, those made under ``no_grad``.
+    Values published during checkpoint recomputation or in a trace are ignored, and so are those
+    under ``no_grad`` outside of :func:`token_losses`.
 
     Args:
-        values: Scalars ``()`` by name. Those with "loss" in their name are losses, which are added
-            up; all others are statistics, which are only logged and detached here.
+        values: Scalars ``()`` by name. Those with "loss" in their name are losses, which are
+            summed; all others are statistics, which are logged.
 
     Raises:
         TypeError: A value that is no scalar tensor.
-        RuntimeError: Nobody collects.
+        RuntimeError: Called outside of :func:`token_losses`.
     """
     if (
         in_recompute()
@@ -113,7 +112,7 @@ def publish(values: Mapping[str, Tensor]) -> None:
 
 
 def in_recompute() -> bool:
-    """Whether backward is running and makes activations again, of a checkpointed module."""
+    """Whether backward is recomputing the activations of a checkpointed module."""
     return torch._C._current_graph_task_id() != -1  # the backward that this thread works on
 
 
@@ -121,10 +120,10 @@ def _require_collector() -> AuxLossCollector:
     collector = _collector.get()
     if collector is None:
         raise RuntimeError(
-            'the losses that this model makes of its tokens would be lost. With a config, add '
+            'the token losses of this model would be lost. With a config, add '
             "default_hooks = dict(token_losses=dict(type='mmtoken.TokenLossHook')), which leaves "
             'the hooks of your base config in place, while a list custom_hooks would replace '
-            'theirs; in a loop of your own, call the model inside of '
+            'theirs; in your own loop, call the model inside of '
             '`with mmtoken.token_losses() as published:` and add published.total() to the loss'
         )
     return collector

@@ -1,4 +1,4 @@
-"""Watch which tokens a network chooses, for pictures and statistics."""
+"""Records of routing decisions, for visualization and statistics."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 class RoutingDecision(NamedTuple):
-    """What one router chose for a batch.
+    """The decision of one router for a batch.
 
     Attributes:
         choice: Index of each region's choice, ``(B, Hr, Wr)``.
-        granularities: Side of a token under each choice, in tokens of the grid.
+        granularities: Side of a token for each choice, in tokens of the grid.
         region_size: Side of a region, in tokens of the grid.
         grid: ``(H, W)`` of the dense map, in tokens.
-        padding: Regions that hold padding alone, ``(B, Hr, Wr)``; None if not looked for.
+        padding: Regions that are padding, ``(B, Hr, Wr)``; None if unknown.
         once: Whether it holds for the whole network; otherwise for one of its blocks.
     """
 
@@ -34,7 +34,7 @@ _records: ContextVar[tuple[list[RoutingDecision], ...]] = ContextVar('mmtoken_re
 
 @contextmanager
 def record_routing() -> Iterator[list[RoutingDecision]]:
-    """Inside this context the list it gives fills with decisions, in the order of the layers."""
+    """Collect the decisions made inside this context, in the order of the layers."""
     record: list[RoutingDecision] = []
     token = _records.set((*_records.get(), record))
     try:

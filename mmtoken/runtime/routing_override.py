@@ -1,4 +1,4 @@
-"""Random layouts with a given number of tokens, in place of what a network chooses."""
+"""Random layouts with a given number of tokens, instead of learned routing decisions."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -27,8 +27,8 @@ class RoutingOverride:
             batch: Images, B. The i-th has the i-th ratio; ratios are repeated if there are fewer.
 
         Returns:
-            Indices of choices, ``(B, R)``, on the CPU. The ratio of each image is as near as single
-            changes of the layout bring it.
+            Indices of choices, ``(B, R)``, on the CPU. No change of a single region would bring the
+            ratio of an image closer.
         """
         draw = self._draw_coarse if self.kind == 'coarse_ratio' else self._draw_queries
         ratios = islice(cycle(self.ratios), batch)
@@ -44,7 +44,7 @@ class RoutingOverride:
         return choice
 
     def _draw_queries(self, counts: Tensor, ratio: float) -> Tensor:
-        """Have ``ratio`` of the most tokens that there can be."""
+        """Choose so that ``ratio`` of the largest possible number of tokens remain."""
         num_regions = len(counts)
         target = ratio * counts[:, 0].sum().item()
         shares = _shares(tuple(counts.amax(dim=0).tolist()), ratio)
@@ -67,7 +67,7 @@ class RoutingOverride:
 
 @lru_cache
 def _shares(counts: tuple[int, ...], ratio: float) -> list[float]:
-    """How often each choice is made so that counts have the given mean, otherwise most evenly."""
+    """The most even distribution of choices whose counts have the given mean."""
     sizes = [count / counts[0] for count in counts]
 
     def shares(tilt: float) -> list[float]:
@@ -92,19 +92,20 @@ def routing_override(
     coarse_ratio: float | Sequence[float] | None = None,
     seed: int = 0,
 ) -> Iterator[None]:
-    """Inside this context regions do not choose for themselves: layouts are random.
+    """Inside this context layouts are random instead of chosen by the network.
 
     For benchmarks: an untrained network chooses nothing sensible, and the cost of a layout depends
-    on how many tokens it has. All else runs as it would, in training too.
+    on the number of its tokens. Everything else runs as usual, in training too. Other threads are
+    not affected.
 
     Args:
-        query_ratio: Queries over tokens, in (0, 1], for the grained backbones and neck (DGE); the
-            nearest that changing single regions leads to in each image and block, which on a grid
-            of a few regions may be some queries off.
+        query_ratio: Queries over tokens, in (0, 1], for the backbones and the neck of DGE; the
+            nearest ratio that random layouts reach in each image and block, which on a grid of a
+            few regions may be some queries off.
         coarse_ratio: Coarse regions over regions, in [0, 1], for MSViT.
         seed: Of the random layouts.
 
-    A sequence of ratios gives the images of a batch one each, in turn.
+    With a sequence of ratios, the images of a batch take one each, in turn.
 
     Raises:
         ValueError: Not exactly one ratio, or one out of range; inside the context, a network that

@@ -1,7 +1,7 @@
-"""What ``torch.jit.trace`` must not record.
+"""Code that ``torch.jit.trace`` must not record.
 
-In a trace sizes are tensors, a new one at each look. What depends on them alone is worked out
-outside of it, and is a constant inside.
+In a trace sizes are tensors. Values that depend on sizes alone are computed outside of the trace
+and are constants in it.
 """
 
 from collections.abc import Iterator

@@ -6,13 +6,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from helpers import wake
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import nn
 
 import mmtoken
 from mmtoken import backbones
-from mmtoken.layers.dge.block import GranularityRouter
-from mmtoken.layers.msvit.gate import ScaleGate
 from mmtoken.registry import MODELS
 
 SWIN = dict(embed_dims=16, depths=(2, 1, 6, 1), num_heads=(1, 2, 2, 4))
@@ -256,31 +255,6 @@ def build(cfg, **kwargs):
     return model
 
 
-def wake(model):
-    """Give every parameter a say, and every choice a chance.
-
-    LayerScale starts at 1e-5, norms at the identity, routers at the finest granularity, gates at
-    the fine scale.
-    """
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            with torch.no_grad():
-                parameter.add_(torch.empty_like(parameter).uniform_(0.2, 0.6, generator=generator))
-    for module in model.modules():
-        if isinstance(module, GranularityRouter):
-            with torch.no_grad():
-                module.gate.weight.normal_(0, 0.3, generator=generator)
-                module.gate.bias.normal_(0, 0.1, generator=generator)
-        if isinstance(module, ScaleGate):
-            with torch.no_grad():
-                for layer in module.layers:
-                    if isinstance(layer, nn.Linear):
-                        layer.weight.normal_(0, 1, generator=generator)
-                    if not isinstance(layer, nn.GELU):
-                        layer.bias.zero_()
-
-
 def train(model, images):
     """Maps in training mode, and the losses that are born inside."""
     with mmtoken.token_losses() as published:
@@ -359,12 +333,19 @@ def test_frozen_stages_stay_frozen(cfg, frozen):
     assert all((k in changed) == (frozen == 'nothing') for k in running)
 
 
+def test_norm_eval():
+    """In the one backbone that has batch norms; all others take the argument too."""
+    for norm_eval in (True, False):
+        model = build(dict(type='mmtoken.STViTRSwin', arch=SWIN), norm_eval=norm_eval).train()
+        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert len(norms) == 2 and all(norm.training != norm_eval for norm in norms)
+        assert all(p.requires_grad for p in model.parameters())
+
+
 @pytest.mark.parametrize('cfg', CASES)
-def test_norm_eval(cfg):
+def test_norm_eval_is_taken(cfg):
     model = build(cfg, norm_eval=True).train()
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert not any(m.training for m in norms)
-    assert all(p.requires_grad for p in model.parameters())
+    assert all(m.training for m in model.modules() if isinstance(m, nn.LayerNorm))
 
 
 @pytest.mark.parametrize('cfg', CASES)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import wake
 from mmengine.config import ConfigDict
 from mmengine.model import BaseModule, PretrainedInit
 from mmengine.runner import load_checkpoint
@@ -12,7 +13,7 @@ from torch import nn
 from mmtoken import backbones, necks
 from mmtoken.checkpoints import load_into
 
-from .test_contract import CASES, FAMILIES, PVT, SWIN, VIT, build, train, wake
+from .test_contract import CASES, FAMILIES, PVT, SWIN, VIT, build, train
 
 ONE_OF_EACH = [
     dict(type=f'mmtoken.{name}', **family.variants[0]) for name, family in FAMILIES.items()

@@ -1,7 +1,7 @@
-"""Scaled dot-product attention, through one door.
+"""Scaled dot-product attention: the single entry point of the package.
 
-Every attention of the package is :func:`attention`, so that kernels are chosen, counted and
-tested in one place. :func:`attention_reference` says the same in plain arithmetic.
+Every attention calls :func:`attention`, so kernels are chosen, counted and tested in one place.
+:func:`attention_reference` is the same in plain arithmetic.
 """
 
 from itertools import accumulate
@@ -13,9 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ...runtime.reference import on_reference_path
 
-# Hidden keys may have higher scores than those that count, by more than fp32 can take to the power.
+# The scores of hidden keys may be so much larger that exp() would overflow.
 MAX_EXPONENT = 60.0
-CHANNEL_MULTIPLE = 8  # what fused kernels want channels to be a multiple of
+CHANNEL_MULTIPLE = 8  # of the channels of a head, for fused kernels
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -35,11 +35,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = N
     Returns:
         ``(B, heads, Q, d)``.
     """
-    # For a bias that is learned torch has no fused kernel on a CPU, and its substitute is slower
-    # than plain products.
+    # With a learned bias torch has no fused kernel on a CPU; its fallback is slower than products.
     if bias is not None and bias.requires_grad and query.device.type == 'cpu':
         return attention_reference(query, key, value, bias)
-    # Counters of operations that read a trace know products, but not torch's name for all of it.
+    # Operation counters that read a trace know matrix products, but not the fused operator.
     if torch.jit.is_tracing():
         return attention_reference(query, key, value, bias)
     if bias is not None:
@@ -50,7 +49,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = N
 def attention_reference(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """What :func:`attention` computes, written out."""
+    """:func:`attention`, written out."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     if bias is not None:
         scores = scores + bias.to(query.dtype)
@@ -71,7 +70,7 @@ def join_heads(x: Tensor) -> Tensor:
 def varlen_cross_attention(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
     """Attention of packed queries, each to the keys of its own image.
 
-    Keys are as many in every image, so that no mask is needed however images are put together.
+    Every image has equally many keys, so no mask is needed when images are batched.
     :func:`varlen_cross_attention_reference` does the same image by image.
 
     Args:
@@ -98,7 +97,7 @@ def varlen_cross_attention(query: Tensor, key: Tensor, value: Tensor, lengths: l
 def varlen_cross_attention_reference(
     query: Tensor, key: Tensor, value: Tensor, lengths: list[int]
 ) -> Tensor:
-    """What :func:`varlen_cross_attention` computes, one image at a time; on a CPU also the fastest."""
+    """:func:`varlen_cross_attention`, image by image; on a CPU also the fastest form."""
     out = []
     for image, q in enumerate(query.split(lengths)):
         k, v = key[image : image + 1], value[image : image + 1]
@@ -136,7 +135,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, lengths: list[in
 def varlen_attention_reference(
     query: Tensor, key: Tensor, value: Tensor, lengths: list[int]
 ) -> Tensor:
-    """What :func:`varlen_attention` computes, one sequence at a time; on a CPU also the fastest."""
+    """:func:`varlen_attention`, sequence by sequence; on a CPU also the fastest form."""
     out = []
     for packed in zip(*(t.split(lengths) for t in (query, key, value)), strict=True):
         q, k, v = (t.transpose(0, 1)[None] for t in packed)
@@ -149,9 +148,9 @@ def gated_attention(
 ) -> Tensor:
     """:func:`varlen_attention` in which each key counts ``gate`` times.
 
-    Weights become ``exp(s_ij) gate_j / sum_n exp(s_in) gate_n``: a key whose gate is 0 might as
-    well not be there, but its gate still has a gradient. :func:`gated_attention_reference` says it
-    in plain arithmetic.
+    Weights become ``exp(s_ij) gate_j / sum_n exp(s_in) gate_n``: a key whose gate is 0 has no
+    effect, but its gate still has a gradient. :func:`gated_attention_reference` is the same in
+    plain arithmetic.
 
     Args:
         query, key, value: ``(M, heads, d)``.
@@ -170,7 +169,7 @@ def gated_attention(
 
 
 def gated_attention_reference(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
-    """What :func:`gated_attention` computes, of one sequence.
+    """:func:`gated_attention` of one sequence, written out.
 
     Args:
         query, key, value: ``(heads, L, d)``.
@@ -180,12 +179,12 @@ def gated_attention_reference(query: Tensor, key: Tensor, value: Tensor, gate: T
         ``(heads, L, d)``.
     """
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-    weights = _relative_to_kept(scores, gate)
+    weights = _stable_exp(scores, gate)
     return (weights * gate / (weights * gate).sum(dim=-1, keepdim=True)).to(value.dtype) @ value
 
 
-def _relative_to_kept(scores: Tensor, gate: Tensor) -> Tensor:
-    """Exponentials of scores, relative to the highest of the keys that count."""
+def _stable_exp(scores: Tensor, gate: Tensor) -> Tensor:
+    """Exponentials of scores, relative to the highest score of a key that is not hidden."""
     if scores.dtype in (torch.float16, torch.bfloat16):
         scores = scores.float()
     highest = scores.detach().masked_fill(gate == 0, float('-inf')).amax(dim=-1, keepdim=True)
@@ -193,7 +192,7 @@ def _relative_to_kept(scores: Tensor, gate: Tensor) -> Tensor:
 
 
 class _GatedAttention(torch.autograd.Function):
-    """:func:`gated_attention_reference` with a fused kernel, and scores made again in backward.
+    """:func:`gated_attention_reference` with a fused kernel; scores are recomputed in backward.
 
     With weights w_ij per unit of gate, of which hidden keys have some too, outputs o_i and their
     gradients d_i, the gradient of gate_j is ``sum_i w_ij (d_i v_j - d_i o_i)``, and that of the
@@ -211,7 +210,7 @@ class _GatedAttention(torch.autograd.Function):
     def backward(ctx, grad):
         query, key, value, gate, out = ctx.saved_tensors
         scale = query.shape[-1] ** -0.5
-        weights = _relative_to_kept((query * scale) @ key.transpose(-2, -1), gate)
+        weights = _stable_exp((query * scale) @ key.transpose(-2, -1), gate)
         weights /= weights @ gate.to(weights.dtype)[:, None]
         change = (grad @ value.transpose(-2, -1)).to(weights.dtype)
         change -= (grad * out).sum(dim=-1, keepdim=True).to(weights.dtype)
@@ -229,12 +228,13 @@ def gated_attention_fused(
 ) -> Tensor:
     """:func:`gated_attention` with fused kernels, for gates that are all greater than 0.
 
-    A key that counts g times has log(g) more score. That is one more channel: 1 in the queries,
-    log(g) in the keys, so that the kernel's own backward gives the gradient of the gate.
+    A key that counts g times has a score that is log(g) higher. This is one more channel, 1 in the
+    queries and log(g) in the keys, so that the kernel's own backward gives the gradient of the
+    gate.
     """
     dims = query.shape[-1]
     wide = dims + CHANNEL_MULTIPLE
-    # Kernels divide scores by the root of the number of channels, which is now that of ``wide``.
+    # Kernels divide scores by the square root of the number of channels, which is now ``wide``.
     one = query.new_full((*query.shape[:2], 1), wide**0.5)
     log_gate = gate.log().to(key.dtype)[:, None, None].expand(-1, key.shape[1], 1)
     query = _widen(torch.cat([query * (wide / dims) ** 0.5, one], dim=-1), wide)
@@ -263,6 +263,6 @@ def _has_varlen_kernel(x: Tensor) -> bool:
 def _varlen_kernel(
     query: Tensor, key: Tensor, value: Tensor, lengths: list[int], key_lengths: list[int]
 ) -> Tensor:
-    ends = torch.tensor([[0, *accumulate(n)] for n in (lengths, key_lengths)], dtype=torch.int32)
-    ends = ends.to(query.device, non_blocking=True)
-    return varlen_attn(query, key, value, *ends, max(lengths), max(key_lengths))
+    cu_seqlens = [[0, *accumulate(n)] for n in (lengths, key_lengths)]
+    cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32).to(query.device, non_blocking=True)
+    return varlen_attn(query, key, value, *cu_seqlens, max(lengths), max(key_lengths))

@@ -1,8 +1,8 @@
 """Index tables and masks that depend on shapes alone: made once per shape, on demand.
 
-A process has one cache of them, :data:`PLANS`, which outlives whatever a network is put through:
-tracing, export, fake tensors, ``torch.func``, inference mode, other default devices and types. So
-plans are made and kept outside of all these, and only what a call returns enters them.
+A process has one cache, :data:`PLANS`. It must stay valid whatever mode a network runs in (tracing,
+export, fake tensors, ``torch.func``, inference mode, other default devices and dtypes). So plans
+are made and kept outside of all these modes, and only the result of a call enters them.
 """
 
 import operator
@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# What plans may fill of each device. Those of a whole network take 2 to 8 MB for a detector's image
-# of 800 x 1344, so that the shapes of the last iterations are there, whatever the training.
+# Limit for each device. The plans of a whole network take 2 to 8 MB for an image of 800 x 1344, so
+# the shapes of the last iterations stay cached.
 BUDGET_BYTES = 64 * 2**20
-# What is larger is made again each time: kept, it would drive out all others.
+# Larger plans are not kept, since one of them would evict all others.
 LARGEST_BYTES = BUDGET_BYTES // 4
-ENTRY_BYTES = 1024  # what an entry costs beside its tensors, so that small ones are bounded too
+ENTRY_BYTES = 1024  # overhead of an entry, which bounds the number of small ones
 
 TRACE_WARNING = (
     'the trace of an mmtoken network holds index tables of the image size, and in places of the '
@@ -30,11 +30,11 @@ TRACE_WARNING = (
 
 
 class PlanCache:
-    """Keeps what was used last, as much as fits into a budget; any thread may use it.
+    """A thread-safe least-recently-used cache with a limit in bytes.
 
     Args:
-        budget: Bytes of each device.
-        largest: Bytes of an entry from which on it is not kept.
+        budget: Bytes for each device.
+        largest: Bytes above which an entry is not kept.
     """
 
     def __init__(self, budget: int, largest: int) -> None:
@@ -45,7 +45,7 @@ class PlanCache:
         self._used: Counter[torch.device] = Counter()
 
     def find(self, key: Hashable) -> Any:
-        """What is kept under a key; None if there is nothing."""
+        """The value of a key, or None."""
         with self._lock:
             if key not in self._entries:
                 return None
@@ -53,7 +53,7 @@ class PlanCache:
             return self._entries[key].value
 
     def keep(self, key: Hashable, value: Any) -> None:
-        """Keep a plan unless it is too large, or on the meta device, in place of the oldest."""
+        """Keep a plan, unless it is too large or on the meta device; evicts the oldest ones."""
         entry = _Entry(value, _bytes_by_device(value))
         sizes = entry.sizes
         if max(sizes.values()) > self.largest or torch.device('meta') in sizes:
@@ -68,7 +68,7 @@ class PlanCache:
                     self._drop(next(k for k, e in self._entries.items() if device in e.sizes))
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove everything."""
         with self._lock:
             self._entries.clear()
             self._used.clear()
@@ -101,12 +101,12 @@ PLANS = PlanCache(BUDGET_BYTES, LARGEST_BYTES)
 def cache_by_shape(function: Callable) -> Callable:
     """Keep the results of a function in :data:`PLANS`.
 
-    Its arguments are numbers, strings, devices, types, None, and tuples of these. Sizes that a
-    tracer stands for are taken as the numbers they are. Results are tensors, or tuples of tensors
-    and other things; they are shared and must not be written to. The function makes tensors on a
-    CPU unless it is told a device, and says their types itself, for the default type may be any.
+    Arguments are numbers, strings, devices, dtypes, None, and tuples of these; sizes that a tracer
+    represents are converted to numbers. Results are tensors or tuples; they are shared and must not
+    be written to. The function makes tensors on the CPU unless it is given a device, and gives
+    their dtypes itself, since the default dtype may be any.
 
-    Graphs of ``torch.compile`` leave it out: they could not trace how many tokens lie where.
+    ``torch.compile`` does not trace it: shapes of results may depend on values.
     """
 
     @torch.compiler.disable
@@ -124,7 +124,7 @@ def cache_by_shape(function: Callable) -> Callable:
             warnings.warn(TRACE_WARNING, torch.jit.TracerWarning, stacklevel=3)
             return _bound_to(sizes, result)
         if torch._C._len_torch_dispatch_stack():
-            # Shown to the modes in force, as tensors that a program makes itself are
+            # Dispatch modes see the tensors, as if they had just been created
             return _map_tensors(torch.ops.aten.lift_fresh, result)
         return result
 
@@ -134,8 +134,7 @@ def cache_by_shape(function: Callable) -> Callable:
 def runs_eagerly() -> bool:
     """Whether operations are done on real tensors as they are called, and only that.
 
-    Otherwise they are traced, watched, or transformed, and tensors that are made now may not mean
-    anything later.
+    Otherwise they are traced, intercepted or transformed, and new tensors may be invalid later.
     """
     return not (
         torch.jit.is_tracing()
@@ -160,7 +159,7 @@ def _make(function: Callable, args: tuple, kwargs: dict) -> Any:
 
 
 def _in_another_thread(function: Callable[[], Any]) -> Any:
-    """Call a function where nothing traces, watches or transforms it: all that is a thread's."""
+    """Call a function outside of all tracing and dispatch modes, which are thread-local."""
     results: list[Any] = []
     errors: list[BaseException] = []
 
@@ -179,7 +178,7 @@ def _in_another_thread(function: Callable[[], Any]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """An argument as it is kept in a key, without tracers' stand-ins for numbers."""
+    """An argument as part of a key, with sizes of tracers as numbers."""
     if value is None or isinstance(value, (int, str, torch.device, torch.dtype)):
         return value
     if isinstance(value, tuple):
@@ -189,7 +188,7 @@ def _plain(value: Any) -> Any:
 
 
 def _bound_to(sizes: list[Tensor], plan: Any) -> Any:
-    """A plan that makes the trace fail where sizes are not those that it was made for."""
+    """A plan that makes the trace fail for other sizes than its own."""
     first = next(_tensors(plan), None)
     zero = torch.zeros(())
     for size in sizes:
@@ -216,7 +215,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _bytes_by_device(value: Any) -> dict[torch.device, int]:
-    """Memory that the tensors of a plan hold, that of views once."""
+    """Memory of the tensors of a plan; storage that views share counts once."""
     sizes = {torch.device('cpu'): ENTRY_BYTES}
     storages = {t.untyped_storage()._cdata: t for t in _tensors(value)}
     for tensor in storages.values():

@@ -1,4 +1,4 @@
-"""A batch of token sequences, packed: what a backbone hands to a neck that restores maps."""
+"""Packed token sequences, which a backbone hands to a neck that restores maps."""
 
 from typing import NamedTuple
 
@@ -7,16 +7,15 @@ from torch import Tensor
 
 
 class SparseFeatures(NamedTuple):
-    """The tokens of one tap.
+    """The tokens behind one block.
 
-    What the tokens of an image are, and in which order, is the method's: a backbone and its neck
-    agree on it. A NamedTuple, so that wrappers which move or cast tensors find them.
+    The order of the tokens is up to the method: a backbone and its neck agree on it. This is a
+    NamedTuple, so that wrappers which move or cast tensors (FSDP, AMP) find them.
 
     Attributes:
         tokens: ``(M, C)``, image after image, without padding.
         lengths: Tokens of each image, ``(B,)``, adding up to M; on the device of the tokens.
-        layout: Where on the grid the tokens belong, as far as it differs between images; None if
-            the grid says it all.
+        layout: Where on the grid the tokens belong, if that differs between images; otherwise None.
         grid: ``(H, W)`` of the dense map, in its tokens.
     """
 
@@ -44,7 +43,7 @@ def unpack_equal(features: SparseFeatures) -> Tensor:
     """Sequences of one length, ``(B, L, C)``. Does not wait for the device.
 
     Raises:
-        ValueError: The tokens cannot be shared out equally.
+        ValueError: The number of tokens is no multiple of the number of images.
     """
     batch, total = len(features.lengths), len(features.tokens)
     if total % batch:

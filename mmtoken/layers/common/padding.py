@@ -1,9 +1,9 @@
-"""Batch padding: what lies below and to the right of an image in its batch.
+"""Batch padding below and to the right of the images of a batch.
 
-Detectors pad the images of a batch to one size, and padding is what need not be looked at closely.
-How large an image is cannot be seen with certainty: padding may have any colour, and an image may
-end in black. So the sizes are noted on the batch itself (:func:`set_image_sizes`), from where they
-go wherever it goes, and nowhere else. Where none are noted, trailing zeros are taken for padding.
+Detectors pad the images of a batch to one size, and padding needs no fine tokens. The size of an
+image cannot be inferred with certainty: padding may have any color, and an image may end in black.
+So the sizes are stored on the batch tensor itself (:func:`set_image_sizes`). Without them, trailing
+zeros are taken for padding.
 """
 
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ _NOTE = '_mmtoken_image_sizes'  # an attribute of a batch
 
 
 def set_image_sizes(images: Tensor, sizes: Tensor | Sequence[Sequence[int]]) -> None:
-    """Tell backbones how large the images of a batch are without their padding.
+    """Tell backbones the sizes of the images of a batch without padding.
 
-    For training and inference in loops of your own::
+    For your own training and inference loops::
 
         images = images.to(device)
         mmtoken.set_image_sizes(images, [(480, 640), (512, 500)])
         maps = backbone(images)
 
-    The sizes hold for this tensor and for windows cut out of it by slicing, not for copies of it,
-    such as another device or type makes. For whole models of OpenMMLab there is
+    The sizes hold for this tensor and for windows sliced out of it, not for copies of it (another
+    device or dtype). For whole models of OpenMMLab there is
     :func:`mmtoken.follow_image_sizes`, which reads them from data samples.
 
     Args:
@@ -53,18 +53,18 @@ def set_image_sizes(images: Tensor, sizes: Tensor | Sequence[Sequence[int]]) -> 
 
 
 def note_sizes(images: Tensor, sizes: Tensor) -> None:
-    """As :func:`set_image_sizes`, for sizes that are known to be right."""
+    """:func:`set_image_sizes` without checks."""
     setattr(images, _NOTE, sizes)
 
 
 def noted_sizes(x: Tensor) -> Tensor | None:
-    """Sizes noted on a batch, or on the one that it is a window of.
+    """Sizes that are stored on a batch, or on the batch that it is a window of.
 
     Args:
         x: ``(B, C, H, W)``.
 
     Returns:
-        ``(B, 2)``, on the device of ``x``; at least 1 x 1, though a window may lie wholly in the
+        ``(B, 2)``, on the device of ``x``, at least 1 x 1 even if a window lies wholly in the
         padding. None if there are none.
     """
     sizes = getattr(x, _NOTE, None)
@@ -81,8 +81,8 @@ def valid_size(images: Tensor) -> Tensor:
         images: ``(B, C, H, W)``.
 
     Returns:
-        ``(B, 2)``, in pixels, on the device of the images, without waiting for it: what was noted,
-        otherwise what :func:`filled_size` finds.
+        ``(B, 2)``, in pixels, on the device of the images, without a host sync: stored sizes if
+        there are any, otherwise those of :func:`filled_size`.
     """
     noted = noted_sizes(images)
     return filled_size(images) if noted is None else noted
@@ -128,7 +128,7 @@ def padding_regions(valid: Tensor, stride: int, regions: RegionLayout) -> Tensor
 
 
 def _sizes_in_window(window: Tensor, batch: Tensor, sizes: Tensor) -> Tensor | None:
-    """What a window shows of each image; None if the view is no window.
+    """Size of the part of each image that a window shows; None if the view is no window.
 
     Args:
         window: A view of the batch, as sliding inference cuts it out: ``(b, c, h, w)``.
@@ -140,7 +140,7 @@ def _sizes_in_window(window: Tensor, batch: Tensor, sizes: Tensor) -> Tensor | N
     """
     if window.ndim != 4 or batch.ndim != 4 or window.stride() != batch.stride():
         return None
-    # Where the first number of the window lies in the batch, from the outermost dimension inwards.
+    # Position of the first element of the window in the batch, outermost dimension first
     offset, start = window.storage_offset() - batch.storage_offset(), [0] * 4
     for dim in sorted(range(4), key=batch.stride, reverse=True):
         if batch.shape[dim] > 1:

@@ -1,12 +1,11 @@
-"""Which layers are what they were built as, with nobody watching them.
+"""Plain layers: of the class they were built as, with ordinary weights and without hooks.
 
 A fast path may read the weights of a layer instead of calling it, or call it with a part of the
-tokens at a time. For the layers that a network is built of that is the same arithmetic. Whoever
-puts another layer in the place of one (an adapter, a quantised layer), parametrises its weight or
-hangs a hook on it could tell the difference: they get the ordinary path, on which every layer is
-called once, with whole tensors.
+tokens at a time. For plain layers the result is the same. If a layer has been replaced (an adapter,
+a quantized layer), parametrized or given a hook, the difference would show, so the ordinary path is
+taken: every layer is called once, with whole tensors.
 
-Nothing is remembered between calls, so a layer may be replaced at any time.
+Layers are checked at every call, so one may be replaced at any time.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from torch.nn.modules import module as torch_module
 
 from ...runtime.reference import is_compiling
 
-# The classes that fast paths know, and the forward by which they know them.
+# Known classes and their forward, which reveals a class that has been patched
 _KNOWN: dict[type[nn.Module], Callable] = {
     kind: kind.forward
     for kind in (
@@ -31,7 +30,7 @@ _KNOWN: dict[type[nn.Module], Callable] = {
 }  # fmt: skip
 _RATES = {nn.Dropout: 'p', DropPath: 'drop_prob'}
 _WEIGHTS = (nn.Parameter, Tensor)
-# What torch itself looks at before it calls a forward directly
+# The hooks that torch checks before it calls a forward directly
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
 _heed_hooks = ContextVar('mmtoken_heed_hooks', default=True)
@@ -39,9 +38,9 @@ _heed_hooks = ContextVar('mmtoken_heed_hooks', default=True)
 
 @contextmanager
 def hooks_ignored() -> Iterator[None]:
-    """Inside this context hooks make no difference to the path.
+    """Inside this context hooks do not change the path.
 
-    For those who count by hooks what it costs when there are none.
+    For counters that use hooks to measure the cost without hooks.
     """
     token = _heed_hooks.set(False)
     try:
@@ -55,15 +54,15 @@ def _hooks_count() -> bool:
 
 
 def know(kind: type[nn.Module]) -> None:
-    """Let fast paths know what modules of this very class compute; not so its subclasses."""
+    """Register a class, but not its subclasses, as known."""
     _KNOWN.setdefault(kind, kind.forward)
 
 
 def all_plain(*modules: nn.Module) -> bool:
-    """Whether modules and all that is in them are what fast paths take them for.
+    """Whether modules and all their submodules are plain.
 
-    Each is of a known class, exactly, with that class's forward, ordinary weights, no random part
-    in force and no hooks. Asking takes about a microsecond a module.
+    Each is of a known class, exactly, with the forward of that class, ordinary weights, no active
+    dropout and no hooks. The check takes about a microsecond for each module.
     """
     if _all_are_watched():
         return False
@@ -104,17 +103,17 @@ def has_geometry(
 
 
 def weight_dtype(layer: nn.Module) -> torch.dtype:
-    """What a layer's input is to be cast to: the kind of its first floating-point weight.
+    """The dtype that the input of a layer is cast to: that of its first floating-point weight.
 
-    float32 for a layer without any, as a dynamically quantised one.
+    float32 for a layer without any, such as a dynamically quantized one.
     """
     return next((p.dtype for p in layer.parameters() if p.is_floating_point()), torch.float32)
 
 
 def draws(layer: nn.Module) -> bool:
-    """Whether stochastic depth is in force: the layer trains, and does not say that its rate is 0.
+    """Whether stochastic depth is active: the layer trains, and its rate is not 0.
 
-    Somebody's own layer in its place, which may not have a rate, is called.
+    A layer that replaces it may have no rate, and then counts as active.
     """
     return layer.training and bool(getattr(layer, 'drop_prob', True))
 
@@ -132,7 +131,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _all_are_watched() -> bool:
-    """Whether there are hooks on all modules of the process."""
+    """Whether there are global module hooks."""
     return _hooks_count() and bool(
         torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks

@@ -1,4 +1,4 @@
-"""Embeddings that are learned on a grid, brought to another one."""
+"""Resampling of position embeddings."""
 
 import torch
 import torch.nn.functional as F
@@ -11,18 +11,18 @@ from .precision import full_precision
 def resample(
     embedding: Tensor, old: tuple[int, int], new: tuple[int, int], mode: str, antialias: bool
 ) -> Tensor:
-    """Interpolate between the places of a grid.
+    """Interpolate an embedding to another grid.
 
-    Torch has no deterministic gradient of this on a GPU. Where it is to be deterministic
-    (``torch.use_deterministic_algorithms``) the same is done by products: it is a linear map, of
-    rows and of columns.
+    Torch has no deterministic gradient of this on a GPU. Under
+    ``torch.use_deterministic_algorithms`` the interpolation is done by matrix products instead: it
+    is a linear map of rows and of columns.
 
     Args:
         embedding: ``(1, old rows * columns, C)``, row by row.
         old: Rows and columns of its grid.
-        new: Rows and columns of the grid that is wanted.
+        new: Rows and columns of the new grid.
         mode: ``'bilinear'`` or ``'bicubic'``.
-        antialias: Whether places that become fewer are averaged.
+        antialias: Whether to average when the grid becomes smaller.
 
     Returns:
         ``(1, *new, C)``, the embedding itself if the grid is the same.
@@ -30,7 +30,7 @@ def resample(
     embedding = embedding.unflatten(1, old)
     if tuple(old) == tuple(new) and not torch.jit.is_tracing():
         return embedding  # a trace may be used for other grids
-    # In half precision it would be coarse; on a CPU there is none.
+    # Half precision would be inaccurate, and is not available on a CPU.
     wide = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
     if torch.are_deterministic_algorithms_enabled():
         rows, columns = (
@@ -49,8 +49,8 @@ def resample(
 def interpolation(
     old: int, new: int, mode: str, antialias: bool, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """What each of ``new`` places takes of each of ``old``: ``(new, old)``."""
-    # One channel: of maps that are one token wide, torch 2.11 mixes up places and channels.
+    """The weights of the interpolation along one axis, ``(new, old)``."""
+    # One channel: torch 2.11 confuses places and channels of maps that are one token wide.
     places = torch.eye(old, dtype=torch.float64)[None, None]
     taken = F.interpolate(places, size=(old, new), mode=mode, antialias=antialias)
     return taken[0, 0].T.to(device, dtype)

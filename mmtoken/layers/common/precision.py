@@ -1,4 +1,4 @@
-"""Mixed precision, switched off where numbers must be exact."""
+"""Mixed precision, switched off where full precision is needed."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -13,12 +13,12 @@ def _lacks_autocast(device_type: str) -> bool:
     return False
 
 
-# The meta device, and MPS in older versions of torch. Looked up here, for torch.compile cannot.
+# The meta device, and MPS in older versions of torch; torch.compile cannot trace the check.
 WITHOUT_AUTOCAST = frozenset(filter(_lacks_autocast, ('meta', 'mps')))
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
-    """Inside this context operations keep the types of their inputs, on one kind of device."""
+    """Inside this context operations on this kind of device keep the dtypes of their inputs."""
     if device.type in WITHOUT_AUTOCAST:
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

@@ -1,4 +1,4 @@
-"""Choices of the network about its own tokens: how they are made, trained, and overridden."""
+"""Routing decisions of dynamic networks: how they are made and trained."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from ...runtime.tracing import untraced
 
 
 def straight_through(scores: Tensor) -> Tensor:
-    """One-hot choices of the highest score that have the gradient of a softmax.
+    """One-hot choices of the highest score, with the gradient of a softmax.
 
     Args:
         scores: ``(..., K)``; to sample, add :func:`gumbel_noise`.
@@ -43,8 +43,8 @@ def choose(
         kind: Of the ratio that :func:`routing_override` may set instead.
         training: Whether to sample, with the gradient of the Gumbel-softmax. An override has the
             gradient of the softmax.
-        padding: Regions that are padding, ``(B, Hr, Wr)``, bool; they are as coarse as can be.
-        temperature: Of the Gumbel-softmax, whose gradient alone depends on it.
+        padding: Regions that are padding, ``(B, Hr, Wr)``, bool; they take the coarsest choice.
+        temperature: Of the Gumbel-softmax; it changes the gradient only.
 
     Returns:
         ``(B, Hr, Wr, K)``, exactly 0 and 1.
@@ -80,21 +80,21 @@ def choose(
 
 
 def explores(chooser: nn.Module, x: Tensor) -> bool:
-    """Whether what chooses should sample, that is, whether anything can learn from it.
+    """Whether a router should sample, that is, whether anything can learn from its choices.
 
-    The teacher of a semi-supervised detector is in training mode with its student, but fixed: its
-    choices are those of inference.
+    The teacher of a semi-supervised detector is in training mode, but frozen: its choices are those
+    of inference.
 
     Args:
         chooser: A router or gate.
-        x: What it looks at.
+        x: Its input.
     """
     learns = x.requires_grad or any(p.requires_grad for p in chooser.parameters())
     return chooser.training and learns
 
 
 def one_hot(choice: Tensor, like: Tensor) -> Tensor:
-    """``(...)`` to ``(..., K)``, in shape, kind and place as ``like``."""
+    """``(...)`` to ``(..., K)``, with the shape, dtype and device of ``like``."""
     return F.one_hot(choice, like.shape[-1]).to(like)
 
 

@@ -134,7 +134,7 @@ def test_half_precision_has_a_kernel_for_ragged_queries(monkeypatch):
     expected = varlen_cross_attention_reference(*(t.float() for t in tensors), lengths)
     torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=2e-2)
 
-    monkeypatch.setattr(module, '_varlen_attention', lambda *args: 'kernel')
+    monkeypatch.setattr(module, '_varlen_kernel', lambda *args: 'kernel')
     elsewhere = [t.as_subclass(Elsewhere) for t in tensors]
     assert varlen_cross_attention(*elsewhere, lengths) == 'kernel'
     full = varlen_cross_attention(*(t.float() for t in elsewhere), lengths)
@@ -227,7 +227,7 @@ def test_half_precision_has_a_kernel_for_packed_sequences(monkeypatch):
     out = module._varlen_kernel(*tensors, lengths, lengths)
     torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=2e-2)
 
-    monkeypatch.setattr(module, '_varlen_attention', lambda *args: ('kernel', *args[3:]))
+    monkeypatch.setattr(module, '_varlen_kernel', lambda *args: ('kernel', *args[3:]))
     elsewhere = [t.as_subclass(Elsewhere) for t in tensors]
     assert varlen_attention(*elsewhere, lengths) == ('kernel', lengths, lengths)
     full = varlen_attention(*(t.float() for t in elsewhere), lengths)

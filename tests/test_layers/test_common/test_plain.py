@@ -16,7 +16,7 @@ from mmtoken.layers.common.plain import (
     hooks_ignored,
     is_plain,
     is_plain_conv,
-    known_to_fast_paths,
+    know,
     weight_dtype,
 )
 
@@ -38,7 +38,7 @@ class Subclass(nn.Linear):
 def own_is_known(monkeypatch):
     monkeypatch.setattr('mmtoken.layers.common.plain._KNOWN', {nn.Linear: nn.Linear.forward})
     for kind in (Own, Mlp, nn.LayerNorm, nn.GELU, nn.Dropout, nn.Identity, nn.Conv2d, DropPath):
-        known_to_fast_paths(kind)
+        know(kind)
 
 
 def test_layers_as_they_were_built():

@@ -6,10 +6,8 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from mmtoken.layers.common import old_tiles as tiles
 from mmtoken.layers.common.attention import varlen_attention
-from mmtoken.layers.common.vit import ViTBlock
-from mmtoken.runtime.reference import reference_path
+from mmtoken.layers.common.vit import CrossAttentionBlock, ViTBlock
 
 LENGTHS = [5, 1, 9, 4]
 
@@ -41,8 +39,10 @@ def test_block_is_timms(layer_scale, qkv_bias, training):
     x = torch.randn(3, 7, 24)
     for context in (torch.enable_grad, torch.no_grad):
         with context():
+            expected = theirs(x)
+            torch.testing.assert_close(ours(x), expected, atol=1e-5, rtol=1e-5)
             out = run(ours, x.flatten(0, 1), [7] * 3)
-            torch.testing.assert_close(out, theirs(x).flatten(0, 1), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(out, expected.flatten(0, 1), atol=1e-5, rtol=1e-5)
 
 
 def test_images_of_different_lengths():
@@ -51,33 +51,15 @@ def test_images_of_different_lengths():
     torch.testing.assert_close(run(block, x, LENGTHS), torch.cat(expected), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize('length', [1, 3, 100])
-def test_inference_works_in_tiles(length, monkeypatch):
-    block, x = make(drop_path=0.5, layer_scale=0.1).eval(), torch.randn(sum(LENGTHS), 24)
-    expected = run(block, x, LENGTHS)
-    monkeypatch.setattr(tiles, 'TILE_ELEMENTS', 24 * length)
-    with torch.no_grad():
-        torch.testing.assert_close(run(block, x, LENGTHS), expected, atol=1e-5, rtol=1e-5)
-        with reference_path():
-            torch.testing.assert_close(run(block, x, LENGTHS), expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize('qkv_bias', [True, False])
-def test_values_alone(qkv_bias, monkeypatch):
-    """With another block's map only values are projected, and the rest is as ever."""
-    block, x = make(qkv_bias=qkv_bias).eval(), torch.randn(9, 24)
-    expected = block(x, lambda query, key, value: value.flip(0), [9])
-    torch.testing.assert_close(block(x, lambda value: value.flip(0), [9], follow=True), expected)
-    monkeypatch.setattr(tiles, 'TILE_ELEMENTS', 24 * 4)
-    with torch.no_grad():
-        out = block(x, lambda value: value.flip(0), [9], follow=True)
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-
-
 def attended(block, x):
     """What attention gives the tokens of one image, projected."""
     parts = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, 3, -1)).unbind(1)
     return block.attn.proj(varlen_attention(*parts, [len(x)]).flatten(1))
+
+
+def with_kept(block, x, attention, mlp):
+    x = x + block.ls1(attended(block, x)) * attention
+    return x + block.ls2(block.mlp(block.norm2(x))) * mlp
 
 
 def test_stochastic_depth_drops_images():
@@ -91,9 +73,7 @@ def test_stochastic_depth_drops_images():
                 found = [
                     kept
                     for kept in product((0.0, 2.0), repeat=2)
-                    if torch.allclose(
-                        block.add(x, attended(block, x), *torch.tensor(kept)), out, atol=1e-5
-                    )
+                    if torch.allclose(with_kept(block, x, *kept), out, atol=1e-5)
                 ]
                 assert len(found) == 1
                 kinds.update(found)
@@ -107,3 +87,36 @@ def test_stochastic_depth_is_of_training_alone():
     state = torch.get_rng_state()
     assert torch.equal(run(block, x, [2, 4]), run(plain, x, [2, 4]))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# Cross-attention
+
+
+SHAPE = dict(embed_dims=12, num_heads=3, feedforward_channels=20)
+
+
+@pytest.mark.parametrize('layer_scale', [None, 0.3])
+@pytest.mark.parametrize('qkv_bias', [True, False])
+def test_self_attention_is_a_block_of_timm(layer_scale, qkv_bias):
+    block = CrossAttentionBlock(**SHAPE, qkv_bias=qkv_bias, layer_scale=layer_scale)
+    dense = Block(
+        12, 3, 20.5 / 12, qkv_bias, init_values=layer_scale,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+    )  # fmt: skip
+    state = block.state_dict()
+    for kind in ('weight', 'bias') if qkv_bias else ('weight',):
+        parts = [state.pop(f'attn.{name}.{kind}') for name in ('q', 'kv')]
+        state[f'attn.qkv.{kind}'] = torch.cat(parts)
+    dense.load_state_dict(state)
+    x = torch.randn(2, 9, 12)
+    torch.testing.assert_close(block(x, x), dense(x))
+
+
+def test_residual():
+    block = CrossAttentionBlock(**SHAPE)
+    nn.init.zeros_(block.mlp.fc2.weight)
+    nn.init.zeros_(block.mlp.fc2.bias)
+    query, tokens, residual = torch.randn(2, 5, 12), torch.randn(2, 7, 12), torch.randn(2, 5, 12)
+    update = block.attn(block.norm1(query), block.norm1(tokens))
+    torch.testing.assert_close(block(query, tokens), query + update)
+    torch.testing.assert_close(block(query, tokens, residual), residual + update)

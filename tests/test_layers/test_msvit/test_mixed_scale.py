@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,11 +13,19 @@ from torch import Tensor
 from mmtoken.layers.common.attention import attention_reference, gated_attention
 from mmtoken.layers.common.regions import RegionLayout, all_cells, make_region_layout
 from mmtoken.layers.common.utils import to_map
-from mmtoken.layers.msvit.mixed_scale import build_layout, mix_all, order_by_windows, restore_map
+from mmtoken.layers.msvit.mixed_scale import (
+    GatedLayout,
+    MaskedLayout,
+    PackedLayout,
+    build_layout,
+    fine_layout,
+    order_by_windows,
+    restore_features,
+)
 
 DATA = Path(__file__).parents[2] / 'data'
 HEADS = 2
-KINDS = ['dropped', 'gathered', 'masked']
+KINDS = dict(dropped=PackedLayout, gathered=GatedLayout, masked=MaskedLayout)
 
 
 # The golden data
@@ -38,18 +47,18 @@ class Golden:
         """The mixture, and the gates to differentiate with respect to: 1 where it is coarse."""
         coarse = self['gate'].requires_grad_(kind != 'dropped')
         gates = torch.stack([1 - coarse, coarse], dim=-1)
-        return build_layout(gates, self.regions, keep_hidden=kind == 'masked'), coarse
+        return build_layout(gates, self.regions, masked=kind == 'masked'), coarse
 
     def tokens(self, mixture):
-        return self['full_tokens'][:, self.order].flatten(0, 1)[mixture.cells.cells]
+        return self['full_tokens'][:, self.order].flatten(0, 1)[mixture.index]
 
     def attend(self, mixture, tokens):
         query, key, value = (split(tokens @ self[name]) for name in ('wq', 'wk', 'wv'))
-        return mixture.attend(query, key, value, windowed=False).flatten(1) @ self['wo']
+        return mixture.attn_fn(windowed=False)(query, key, value).flatten(1) @ self['wo']
 
     def of_cells(self, name, mixture):
         """Values of its tokens ``(B, 80, ...)`` that ours should have."""
-        return self[name][:, self.order].flatten(0, 1)[mixture.cells.cells]
+        return self[name][:, self.order].flatten(0, 1)[mixture.index]
 
 
 def split(x):
@@ -72,9 +81,9 @@ def test_golden_tokens(golden, kind):
     assert torch.equal(mixture.choice, golden['gate'].long())
     assert (golden.of_cells('mask', mixture) == 1).all()
     # Its places of our tokens: the same set, one by one.
-    sources = [golden.order[cells % 80] for cells in mixture.cells.cells.split(mixture.lengths)]
+    sources = [golden.order[cells % 80] for cells in mixture.index.split(mixture.lengths)]
     parts = golden.tokens(mixture).split(mixture.lengths)
-    owners = mixture.owner.view(2, 64) - torch.tensor([[0], [mixture.lengths[0]]])
+    owners = mixture.owner - torch.tensor([[0], [mixture.lengths[0]]])
     for i, (source, tokens, owner) in enumerate(zip(sources, parts, owners, strict=True)):
         theirs = golden['packed_src_index'][i, : len(source)].tolist()
         places = torch.tensor([theirs.index(n) for n in source.tolist()])
@@ -92,7 +101,7 @@ def test_golden_attention_and_map(golden, kind):
     close(out, golden.of_cells('masked_out', mixture))
     dense = to_map(mixture.restore(out).unflatten(1, (8, 8)))
     close(dense, golden['dense_map'])
-    restored, coarse = restore_map(mixture.features(out))
+    restored, coarse = restore_features(mixture.to_features(out))
     close(restored, golden['dense_map'])
     expected = golden['gate'][:, None].repeat_interleave(2, 2).repeat_interleave(2, 3)
     assert torch.equal(coarse, expected)
@@ -112,7 +121,7 @@ def test_golden_weights(golden):
 def golden_loss(golden, mixture, through_map=True):
     out = golden.attend(mixture, golden.tokens(mixture))
     if not through_map:
-        mixture = mixture._replace(gate=mixture.gate.detach())
+        mixture = replace(mixture, gate=mixture.gate.detach())
     return F.mse_loss(mixture.restore(out), golden['target'])
 
 
@@ -152,7 +161,7 @@ class Layout(NamedTuple):
         gates = self.gates if gates is None else gates
         if kind != 'dropped' and not gates.requires_grad:
             gates = gates.requires_grad_()
-        return build_layout(gates, self.regions, self.window, keep_hidden=kind == 'masked')
+        return build_layout(gates, self.regions, self.window, masked=kind == 'masked')
 
 
 @st.composite
@@ -202,7 +211,7 @@ def random_tokens(images, channels=3):
 
 
 @settings(max_examples=60, deadline=None)
-@given(layouts(), st.sampled_from(KINDS))
+@given(layouts(), st.sampled_from(list(KINDS)))
 def test_restored_tokens_stand_where_they_should(layout, kind):
     mixture, images = layout.mix(kind), naive_tokens(layout, kind)
     assert mixture.lengths == [len(tokens) for tokens in images]
@@ -219,9 +228,9 @@ def test_restored_tokens_stand_where_they_should(layout, kind):
     restored = mixture.restore(tokens)
     assert torch.equal(restored, expected)
 
-    features = mixture.features(tokens)
+    features = mixture.to_features(tokens)
     assert features.lengths.sum() == len(features.tokens) and features.grid == regions.grid
-    dense, coarse = restore_map(features)
+    dense, coarse = restore_features(features)
     assert torch.equal(
         dense, to_map(expected[:, regions.num_prefix_tokens :].unflatten(1, regions.grid))
     )
@@ -236,12 +245,12 @@ def test_mixture_of_one_scale(layout):
     regions = make_region_layout(
         layout.regions.grid, (1,), layout.regions.region_size, layout.regions.num_prefix_tokens
     )
-    mixture = mix_all(regions, 2, layout.window)
+    mixture = fine_layout(regions, 2, layout.window)
     x = torch.randn(2, regions.num_cells_total, 3)
-    packed = mixture.pack(x.flatten(0, 1))
+    packed = mixture.pack(x)
     assert mixture.lengths == [regions.num_cells_total] * 2
     assert torch.equal(mixture.restore(packed), x)
-    dense, coarse = restore_map(mixture.features(packed))
+    dense, coarse = restore_features(mixture.to_features(packed))
     assert torch.equal(dense, to_map(x[:, regions.num_prefix_tokens :].unflatten(1, regions.grid)))
     assert not coarse.any()
     fine = layout._replace(choice=torch.zeros(2, *layout.regions.shape, dtype=torch.long))
@@ -249,38 +258,39 @@ def test_mixture_of_one_scale(layout):
 
 
 @settings(max_examples=60, deadline=None)
-@given(layouts(), st.sampled_from(KINDS))
+@given(layouts(), st.sampled_from(list(KINDS)))
 def test_windows_are_sequences(layout, kind):
     mixture, images = layout.mix(kind), naive_tokens(layout, kind)
+    assert type(mixture) is KINDS[kind]
     if layout.window is None:
-        assert mixture.order is None and mixture.windows is None
+        assert mixture.windows == mixture.lengths
+        assert torch.equal(mixture.index, mixture.index.sort().values)
         return
     expected = []
     for tokens in images:
         windows = [token.window for token in tokens]
         expected += [windows.count(window) for window in sorted(set(windows))]
     assert mixture.windows == expected
-    assert sum(mixture.windows) == len(mixture.order)
-    assert torch.equal(mixture.order.sort().values, torch.arange(len(mixture.order)))
+    unordered = layout._replace(window=None).mix(kind)
+    assert torch.equal(mixture.index.sort().values, unordered.index)
 
 
 def test_order_by_windows():
     """Windows of two regions of two tokens, on a grid of three by five regions."""
     regions = make_region_layout((5, 10), (1, 2), 2)
-    cells = all_cells(regions, 2)
-    assert order_by_windows(cells, None) == (None, None)
-    order, windows = order_by_windows(cells, 2)
+    index = all_cells(regions, 2).cells
+    order, windows = order_by_windows(index, regions, 2, batch=2)
     assert windows == [20, 20, 10, 6, 6, 3] * 2
     first = [0, 1, 2, 3, 10, 11, 12, 13, 20, 21, 22, 23, 30, 31, 32, 33, 50, 51, 55, 56]
     assert order[:20].tolist() == first
     assert order[65:85].tolist() == [65 + n for n in first]
-    order, windows = order_by_windows(cells, 5)
+    order, windows = order_by_windows(index, regions, 5, batch=2)
     assert windows == [65, 65] and torch.equal(order, torch.arange(130))
 
 
 def attend(mixture, tokens, weights, windowed):
     query, key, value = (split(tokens @ w) for w in weights)
-    return mixture.attend(query, key, value, windowed).flatten(1)
+    return mixture.attn_fn(windowed)(query, key, value).flatten(1)
 
 
 def naive_attention(images, tokens, weights, windowed):
@@ -303,7 +313,7 @@ def naive_attention(images, tokens, weights, windowed):
 
 
 @settings(max_examples=25, deadline=None)
-@given(layouts(), st.sampled_from(KINDS), st.booleans())
+@given(layouts(), st.sampled_from(list(KINDS)), st.booleans())
 def test_tokens_see_those_in_use_alone(layout, kind, windowed):
     windowed = windowed and layout.window is not None
     mixture, images = layout.mix(kind), naive_tokens(layout, kind)
@@ -329,8 +339,8 @@ def test_hidden_tokens_might_as_well_not_be_there(layout, windowed):
         mixture = layout.mix(kind.split(',')[0], gates)
         if kind == 'masked, in use':
             learning = torch.where(mixture.gate > 0, mixture.gate, mixture.gate.detach())
-            mixture = mixture._replace(gate=learning)
-        tokens = mixture.pack(x.flatten(0, 1)[mixture.cells.cells])
+            mixture = replace(mixture, gate=learning)
+        tokens = mixture.pack(x)
         out = mixture.restore(tokens + attend(mixture, tokens, weights, windowed))
         target = torch.randn_like(out) if target is None else target
         leaves = [x, weights, *([gates] if gates.requires_grad else [])]
@@ -350,9 +360,8 @@ def test_hidden_tokens_might_as_well_not_be_there(layout, windowed):
 @pytest.mark.parametrize('kind', ['gathered', 'masked'])
 def test_nothing_learns_without_gradients(kind):
     layout = Layout(make_region_layout((4, 4), (1, 2), 2), torch.tensor([[[0, 1], [1, 1]]]), None)
-    with torch.no_grad():
-        mixture = layout.mix(kind)
-    assert mixture.gate is None and mixture.lengths == [7]
+    mixture = build_layout(layout.gates, layout.regions, masked=kind == 'masked')
+    assert type(mixture) is PackedLayout and mixture.lengths == [7]
 
 
 def test_features_without_extra_tokens():
@@ -360,8 +369,8 @@ def test_features_without_extra_tokens():
     regions = make_region_layout((4, 5), (1, 2), 2, num_prefix_tokens=2)
     layout = Layout(regions, torch.tensor([[[0, 1, 1], [1, 1, 0]]]), None)
     dropped, masked = (layout.mix(kind) for kind in ('dropped', 'masked'))
-    features = dropped.features(torch.randn(dropped.lengths[0], 3))
+    features = dropped.to_features(torch.randn(dropped.lengths[0], 3))
     assert features.lengths.tolist() == dropped.lengths == [2 + 4 + 2 + 4]
     assert features.layout[:, 0].min() == 2 and features.layout.shape == (1, 2, 20)
-    features = masked.features(torch.randn(masked.lengths[0], 3))
+    features = masked.to_features(torch.randn(masked.lengths[0], 3))
     assert features.lengths.tolist() == [20] and features.layout[0, 0].tolist() == list(range(20))

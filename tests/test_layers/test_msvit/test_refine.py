@@ -1,15 +1,13 @@
 import torch
 import torch.nn.functional as F
+from helpers import randomize
 from torch import nn
 
 from mmtoken.layers.msvit.refine import CoarseRefine
 
 
 def awake(channels=8):
-    layer = CoarseRefine(channels)
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return layer
+    return randomize(CoarseRefine(channels), std=0.5)
 
 
 def flags(*places, grid=(6, 9)):

@@ -1,0 +1,38 @@
+"""What several test modules need."""
+
+import torch
+from torch import nn
+
+from mmtoken.layers.dge.block import GranularityRouter
+from mmtoken.layers.msvit.gate import ScaleGate
+
+
+def wake(model: nn.Module) -> nn.Module:
+    """Let every parameter matter and every choice be possible.
+
+    LayerScale starts at 1e-5, norms at the identity, routers at the finest granularity, gates at
+    the fine scale.
+    """
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.empty_like(parameter).uniform_(0.2, 0.6, generator=generator))
+        for module in model.modules():
+            if isinstance(module, GranularityRouter):
+                module.gate.weight.normal_(0, 0.3, generator=generator)
+                module.gate.bias.normal_(0, 0.1, generator=generator)
+            if isinstance(module, ScaleGate):
+                for layer in module.layers:
+                    if isinstance(layer, nn.Linear):
+                        layer.weight.normal_(0, 1, generator=generator)
+                    if not isinstance(layer, nn.GELU):
+                        layer.bias.zero_()
+    return model
+
+
+def randomize(model: nn.Module, std: float = 0.3) -> nn.Module:
+    """Draw every parameter from a normal distribution."""
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=std)
+    return model
