@@ -13,19 +13,20 @@ DESCRIPTION = """\
 Draw a photograph, and beside it the tokens of several methods: each token is painted in the mean
 color of its pixels, with a border.
 
-DGE and MSViT choose by the image: give a config and a checkpoint of each, trained with that config.
-The tokens of STViT-R, STViT and PSViT depend on the size of the image alone.
+MSViT is a trained network, and MergeViT has the weights of a trained ViT: give the config and the
+checkpoint of each. The tokens of STViT-R, STViT and PSViT depend on the size of the image alone.
 
 The photograph is one that scikit-image ships: Eileen Collins, by NASA, public domain.
 """
 EXAMPLES = """\
-examples, after the trainings that docs/methods.md lists:
-  python tools/docs/token_picture.py --dge CONFIG CHECKPOINT --msvit CONFIG CHECKPOINT \\
+example, after the trainings that docs/methods.md lists:
+  python tools/docs/token_picture.py --msvit CONFIG CHECKPOINT --vit CONFIG CHECKPOINT \\
       --out docs/images/tokens.png
 """
 SIZE = 512  # side of a panel, in pixels
 INPUT = 256  # side of the image that the small networks see
-STRIDE = 16  # of a token of STViT-R and STViT
+STRIDE = 16  # of a token without reduction, in pixels of a panel; PSViT begins with 8
+MERGE_BLOCKS = (1, 3, 5)
 BORDER = 0.55  # brightness of the pixels at the border of a token
 GAP, TITLE, COLUMNS = 12, 40, 3
 
@@ -38,16 +39,13 @@ def main() -> None:
 
     photograph = astronaut()
     assert photograph.shape == (SIZE, SIZE, 3)
-    gate, *_ = decide(photograph, *args.msvit)
-    routers = decide(photograph, *args.dge)
-    block = routers[args.block]
     panels = [
         ('photograph', photograph),
-        panel('STViT-R: 3×3 a window', photograph, windows(7 * STRIDE, 3)),
-        panel('STViT: one of 4×4', photograph, grid(4 * STRIDE)),
-        panel(f'DGE, block {args.block + 1} of {len(routers)}', photograph, chosen(block)),
-        panel('MSViT', photograph, chosen(gate)),
-        panel('PSViT, last stage', photograph, grid(32)),
+        panel('STViT-R', photograph, windows(7 * STRIDE, 3), grid(STRIDE)),
+        panel('STViT', photograph, grid(4 * STRIDE), grid(STRIDE)),
+        panel('MSViT', photograph, chosen(photograph, *args.msvit), grid(STRIDE)),
+        panel('MergeViT', photograph, merged(photograph, *args.vit), grid(STRIDE)),
+        panel('PSViT, last stage', photograph, grid(32), grid(8)),
     ]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     sheet(panels).quantize(255, dither=Image.Dither.NONE).save(args.out, optimize=True)
@@ -59,38 +57,65 @@ def parse_args() -> argparse.Namespace:
         description=DESCRIPTION, epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    for name in ('dge', 'msvit'):
+    for name in ('msvit', 'vit'):
         parser.add_argument(f'--{name}', nargs=2, required=True, metavar=('CONFIG', 'CHECKPOINT'))
-    parser.add_argument(
-        '--block', type=int, default=4, metavar='N', help='which block of DGE, from 0 (default: 4)'
-    )
     parser.add_argument('--out', type=Path, required=True, metavar='FILE', help='the picture, PNG')
     return parser.parse_args()
 
 
-def decide(photograph: np.ndarray, config: str, checkpoint: str) -> list:
-    """What a trained network chooses for the photograph, a decision for each router."""
+def chosen(photograph: np.ndarray, config: str, checkpoint: str) -> np.ndarray:
+    """The token of each pixel in a trained MSViT."""
     from mmtoken.analysis.subject import load_config
-    from mmtoken.analysis.watch import image_pipeline, load_image, load_model, watch
+    from mmtoken.analysis.watch import load_model, watch
 
     cfg = load_config(config)
+    (decision,) = watch(load_model(cfg, checkpoint), load(photograph, cfg)).decisions
+    tokens = np.arange(SIZE) * decision.grid[0] // SIZE  # of each row of pixels, and column
+    regions = tokens // decision.region_size
+    sides = np.array(decision.granularities)[decision.choice[0].numpy()]
+    side = sides[np.ix_(regions, regions)]  # (H, W)
+    return number(side, tokens[:, None] // side, tokens // side)
+
+
+def merged(photograph: np.ndarray, config: str, checkpoint: str) -> np.ndarray:
+    """The token of each pixel in a MergeViT with the weights of a trained ViT."""
+    import torch
+
+    from mmtoken.analysis.subject import load_config
+    from mmtoken.analysis.watch import load_model
+    from mmtoken.backbones import MergeViT
+
+    class Watched(MergeViT):
+        def restore(self, index, tokens, layout):
+            self.layout = layout
+            return super().restore(index, tokens, layout)
+
+    cfg = load_config(config)
+    vit = cfg.model.backbone
+    backbone = Watched(
+        vit.arch.to_dict(), patch_size=vit.fine_size, img_size=vit.img_size, cls_token=False,
+        merge_blocks=MERGE_BLOCKS,
+        init_cfg=dict(type='Pretrained', checkpoint=checkpoint, prefix='backbone.'),
+    )  # fmt: skip
+    backbone.init_weights()
+    preprocessor = load_model(cfg, checkpoint).data_preprocessor
+    with torch.no_grad():
+        backbone.eval()(preprocessor(load(photograph, cfg))['inputs'])
+    rows = np.arange(SIZE) * backbone.layout.grid[0] // SIZE
+    return number(backbone.layout.owner[0].view(backbone.layout.grid).numpy()[np.ix_(rows, rows)])
+
+
+def load(photograph: np.ndarray, cfg) -> dict:
+    """A batch of the photograph, INPUT pixels wide, by the test pipeline of a config."""
+    from mmtoken.analysis.watch import image_pipeline, load_image
+
     for step in cfg.test_dataloader.dataset.pipeline:
         if step.type == 'Resize':
             step.scale = (INPUT, INPUT)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'photograph.png'
         Image.fromarray(photograph).save(path)
-        batch = load_image(image_pipeline(cfg), path)
-    return watch(load_model(cfg, checkpoint), batch).decisions
-
-
-def chosen(decision) -> np.ndarray:
-    """The token of each pixel under a routing decision."""
-    tokens = np.arange(SIZE) * decision.grid[0] // SIZE  # of each row of pixels, and column
-    regions = tokens // decision.region_size
-    sides = np.array(decision.granularities)[decision.choice[0].cpu().numpy()]
-    side = sides[np.ix_(regions, regions)]  # (H, W)
-    return number(side, tokens[:, None] // side, tokens // side)
+        return load_image(image_pipeline(cfg), path)
 
 
 def grid(side: int) -> np.ndarray:
@@ -113,8 +138,10 @@ def number(*parts: np.ndarray) -> np.ndarray:
     return np.unique(code, return_inverse=True)[1].reshape(SIZE, SIZE)
 
 
-def panel(title: str, photograph: np.ndarray, token: np.ndarray) -> tuple[str, np.ndarray]:
-    """Paint each token in the mean color of its pixels; add their number to the title."""
+def panel(
+    title: str, photograph: np.ndarray, token: np.ndarray, dense: np.ndarray
+) -> tuple[str, np.ndarray]:
+    """Paint each token in the mean color of its pixels; add to the title how many of how many."""
     flat = token.ravel()
     counts = np.bincount(flat)
     means = [np.bincount(flat, channel.ravel()) / counts for channel in photograph.T.swapaxes(1, 2)]
@@ -123,7 +150,7 @@ def panel(title: str, photograph: np.ndarray, token: np.ndarray) -> tuple[str, n
     border[1:] |= token[1:] != token[:-1]
     border[:, 1:] |= token[:, 1:] != token[:, :-1]
     painted[border] *= BORDER
-    return f'{title}: {len(counts)} tokens', painted.astype(np.uint8)
+    return f'{title}: {len(counts)} of {dense.max() + 1} tokens', painted.astype(np.uint8)
 
 
 def sheet(panels: list[tuple[str, np.ndarray]]) -> Image.Image:
