@@ -114,10 +114,10 @@ def expand(word):
 
 
 @each(sorted(ROOT.glob('configs/*/README.md')))
-def test_pages_list_their_configs(page):
-    """All configs of the folder, and no others."""
+def test_pages_list_their_configs(page, tables):
+    """All configs of the folder, and no others; generated tables aside."""
     names = {path.stem for path in page.parent.glob('*.py')}
-    quoted = re.findall(r'`([^`\s]+)`', BLOCK.sub('', page.read_text()))
+    quoted = re.findall(r'`([^`\s]+)`', tables.MARK.sub('', BLOCK.sub('', page.read_text())))
     listed = {name for word in quoted for name in expand(word) if re.search(r'_\d+xb\d+', name)}
     assert {Path(name).name.removesuffix('.py') for name in listed} == names
 
@@ -143,6 +143,20 @@ def exists(name):
 def registered(name):
     registries = (registry.MODELS, registry.HOOKS, registry.OPTIM_WRAPPER_CONSTRUCTORS)
     return any(known.get(name) is not None for known in registries)
+
+
+@each(sorted(ROOT.glob('configs/*/README.md')))
+def test_code_column(page):
+    """Classes and functions that the tables of a method name are defined."""
+    rows = re.findall(r'^\| \*\*.+\| ([^|]+) \|$', page.read_text(), re.M)
+    for name in re.findall(r'`(\w+(?:\.\w+)?)\b', ' '.join(rows)):
+        for part in name.split('.'):
+            assert re.search(rf'^ *(class|def) {part}\b', sources(), re.M), name
+
+
+@cache
+def sources():
+    return '\n'.join(path.read_text() for path in sorted((ROOT / 'mmtoken').rglob('*.py')))
 
 
 @pytest.mark.parametrize('page', EXAMPLES, ids=lambda page: page.name)
