@@ -35,16 +35,16 @@ UPSTREAM = [
 def place_mim_resources() -> None:
     """Let ``mmtoken/.mim`` lead to the configs, the tools and the model index.
 
-    In the repository three symbolic links do. Where git made none (Windows, some network drives,
-    archives) it left text files, which are replaced by links or else by copies, so that wheels and
-    editable installs hold the same everywhere.
+    In the repository they are three symbolic links. Where git cannot make links (Windows, some
+    network drives) or an archive was unpacked without them, they are text files. These are replaced
+    by links, or else by copies, so that wheels and editable installs are the same everywhere.
 
     Raises:
-        SystemExit: If something is missing and cannot be put there.
+        SystemExit: A file is missing, or cannot be written.
     """
     mim = ROOT / 'mmtoken' / '.mim'
     if not (ROOT / 'configs').exists() and (mim / 'configs').is_dir():
-        return  # in a source distribution, .mim holds the files themselves
+        return  # a source distribution, where .mim has the files themselves
     for name in ('configs', 'tools', 'model-index.yml'):
         source, place = ROOT / name, mim / name
         if source.exists() and place.exists() and place.samefile(source):
@@ -54,13 +54,13 @@ def place_mim_resources() -> None:
         except OSError as error:
             raise SystemExit(
                 f'setup.py: cannot make {place} a link to {source}, nor a copy of it: {error}. '
-                'It needs a complete checkout that can be written to, or one with symbolic links: '
+                'This needs a complete and writable checkout, or one with symbolic links: '
                 'git clone -c core.symlinks=true'
             ) from error
 
 
 def _replace(place: Path, source: Path) -> None:
-    """Make ``place`` a link to ``source``, or a copy of it where links are not to be had."""
+    """Make ``place`` a link to ``source``, or a copy where links are not supported."""
     source = source.resolve(strict=True)
     if place.is_dir() and not place.is_symlink():
         shutil.rmtree(place)  # an earlier copy
@@ -108,7 +108,11 @@ setup(
     # What is below mmtoken/.mim carries configs, tools and the model index into the wheel.
     package_data={'mmtoken': ['.mim/model-index.yml', '.mim/configs/**/*', '.mim/tools/**/*']},
     include_package_data=False,
-    install_requires=['torch>=2.1', 'timm>=1.0', 'numpy', 'packaging', 'rich'],
-    extras_require={'onedl': ONEDL, 'upstream': UPSTREAM},
+    install_requires=['matplotlib', 'numpy', 'packaging', 'safetensors', 'timm>=1.0', 'torch>=2.1'],
+    extras_require={
+        'onedl': ONEDL,
+        'upstream': UPSTREAM,
+        'tools': ['opencv-python', 'pycocotools', 'rich', 'scikit-image'],
+    },
     zip_safe=False,
 )

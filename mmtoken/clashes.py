@@ -1,4 +1,9 @@
-"""What is known not to work together, of the distributions around mmtoken."""
+"""Distributions that are known not to work together, or with mmtoken.
+
+As of November 2026, with the newest releases: mmengine 0.10.7, mmcv 2.2.0, mmdet 3.3.0,
+mmsegmentation 1.2.2, mmpretrain 1.2.0; onedl-mmengine 0.10.12, onedl-mmcv 2.3.6,
+onedl-mmdetection 3.5.1, onedl-mmsegmentation 1.4.2, onedl-mmpretrain 1.3.6; torch 2.11.0.
+"""
 
 from typing import NamedTuple
 
@@ -10,9 +15,9 @@ DISTRIBUTIONS = {
     'mmseg': ('mmsegmentation', 'onedl-mmsegmentation'),
     'mmpretrain': ('mmpretrain', 'onedl-mmpretrain'),
 }
-# The libraries that import mmcv's ops, whatever is built with them. mmpretrain does without.
+# Libraries that import mmcv's ops with any model. mmpretrain does not.
 NEED_OPS = (*DISTRIBUTIONS['mmdet'], *DISTRIBUTIONS['mmseg'])
-# What a library asserts when it is imported: (distribution, versions of it, mmcv is below).
+# Checked by a library at its import: (distribution, its versions, mmcv must be below)
 MMCV_BELOW = (
     ('mmdet', '>=3.0.dev0,<3.2', '2.1'),
     ('mmdet', '>=3.2,<3.4', '2.2'),
@@ -26,19 +31,19 @@ MMCV_BELOW = (
 
 
 class Clash(NamedTuple):
-    """Distributions that do not work together, or one that does not work here at all.
+    """Distributions that do not work together, or one that does not work with mmtoken.
 
     Attributes:
-        found: Distribution -> the versions that clash, as pip writes them (``'>=2.dev0'`` takes in
-            the pre-releases of 2), ``''`` for any version, ``None`` for not installed.
-        why: What does not work. Each ``{}`` stands for a distribution and its version, in order.
-        mend: The command that mends it. ``{install_mmcv}`` stands for the one that compiles the
-            mmcv which suits what is installed.
+        found: Distribution to the versions that clash, as pip writes them (``'>=2.dev0'`` includes
+            the pre-releases of 2), ``''`` for any version, None for not installed.
+        why: What does not work. Each ``{}`` becomes a distribution and its version, in order.
+        command: The command that solves it. ``{install_mmcv}`` becomes the one that compiles the
+            mmcv that suits what is installed.
     """
 
     found: dict[str, str | None]
     why: str
-    mend: str
+    command: str
 
 
 BOTH_FAMILIES = [
@@ -58,8 +63,8 @@ BOTH_FAMILIES = [
 
 TOO_OLD = [
     *(
-        Clash({name: f'<{oldest}'}, f'{{}} is too old, mmtoken needs {oldest} or later', mend)
-        for name, oldest, mend in (
+        Clash({name: f'<{oldest}'}, f'{{}} is too old, mmtoken needs {oldest} or later', command)
+        for name, oldest, command in (
             ('timm', '1.0', 'pip install "timm>=1.0"'),
             ('mmengine', '0.8.3', 'pip install "mmengine==0.10.7"'),
             ('mmengine-lite', '0.8.3', 'pip install "mmengine-lite==0.10.7"'),
@@ -115,23 +120,23 @@ WRONG_MMCV = [
     ),
 ]
 
-# The last upstream release has both, in either of its two distributions.
+# Of the last upstream release, in either of its two distributions; fixed in onedl-mmengine
 WRONG_MMENGINE = [
     clash
     for mmengine in ('mmengine', 'mmengine-lite')
     for clash in (
         Clash(
             {mmengine: '<=0.10.7', 'torch': '>=2.6.dev0'},
-            '{} cannot read its own checkpoints with {}, whose torch.load takes nothing but '
-            'weights: testing and resuming fail; take an older torch and compile mmcv anew for '
-            'it, or change to the onedl stack',
+            '{} cannot read its own checkpoints with {}, whose torch.load accepts only weights: '
+            'testing and resuming fail; install an older torch and compile mmcv for it, or '
+            'change to the onedl stack',
             'pip install "torch<2.6" "torchvision<0.21" && {install_mmcv}, or: '
             'pip uninstall -y {upstream} && '
             'pip install --no-build-isolation --no-cache-dir --no-binary onedl-mmcv {onedl}',
         ),
         Clash(
             {mmengine: '<=0.10.7', 'setuptools': '>=82.dev0'},
-            '{} needs pkg_resources, which {} no longer has, so no `mmdet::` config path resolves',
+            '{} needs pkg_resources, which {} does not have, so no `mmdet::` config path resolves',
             'pip install "setuptools<82"',
         ),
     )
@@ -143,11 +148,11 @@ OTHERS = [
         '{} was built for numpy 1 and cannot exchange arrays with {}',
         'pip install "numpy<2"',
     ),
-    # With pycocotools beside it, mmpretrain imports its multimodal models; and mmdet mmpretrain.
+    # mmpretrain imports its multimodal models if there is pycocotools; mmdet imports mmpretrain.
     *(
         Clash(
             {mmpretrain: versions, 'transformers': f'>={limit}.dev0', 'pycocotools': ''},
-            '{} cannot be imported, nor can mmdet, for {} no longer has what it takes from there',
+            '{} and mmdet cannot be imported, because {} lacks what the former imports from it',
             f'pip install "transformers<{limit}"',
         )
         for mmpretrain, versions, limit in (

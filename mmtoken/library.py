@@ -1,4 +1,4 @@
-"""Which library of OpenMMLab a config is written for."""
+"""The library of OpenMMLab that a config is for."""
 
 from pathlib import Path
 
@@ -28,11 +28,11 @@ def read_config(path: str | Path) -> Config:
 def library_of(cfg: Config) -> str:
     """One of :data:`LIBRARIES`: the ``default_scope``, or else that of the model.
 
-    Configs in pure Python style usually have ``default_scope = None``; the class of their model
-    tells, or that of which it is a subclass.
+    Configs in pure Python style usually have ``default_scope = None``; then it is the library of
+    their model's class, or of a base class.
 
     Raises:
-        ValueError: The config says neither.
+        ValueError: The config has neither.
     """
     scope = cfg.get('default_scope')
     if scope is None:
@@ -47,7 +47,7 @@ def library_of(cfg: Config) -> str:
 
 
 def _library_of_type(given: type | str | None) -> str | None:
-    """The library of a class, or of a name such as ``'mmdet.MaskRCNN'``; None if it is no such."""
+    """The library of a class, or of a name such as ``'mmdet.MaskRCNN'``; None if it has none."""
     if isinstance(given, str):
         library = given.partition('.')[0]
         if library in LIBRARIES:

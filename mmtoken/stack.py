@@ -1,9 +1,9 @@
-"""What of OpenMMLab is installed, and whether it can work together.
+"""Which packages of OpenMMLab are installed, and whether they work together.
 
 Two families of distributions provide the same import names: upstream (``mmdet``,
-``mmsegmentation``, ...) and its maintained continuation (``onedl-mmdetection``, ...). The known
-dead combinations fail far from their cause, with messages that do not name it; here they fail at
-``import mmtoken``, with the command that mends them. Neither torch nor mmcv is imported for that.
+``mmsegmentation``, ...) and its maintained continuation (``onedl-mmdetection``, ...). Combinations
+that do not work fail late, with messages that do not name the cause. Here they fail at
+``import mmtoken``, with the command that solves the problem. Neither torch nor mmcv is imported.
 """
 
 import functools
@@ -16,67 +16,64 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
-from packaging.version import InvalidVersion, Version
+from packaging.version import InvalidVersion
 
 from .clashes import CLASHES, DISTRIBUTIONS, MMCV_BELOW, NEED_OPS
 
 SKIP_CHECK = 'MMTOKEN_SKIP_STACK_CHECK'
 
-AnyVersion = str | Version | tuple[int | str, ...] | None  # None: not installed
-VersionOf = Callable[[str], AnyVersion]
+VersionOf = Callable[[str], str | None]  # of a distribution; None: not installed
 
 
 def installed_version(distribution: str) -> str | None:
-    """A distribution's version as it calls it, ``None`` where it is not installed."""
+    """The version of a distribution, None if it is not installed."""
     try:
         return metadata.version(distribution)
-    except (metadata.PackageNotFoundError, KeyError):  # the latter where remains have no version
+    except (metadata.PackageNotFoundError, KeyError):  # the latter after an incomplete removal
         return None
 
 
 def check_stack() -> None:
     """Refuse combinations of packages that are known not to work.
 
-    Set ``MMTOKEN_SKIP_STACK_CHECK=1`` to go on regardless (for a patched installation).
+    ``MMTOKEN_SKIP_STACK_CHECK=1`` in the environment skips this, for patched installations.
 
     Raises:
-        ImportError: With every problem found, what is installed, and the command that mends it.
+        ImportError: Lists every problem, with the versions and the command that solves it.
     """
     if os.environ.get(SKIP_CHECK, '0') not in ('', '0'):
         return
     version_of = functools.cache(installed_version)
-    problems = find_problems(version_of)
-    problems += find_missing_ops(version_of)
-    if problems:
+    if problems := find_problems(version_of) + find_missing_ops(version_of):
         lines = '\n'.join(f'  - {problem}' for problem in problems)
         raise ImportError(
             f'mmtoken found OpenMMLab packages that do not work together:\n{lines}\n'
-            f'To go on regardless, set {SKIP_CHECK}=1.'
+            f'To skip this check, set {SKIP_CHECK}=1.'
         )
 
 
 def find_problems(version_of: VersionOf) -> list[str]:
-    """Describe each known-dead combination, with the command that mends it.
+    """Describe each combination that does not work, with the command that solves it.
 
     Args:
-        version_of: Maps a distribution's name to its version, ``None`` if absent.
+        version_of: Maps a distribution's name to its version, None if absent.
     """
     upstream, onedl = map(' '.join, zip(*DISTRIBUTIONS.values(), strict=True))
     commands = dict(install_mmcv=_install_mmcv(version_of), upstream=upstream, onedl=onedl)
     problems = []
-    for found, why, mend in CLASHES:
+    for found, why, command in CLASHES:
         versions = {name: version_of(name) for name in found}
         if all(_is_among(versions[name], among) for name, among in found.items()):
-            names = (f'{name} {_text(version)}' for name, version in versions.items())
-            problems.append(f'{why.format(*names)}: {mend.format(**commands)}')
+            names = (f'{name} {version}' for name, version in versions.items())
+            problems.append(f'{why.format(*names)}: {command.format(**commands)}')
     return problems
 
 
 def find_missing_ops(version_of: VersionOf) -> list[str]:
-    """Describe an mmcv that was built without its ops for this Python, if a library imports them.
+    """Describe an mmcv without ops compiled for this Python, if a library imports them.
 
     Args:
-        version_of: Maps a distribution's name to its version, ``None`` if absent.
+        version_of: Maps a distribution's name to its version, None if absent.
     """
     libraries = [name for name in NEED_OPS if version_of(name) is not None]
     mmcv = next((n for n in DISTRIBUTIONS['mmcv'] if version_of(n) is not None), None)
@@ -87,7 +84,7 @@ def find_missing_ops(version_of: VersionOf) -> list[str]:
     if any((Path(f) / f'_ext{suffix}').exists() for f in folders for suffix in EXTENSION_SUFFIXES):
         return []
     return [
-        f'{libraries[0]} imports ops of mmcv, but {mmcv} {_text(version_of(mmcv))} in '
+        f'{libraries[0]} imports ops of mmcv, but {mmcv} {version_of(mmcv)} in '
         f'{", ".join(folders) or "no folder"} has none compiled for this Python: '
         f'{_install_mmcv(version_of)}'
     ]
@@ -96,10 +93,11 @@ def find_missing_ops(version_of: VersionOf) -> list[str]:
 def enable_config_paths() -> None:
     """Let ``mmtoken::`` and, on the onedl stack, ``mmseg::`` resolve in config files.
 
-    MMEngine maps import names to distributions in a table that knows neither this package nor
-    ``onedl-mmsegmentation``. A name there that no distribution has, it takes for a module's, and
-    the folder of that is right for every kind of installation, while upstream's MMEngine does not
-    find the one of an editable distribution. Without MMEngine there is nothing to enable.
+    MMEngine maps import names to distributions in a table that has neither this package nor
+    ``onedl-mmsegmentation`` (November 2026: mmengine 0.10.7, onedl-mmengine 0.10.12). Where an
+    entry is no distribution, MMEngine uses the folder of the module of that name, which is right
+    for every kind of installation; mmengine 0.10.7 does not find an editable distribution. Without
+    MMEngine nothing is done.
     """
     try:
         from mmengine.config.utils import MODULE2PACKAGE
@@ -114,17 +112,18 @@ def enable_config_paths() -> None:
     configs = Path(__file__).parent / '.mim' / 'configs'
     if not configs.is_dir():
         warnings.warn(
-            f'no `mmtoken::` config path will resolve, for {configs} is no folder: git made no '
-            'symbolic link there. Setting up puts the configs in its place; in the checkout: '
+            f'no `mmtoken::` config path will resolve: {configs} is no folder, because git made '
+            'no symbolic link. To repair it, run in the checkout: '
             'pip install --no-build-isolation -e .',
             stacklevel=2,
         )
 
 
 def _install_mmcv(version_of: VersionOf) -> str:
-    """The command that compiles, with its ops, the mmcv which suits the installed libraries.
+    """The command that compiles the mmcv that suits the installed libraries, with its ops.
 
-    Where its build does not see torch, pip makes a wheel without ops in silence, and caches that.
+    With build isolation, the build does not see torch and silently gives a wheel without ops, which
+    pip caches (mmcv 2.1.0, onedl-mmcv 2.3.6).
     """
     libraries = [
         *(DISTRIBUTIONS[module][family] for family in (1, 0) for module in ('mmdet', 'mmseg')),
@@ -143,17 +142,11 @@ def _install_mmcv(version_of: VersionOf) -> str:
     )
 
 
-def _is_among(version: AnyVersion, among: str | None) -> bool:
-    """Whether a version is one of those that a :class:`mmtoken.clashes.Clash` has found."""
-    if version is None or among is None:
-        return version is among
-    if among == '':
-        return True
+def _is_among(version: str | None, among: str | None) -> bool:
+    """Whether a version is one of those in ``found`` of a :class:`mmtoken.clashes.Clash`."""
+    if version is None or not among:
+        return (version is None) == (among is None)
     try:
-        return SpecifierSet(among).contains(Version(_text(version)), prereleases=True)
-    except InvalidVersion:  # which cannot be compared, so nothing is known against it
+        return SpecifierSet(among).contains(version, prereleases=True)
+    except InvalidVersion:  # cannot be compared, so no problem is known
         return False
-
-
-def _text(version: AnyVersion) -> str:
-    return '.'.join(map(str, version)) if isinstance(version, tuple) else str(version)

@@ -1,4 +1,4 @@
-"""What MMEngine's hub asks of a package, under the name by which it asks."""
+"""``register_all_modules``, which MMEngine's hub imports from the ``utils`` of a package."""
 
 import inspect
 from collections.abc import Callable
@@ -8,17 +8,16 @@ from importlib.util import find_spec
 from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
 
+from .library import LIBRARIES
 from .registry import MODELS
-
-LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
 
 
 def register_all_modules() -> None:
     """Let the models of our configs be built in the default scope ``mmtoken``.
 
-    ``mmengine.hub.get_model('mmtoken::...')`` calls this, then builds in that scope, for it takes a
-    config's package for its scope. But the models are detectors of mmdet, segmenters of mmseg and
-    classifiers of mmpretrain, each made of parts that are to be looked for in its own library.
+    ``mmengine.hub.get_model('mmtoken::...')`` calls this and builds in the scope of the config's
+    package (mmengine 0.10.7, November 2026). But the models are detectors of mmdet, segmenters of
+    mmseg and classifiers of mmpretrain, whose parts are in the registries of these libraries.
     """
     for library in LIBRARIES:
         if find_spec(library) is None:
@@ -32,7 +31,7 @@ def register_all_modules() -> None:
 
 
 def _in_scope(library: str, model: type[BaseModel]) -> Callable[..., BaseModel]:
-    """A function that makes a model, and what it consists of, in the scope of its library."""
+    """A function that builds a model, and its parts, in the scope of its library."""
 
     def build(**settings) -> BaseModel:
         with DefaultScope.overwrite_default_scope(library):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / 'tools'), str(ROOT / 'tools' / 'datasets')]
+sys.path[:0] = [str(ROOT / 'tools' / folder) for folder in ('', 'datasets', 'analysis')]
 
 
 @pytest.fixture(autouse=True)

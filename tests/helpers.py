@@ -31,6 +31,26 @@ def wake(model: nn.Module) -> nn.Module:
     return model
 
 
+def stir_routers(model: nn.Module) -> nn.Module:
+    """Let routers choose all granularities, and positions differ."""
+    for name, parameter in model.named_parameters():
+        if name.endswith('router.gate.bias'):
+            nn.init.zeros_(parameter)
+        elif name.endswith(('router.gate.weight', 'pos_embed')):
+            nn.init.normal_(parameter)
+    return model
+
+
+def force_granularity(model: nn.Module, level: int) -> nn.Module:
+    """Let all routers choose one granularity, whatever they see."""
+    for module in model.modules():
+        if isinstance(module, GranularityRouter):
+            with torch.no_grad():
+                module.gate.weight.zero_()
+                module.gate.bias.fill_(-100)[level] = 100
+    return model
+
+
 def randomize(model: nn.Module, std: float = 0.3) -> nn.Module:
     """Draw every parameter from a normal distribution."""
     for parameter in model.parameters():

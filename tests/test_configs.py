@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map_only
 
 from mmtoken import routing_override
 from mmtoken.analysis import count_macs, dense_twin
-from mmtoken.analysis.subject import default_shape
+from mmtoken.analysis.configs import default_shape
 from mmtoken.analysis.twin import our_class
 from mmtoken.runtime.reference import reference_path
 
@@ -33,8 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = smoke.all_configs()
 SIZES = ('', 't', 'tiny', 's', 'small', 'm', 'medium', 'b', 'base', 'base32')
 SIZE = re.compile(rf'-({"|".join(SIZES[1:])})(?=-|_|$)')
-# What routed backbones let regions choose by, and the ratio at which their costs are listed
-ROUTING = dict(granularities=dict(query_ratio=0.436), gate=dict(coarse_ratio=0.5))
+RATIOS = dict(query_ratio=0.436, coarse_ratio=0.5)  # at which costs are listed
 
 
 def kind(path):
@@ -79,12 +78,10 @@ def is_routed(backbone):
 
 
 def routing(backbone):
-    """The ratio at which costs are listed; None if regions do not choose."""
-    dense = our_class(backbone).twin_args
-    for argument, ratio in ROUTING.items():
-        if argument in dense and backbone.get(argument, 'default') != dense[argument]:
-            return ratio
-    return None
+    """The ratio at which costs are listed, by its name; None without routers."""
+    cls = our_class(backbone)
+    dense = all(backbone.get(name, 'default') == v for name, v in cls.twin_args.items())
+    return None if dense or cls.ratio_name is None else {cls.ratio_name: RATIOS[cls.ratio_name]}
 
 
 def images_per_gpu(name):

@@ -1,5 +1,6 @@
 """What is installed is what the project holds."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -8,6 +9,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from mmtoken.clashes import DISTRIBUTIONS
+from mmtoken.stack import find_problems
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = 'mmtoken::stvit_r/mask-rcnn_stvit-r-swin-t_fpn_8xb2-1x_coco.py'
@@ -144,17 +150,67 @@ def test_incomplete_checkout_is_refused(source, lost):
         build(source, 'wheel')
 
 
-def test_upstream_extra_passes_the_stack_check(monkeypatch):
-    """The newest of what it allows, one at a time."""
-    from packaging.requirements import Requirement
-
-    from mmtoken.stack import find_problems
-
+@pytest.fixture
+def declared(monkeypatch):
+    """What setup.py requires: extra, or None, to the specifier of each distribution."""
     arguments = {}
     monkeypatch.setattr('setuptools.setup', arguments.update)
     monkeypatch.setattr('setuptools.find_packages', lambda **kwargs: [])
     exec((ROOT / 'setup.py').read_text(), {'__file__': str(ROOT / 'setup.py')})
-    extra = {r.name: r.specifier for r in map(Requirement, arguments['extras_require']['upstream'])}
+    lists = {None: arguments['install_requires'], **arguments['extras_require']}
+    return {
+        extra: {r.name: r.specifier for r in map(Requirement, requirements)}
+        for extra, requirements in lists.items()
+    }
+
+
+def imported(folder):
+    """Distributions that the files of a folder import, but OpenMMLab's and our own."""
+    names = set()
+    for path in (ROOT / folder).rglob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names.add(node.module)
+    here = {path.stem for path in (ROOT / folder).rglob('*')} | {'mmtoken'}
+    modules = {name.partition('.')[0] for name in names} - sys.stdlib_module_names - here
+    named_otherwise = dict(cv2='opencv-python', skimage='scikit-image')
+    return {named_otherwise.get(module, module) for module in modules - DISTRIBUTIONS.keys()}
+
+
+def test_imports_are_declared(declared):
+    assert imported('mmtoken') == declared[None].keys()
+    assert imported('tools') <= declared[None].keys() | declared['tools'].keys()
+
+
+def test_backbone_is_built_without_what_only_others_need():
+    """Not even through what it imports: no drawing, no compiled ops, no detectors."""
+    code = (
+        'import sys, mmtoken\nfrom mmtoken.registry import MODELS\n'
+        'MODELS.build(dict(type="mmtoken.STViTRSwin", arch="tiny"))\nprint(*sys.modules)'
+    )
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    modules = set(result.stdout.split())
+    assert {'mmtoken.backbones', 'mmtoken.checkpoints', 'timm'} <= modules, result.stderr
+    unwanted = {'matplotlib', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'mmtoken.analysis'}
+    assert not modules & {*unwanted, 'mmtoken.visualization', 'mmtoken.engine'}
+
+
+def test_papers_of_all_methods_can_be_cited():
+    collections = [
+        collection
+        for metafile in (ROOT / 'configs').glob('*/metafile.yml')
+        for collection in yaml.safe_load(metafile.read_text())['Collections']
+    ]
+    papers = {c['Paper']['URL']: c['Paper']['Title'] for c in collections if 'Paper' in c}
+    references = yaml.safe_load((ROOT / 'CITATION.cff').read_text())['references']
+    assert papers.items() <= {r['url']: r['title'] for r in references}.items()
+
+
+def test_upstream_extra_passes_the_stack_check(declared):
+    """The newest of what it allows, one at a time."""
+    extra = declared['upstream']
     releases = {
         'mmengine': ['0.10.7'], 'mmcv': ['2.1.0', '2.2.0'], 'mmdet': ['3.3.0'],
         'mmsegmentation': ['1.2.2'], 'mmpretrain': ['1.2.0'], 'numpy': ['1.26.4', '2.2.6'],

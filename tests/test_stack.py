@@ -5,21 +5,20 @@ from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec, PathFinder
 from pathlib import Path
 
 import pytest
-from packaging.version import Version
 
 import mmtoken
 from mmtoken.clashes import DISTRIBUTIONS
 from mmtoken.stack import check_stack, find_missing_ops, find_problems, installed_version
 
 UPSTREAM = {
-    'mmengine': (0, 10, 7), 'mmcv': (2, 1, 0), 'mmdet': (3, 3, 0), 'mmsegmentation': (1, 2, 2),
-    'mmpretrain': (1, 2, 0), 'torch': (2, 1, 2), 'timm': (1, 0, 31), 'numpy': (1, 26, 4),
-    'setuptools': (69,),
+    'mmengine': '0.10.7', 'mmcv': '2.1.0', 'mmdet': '3.3.0', 'mmsegmentation': '1.2.2',
+    'mmpretrain': '1.2.0', 'torch': '2.1.2', 'timm': '1.0.31', 'numpy': '1.26.4',
+    'setuptools': '69',
 }  # fmt: skip
 ONEDL = {
-    'onedl-mmengine': (0, 10, 12), 'onedl-mmcv': (2, 3, 6), 'onedl-mmdetection': (3, 5, 1),
-    'onedl-mmsegmentation': (1, 4, 2), 'onedl-mmpretrain': (1, 3, 6), 'torch': (2, 11, 0),
-    'timm': (1, 0, 31), 'numpy': (2, 2, 6), 'setuptools': (83,),
+    'onedl-mmengine': '0.10.12', 'onedl-mmcv': '2.3.6', 'onedl-mmdetection': '3.5.1',
+    'onedl-mmsegmentation': '1.4.2', 'onedl-mmpretrain': '1.3.6', 'torch': '2.11.0',
+    'timm': '1.0.31', 'numpy': '2.2.6', 'setuptools': '83',
 }  # fmt: skip
 BARE = {'mmengine': '0.10.7', 'torch': '2.5.1', 'timm': '1.0.31'}
 
@@ -40,7 +39,7 @@ BARE = {'mmengine': '0.10.7', 'torch': '2.5.1', 'timm': '1.0.31'}
         {**UPSTREAM, 'torch': '2.1.0+cpu', 'mmcv': '2.1.0+pt2.1cpu'},
         {**UPSTREAM, 'torch': '2.1.0a0+32f93b1', 'setuptools': '81.0.0.post1'},
         {**UPSTREAM, 'torch': '2.3.0+cu121', 'numpy': '2.0.0'},
-        {**UPSTREAM, 'torch': Version('2.5.1'), 'mmcls': '0.25.0'},  # a harmless leftover
+        {**UPSTREAM, 'torch': '2.5.1', 'mmcls': '0.25.0'},  # a harmless leftover
         {**UPSTREAM, 'transformers': '4.55.4', 'pycocotools': '2.0.11'},
         {**ONEDL, 'transformers': '4.57.6', 'pycocotools': '2.0.11'},
         {**UPSTREAM, 'mmcv': 'of-our-own', 'torch': 'main', 'numpy': ''},  # nothing is known
@@ -53,12 +52,12 @@ def test_working_stacks_pass(stack):
 @pytest.mark.parametrize(
     'stack, change, words',
     [
-        (ONEDL, {'mmdet': (3, 3, 0)}, ['both mmdet and onedl-mmdetection', 'pip uninstall']),
+        (ONEDL, {'mmdet': '3.3.0'}, ['both mmdet and onedl-mmdetection', 'pip uninstall']),
         (ONEDL, {'mmengine-lite': '0.10.7', 'torch': '2.5.1'}, ['both mmengine-lite and onedl']),
-        (ONEDL, {'mmcv': (2, 1, 0)}, ['both mmcv and onedl-mmcv', '"onedl-mmcv"']),
+        (ONEDL, {'mmcv': '2.1.0'}, ['both mmcv and onedl-mmcv', '"onedl-mmcv"']),
         (UPSTREAM, {'onedl-mmcv': '2.3.6'}, ['both mmcv and onedl-mmcv', '"mmcv==2.1.0"']),
         # torch.load reads weights only
-        (UPSTREAM, {'torch': (2, 6, 0)}, ['torch.load', '"torch<2.6"', 'onedl-mmengine']),
+        (UPSTREAM, {'torch': '2.6.0'}, ['torch.load', '"torch<2.6"', 'onedl-mmengine']),
         (UPSTREAM, {'torch': '2.7.1+cu126'}, ['mmengine 0.10.7', 'torch 2.7.1+cu126']),
         (UPSTREAM, {'torch': '2.6.0a0+df5bbc0.nv24.12'}, ['torch.load']),
         (UPSTREAM, {'torch': '2.6.0rc1'}, ['torch.load']),
@@ -78,15 +77,15 @@ def test_working_stacks_pass(stack):
         (UPSTREAM, {'mmcv': None, 'mmcv-full': '1.7.2'}, ['mmcv-full 1.7.2', 'mmcv==2.1.0']),
         (UPSTREAM, {'mmcv': '1.7.2'}, ['mmcv 1.7.2 is too old', 'mmcv==2.1.0']),
         (UPSTREAM, {'mmcv': '2.0.0rc1'}, ['mmcv 2.0.0rc1 is too old', '2.0.0rc4']),
-        (UPSTREAM, {'mmengine': (0, 7, 4)}, ['mmengine 0.7.4 is too old', 'mmengine==0.10.7']),
-        (UPSTREAM, {'mmdet': (2, 28, 2)}, ['mmdet 2.28.2 is too old', 'mmdet==3.3.0']),
+        (UPSTREAM, {'mmengine': '0.7.4'}, ['mmengine 0.7.4 is too old', 'mmengine==0.10.7']),
+        (UPSTREAM, {'mmdet': '2.28.2'}, ['mmdet 2.28.2 is too old', 'mmdet==3.3.0']),
         (UPSTREAM, {'mmsegmentation': '0.30.0'}, ['mmsegmentation 0.30.0', '==1.2.2']),
         (UPSTREAM, {'mmpretrain': '0.9'}, ['mmpretrain 0.9 is too old', '==1.2.0']),
         (UPSTREAM, {'mmpretrain': None, 'mmcls': '0.25.0'}, ['mmcls 0.25.0', 'mmpretrain==1.2.0']),
         (BARE, {'timm': '0.9.16'}, ['timm 0.9.16 is too old', 'timm>=1.0']),
         (BARE, {'torch': '2.0.1+cu118'}, ['torch 2.0.1+cu118 is too old', 'torch>=2.1']),
         # what the libraries allow
-        (UPSTREAM, {'mmcv': (2, 2, 0)}, ['mmdet 3.3.0 refuses mmcv 2.2.0', 'mmcv==2.1.0']),
+        (UPSTREAM, {'mmcv': '2.2.0'}, ['mmdet 3.3.0 refuses mmcv 2.2.0', 'mmcv==2.1.0']),
         (UPSTREAM, {'mmcv': '2.2.0+cu121'}, ['mmsegmentation 1.2.2 refuses mmcv 2.2.0+cu121']),
         (UPSTREAM, {'mmdet': '3.1.0'}, ['mmdet 3.1.0 refuses mmcv 2.1.0', 'mmcv==2.0.1']),
         (BARE, {'mmpretrain': '1.0.0', 'mmcv': '2.1.0'}, ['mmpretrain 1.0.0', 'mmcv==2.0.1']),
@@ -94,13 +93,13 @@ def test_working_stacks_pass(stack):
         (UPSTREAM, {'mmcv': None, 'onedl-mmcv': '2.3.6'}, ['refuses onedl-mmcv', 'mmcv==2.1.0']),
         (ONEDL, {'onedl-mmcv': None, 'mmcv': '2.1.0'}, ['not with mmcv 2.1.0', '"onedl-mmcv"']),
         # others
-        (UPSTREAM, {'setuptools': (82, 0)}, ['pkg_resources', 'setuptools<82']),
-        (UPSTREAM, {'numpy': (2, 0, 1)}, ['torch 2.1.2', 'numpy<2']),
+        (UPSTREAM, {'setuptools': '82.0'}, ['pkg_resources', 'setuptools<82']),
+        (UPSTREAM, {'numpy': '2.0.1'}, ['torch 2.1.2', 'numpy<2']),
         (UPSTREAM, {'torch': '2.2.2', 'numpy': '2.0.0rc1'}, ['numpy 2.0.0rc1', 'numpy<2']),
         (
             UPSTREAM,
             {'transformers': '4.56.0', 'pycocotools': '2.0.11'},
-            ['mmpretrain 1.2.0 cannot be imported', 'transformers<4.56'],
+            ['mmpretrain 1.2.0 and mmdet cannot be imported', 'transformers<4.56'],
         ),
         (
             ONEDL,
@@ -109,7 +108,7 @@ def test_working_stacks_pass(stack):
         ),
     ],
 )
-def test_dead_combinations_are_named_with_a_mend(stack, change, words):
+def test_problems_are_named_with_a_command(stack, change, words):
     problems = find_problems({**stack, **change}.get)
     assert all(word in '\n'.join(problems) for word in words), problems
     assert all(': pip ' in problem and '\n' not in problem for problem in problems)
@@ -156,7 +155,7 @@ def test_check_stack_raises_one_error_and_can_be_skipped(monkeypatch):
 
 def test_installed_version():
     assert installed_version('no-such-distribution') is None
-    assert Version(installed_version('pytest')) >= Version('7')
+    assert installed_version('pytest') == pytest.__version__
 
 
 def run_python(code, *folders):

@@ -1,12 +1,10 @@
 """Turn a checkpoint of another project into one of ours."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 import mmtoken
@@ -20,6 +18,7 @@ from mmtoken.checkpoints import (
 )
 from mmtoken.checkpoints.convert import take_prefix
 from mmtoken.checkpoints.sources import SOURCES
+from mmtoken.files import replacing
 
 
 def main() -> int:
@@ -36,9 +35,8 @@ def main() -> int:
     except KeyboardInterrupt:
         print(f'convert_checkpoint: interrupted; {args.dst} is as it was', file=sys.stderr)
         return 1
-    console = Console()
-    console.print(report)
-    console.print(f'Wrote {args.dst}', soft_wrap=True)
+    print(report)
+    print(f'Wrote {args.dst}')
     return 0
 
 
@@ -50,9 +48,8 @@ def _make_parser() -> argparse.ArgumentParser:
             '--whole keeps them. With --config the weights are also fitted to a backbone (patch\n'
             'embeddings and bias tables resized, projections split), and what does not fit is an\n'
             'error.\n\n'
-            'Backbones do the same by themselves when they load a file (init_cfg or load_from);\n'
-            'this is for looking into a file, and for keeping the result. Nothing that a file\n'
-            'contains is run.'
+            'Backbones convert by themselves when they load a file (init_cfg or load_from); use\n'
+            'this tool to inspect a file or to save the result. No code in a file is executed.'
         ),
         epilog=(
             'sources:\n'
@@ -77,18 +74,18 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument('src', metavar='SRC', help='path or URL of the checkpoint')
     parser.add_argument('dst', metavar='DST', type=Path, help='file to write')
     parser.add_argument(
-        '--source', choices=list(SOURCES), help='what SRC is from (default: recognised by names)'
+        '--source', choices=list(SOURCES), help='origin of SRC (default: detected from the names)'
     )
     parser.add_argument('--config', metavar='CFG', help="fit the weights to this config's backbone")
     parser.add_argument(
         '--prefix',
         metavar='P',
-        help="what precedes the backbone's names in SRC (default: 'backbone.' if that occurs)",
+        help="prefix of the backbone's names in SRC (default: 'backbone.' if that occurs)",
     )
     parser.add_argument(
         '--whole',
         action='store_true',
-        help='keep what is outside of the backbone (necks, heads) by its names, for load_from',
+        help='keep necks and heads too, with their names, for load_from',
     )
     parser.add_argument('--force', action='store_true', help='overwrite DST')
     return parser
@@ -101,7 +98,7 @@ def _convert(args: argparse.Namespace) -> tuple[dict[str, Tensor], Report]:
         return state, report
     _, outside = take_prefix(weights, args.prefix)
     if not outside:
-        raise ValueError(f'{args.src} has nothing beside a backbone; leave out --whole')
+        raise ValueError(f'{args.src} contains only a backbone; leave out --whole')
     report.kept = outside
     report.dropped = [name for name in report.dropped if name not in outside]
     named = {name.removeprefix('module.'): tensor for name, tensor in weights.items()}
@@ -118,7 +115,7 @@ def _convert_backbone(
     if source is None:
         raise ValueError(
             f'{args.src}: its names are not those of {", ".join(SOURCES)}; if it is one of these, '
-            "say with --prefix what precedes the backbone's names"
+            "give the prefix of the backbone's names with --prefix"
         )
     try:
         return convert(weights, source, args.prefix)
@@ -127,7 +124,7 @@ def _convert_backbone(
 
 
 def _build_backbone(path: str) -> nn.Module:
-    """The backbone of a config, without values: names and shapes are all that is asked of it."""
+    """The backbone of a config on the meta device: only names and shapes are needed."""
     from mmtoken.analysis.twin import our_class
     from mmtoken.library import read_config
     from mmtoken.registry import MODELS
@@ -150,7 +147,6 @@ def _build_backbone(path: str) -> nn.Module:
 
 
 def _write(state: dict[str, Tensor], report: Report, args: argparse.Namespace) -> None:
-    """Write DST in one step, so that it is never half a file."""
     meta = dict(
         source=report.source,
         layout=report.layout,
@@ -159,13 +155,8 @@ def _write(state: dict[str, Tensor], report: Report, args: argparse.Namespace) -
     )
     # Tensors of a file may be views of larger ones, which torch.save would store with them.
     content = dict(state_dict={name: tensor.clone() for name, tensor in state.items()}, meta=meta)
-    args.dst.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.dst.with_name(f'.{args.dst.name}.{os.getpid()}')
-    try:
+    with replacing(args.dst) as temporary:
         torch.save(content, temporary)
-        temporary.replace(args.dst)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 if __name__ == '__main__':

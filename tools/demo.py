@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -14,30 +13,28 @@ from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / 'tools' / 'datasets'))
 CONFIGS = ROOT / 'configs' / 'shapes'
 EPILOG = """\
 examples:
-  python tools/demo.py           the whole demo, at most 20 minutes on two CPU cores
-  python tools/demo.py --quick   the same path in two minutes; its scores mean nothing
-  python tools/demo.py --twin    also the dense twins, for comparison: twice the time
+  python tools/demo.py           the whole demo: at most 20 minutes on two CPU cores
+  python tools/demo.py --quick   the same steps in a minute; the scores mean nothing
+  python tools/demo.py --twin    the dense twins as well: twice the time
 """
 console = Console()
 
 
 @dataclass
 class Run:
-    """One model of the demo: how to train it, and what came of it."""
+    """One model of the demo: how to train it, and its results."""
 
     name: str
     config: Path
-    metrics: dict[str, str]  # column of the table -> metric in the log
+    layout: str  # of the data: 'coco' or 'ade'
     quick_options: tuple[str, ...]
-    scores: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)  # from 0 to 1, by column
     checkpoint: Path | None = None
     parameters: int = 0
     macs: int = 0
@@ -46,19 +43,19 @@ class Run:
 
 
 DETECTION = dict(
-    metrics={'box AP': 'coco/bbox_mAP', 'mask AP': 'coco/segm_mAP'},
+    layout='coco',
     quick_options=(
-        'train_cfg.max_epochs=2',
-        'train_cfg.val_interval=2',
-        'model.test_cfg.rcnn.score_thr=0.0',  # without any detection there would be no AP
+        'train_cfg.max_epochs=1',
+        'train_cfg.val_interval=1',
+        'model.test_cfg.rcnn.score_thr=0.0',  # mmdet gives no AP without detections
     ),
 )
 SEGMENTATION = dict(
-    metrics={'mIoU': 'mIoU'},
+    layout='ade',
     quick_options=(
-        'train_cfg.max_iters=30',
-        'train_cfg.val_interval=30',
-        'default_hooks.checkpoint.interval=30',
+        'train_cfg.max_iters=10',
+        'train_cfg.val_interval=10',
+        'default_hooks.checkpoint.interval=10',
     ),
 )
 MASK_RCNN = 'mask-rcnn_stvit-r-swin-nano{}_fpn_1xb8-7e_shapes.py'
@@ -93,7 +90,7 @@ def main() -> None:
     report(runs, out)
     console.print('Pictures: ' + ', '.join(map(str, pictures)))
     if args.quick:
-        console.print('This was the quick demo: its scores only show that the path works.')
+        console.print('This was the quick demo: its scores only show that everything runs.')
     console.print(f'Done in {(time.time() - started) / 60:.1f} minutes.')
 
 
@@ -101,51 +98,46 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--quick', action='store_true', help='a look at the path, no real training')
+    parser.add_argument('--quick', action='store_true', help='only a few training iterations')
     parser.add_argument('--twin', action='store_true', help='train the dense twins as well')
     parser.add_argument('--out', default='work_dirs/demo', help='folder (default: %(default)s)')
     return parser.parse_args()
 
 
 def prepare_data(data: Path, quick: bool) -> None:
-    """Make the embedded data set unless it is there."""
-    from shapes import make_dataset
+    """Make the embedded data set if it does not exist.
 
+    Raises:
+        SystemExit: ``data`` is another folder.
+    """
     if (data / 'shapes.json').is_file():
-        console.print(f'Data: {data} is there, and is used as it is.')
+        console.print(f'Data: using {data}')
         return
     console.print(f'Data: making {data}')
-    sizes = dict(num_train=120, num_val=40) if quick else {}
-    try:
-        make_dataset(data, **sizes, workers=os.cpu_count() or 1, show_progress=True)
-    except FileExistsError as error:  # a folder of the user's
-        sys.exit(str(error))
+    command = [sys.executable, ROOT / 'tools' / 'datasets' / 'make_shapes.py', '--out', data]
+    sizes = ['--train', '64', '--val', '16'] if quick else []
+    if subprocess.run([*command, *sizes], stdout=subprocess.DEVNULL).returncode:
+        sys.exit(1)  # its message is on the screen
 
 
 def train_and_test(run: Run, out: Path, data: Path, quick: bool) -> None:
-    """Run the library's own train.py and test.py, and read the scores that test.py wrote."""
+    """Run the library's own train.py and test.py, and read the scores that test.py logged."""
+    from mmtoken.analysis.training_log import METRICS, last_scores
+
     work_dir = out / run.config.stem
-    common = ['--work-dir', work_dir]
     options = [*data_options(run, data), *(run.quick_options if quick else ())]
-
-    started = time.time()
-    follow(f'{run.name}: training', out, 'train', run.config, *common, options=options)
-    run.train_seconds = time.time() - started
+    run.train_seconds = follow(run, 'train', work_dir, out, options)
     run.checkpoint = Path((work_dir / 'last_checkpoint').read_text().strip())
-
-    started = time.time()
-    follow(
-        f'{run.name}: testing', out, 'test', run.config, run.checkpoint, *common, options=options
-    )
-    run.test_seconds = time.time() - started
-    run.scores = read_scores(run, work_dir)
+    run.test_seconds = follow(run, 'test', work_dir, out, options)
+    found = last_scores(work_dir)
+    run.scores = {METRICS[name].label: score / 100 for name, score in found.items()}
 
 
 def data_options(run: Run, data: Path) -> list[str]:
     """Config overrides that point a config to another copy of the data."""
     if data == Path('data/shapes'):
         return []
-    if 'mIoU' in run.metrics:
+    if run.layout == 'ade':
         root = data / 'ade' / 'ADEChallengeData2016'
         return [
             f'{split}_dataloader.dataset.data_root={root}' for split in ('train', 'val', 'test')
@@ -159,45 +151,42 @@ def data_options(run: Run, data: Path) -> list[str]:
     ]
 
 
-def follow(title: str, out: Path, tool: str, config: Path, *arguments, options: list[str]) -> None:
-    """Run one of our tools with its log in a file and its progress on the screen.
+def follow(run: Run, tool: str, work_dir: Path, out: Path, options: list[str]) -> float:
+    """Run one of our tools, with its log in a file and its progress on the screen.
+
+    Returns:
+        Seconds it took.
 
     Raises:
         SystemExit: The tool failed; its last lines are shown.
     """
-    command = [sys.executable, *map(str, (ROOT / 'tools' / f'{tool}.py', config, *arguments))]
+    from mmtoken.analysis.training_log import describe_progress
+
+    title = f'{run.name}: {tool}ing'
+    files = [run.config] if tool == 'train' else [run.config, run.checkpoint]
+    command = [sys.executable, ROOT / 'tools' / f'{tool}.py', *files, '--work-dir', work_dir]
     if options:
         command += ['--cfg-options', *options]
     out.mkdir(parents=True, exist_ok=True)
-    log = out / f'{tool}_{config.stem}.log'
-    columns = (
-        TextColumn('{task.description}'),
-        BarColumn(),
-        TextColumn('{task.percentage:3.0f}%'),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with log.open('w') as file, Progress(*columns, console=console) as progress:
-        task = progress.add_task(f'{title:40s}', total=1)
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1,
-            env={**os.environ, 'PYTHONUNBUFFERED': '1'},
-        )  # fmt: skip
-        for line in process.stdout:
-            file.write(line)
-            done = fraction_done(line, tool)
-            if done is not None:
-                progress.update(task, completed=done)
-        if process.wait() == 0:
-            progress.update(task, completed=1)
+    log = out / f'{tool}_{run.config.stem}.log'
+    started = time.time()
+    with log.open('w') as file, console.status(title) as status:
+        process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            time.sleep(0.5)
+            done = f', {describe_progress(work_dir)}' if tool == 'train' else ''
+            status.update(f'{title} ({time.time() - started:.0f} s{done})')
     if process.returncode:
         console.print(''.join(log.read_text().splitlines(keepends=True)[-20:]), markup=False)
-        sys.exit(f'{title} failed; the whole log is in {log}')
+        sys.exit(f'{title} failed; see {log}')
+    seconds = time.time() - started
+    console.print(f'{title} took {seconds:.0f} s')
+    return seconds
 
 
 @contextmanager
 def output_to(log: Path) -> Iterator[None]:
-    """Send what libraries print and warn of to a file, to keep the screen for the demo."""
+    """Send the output of libraries to a file, so that the screen shows the demo alone."""
     sys.stdout.flush()
     screen = os.dup(1), os.dup(2)
     with log.open('w') as file:
@@ -211,31 +200,6 @@ def output_to(log: Path) -> Iterator[None]:
             for stream, saved in enumerate(screen, start=1):
                 os.dup2(saved, stream)
                 os.close(saved)
-
-
-def fraction_done(line: str, tool: str) -> float | None:
-    """How far a line of MMEngine's log says a run has come, None if it says nothing."""
-    match = re.search(r'(Epoch|Iter)\((\w+)\) *(?:\[(\d+)\])?\[ *(\d+)/(\d+)\](.*)', line)
-    if match is None or match[2] != tool:
-        return None
-    epoch, step, steps = int(match[3] or 1), int(match[4]), int(match[5])
-    if tool == 'test' or match[1] == 'Iter':
-        return step / steps
-    remaining = re.search(r'eta: (?:(\d+) days?, )?(\d+):(\d+):(\d+).*? time: ([\d.]+)', match[6])
-    if remaining is None:
-        return None
-    days, hours, minutes, seconds = (int(g or 0) for g in remaining.groups()[:4])
-    left = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    spent = ((epoch - 1) * steps + step) * float(remaining[5])
-    return spent / max(spent + left, 1e-9)
-
-
-def read_scores(run: Run, work_dir: Path) -> dict[str, float]:
-    """The newest metrics that test.py wrote into ``work_dir``, fractions of one."""
-    newest = max(work_dir.glob('*/*.json'), key=lambda path: path.stat().st_mtime)
-    metrics = json.loads(newest.read_text())
-    scale = 100 if 'mIoU' in run.metrics else 1  # mmseg gives percentages
-    return {column: metrics[key] / scale for column, key in run.metrics.items()}
 
 
 def measure(run: Run) -> None:

@@ -1,4 +1,4 @@
-"""Run a stock tool of mmdet, mmseg or mmpretrain on a config, whichever it is written for."""
+"""Run a config with the tool of the library it is written for: mmdet, mmseg or mmpretrain."""
 
 import runpy
 import sys
@@ -9,26 +9,25 @@ CONFIG_SUFFIXES = ('.py', '.json', '.yaml', '.yml')
 USAGE = """\
 usage: python tools/{tool}.py CONFIG {arguments}[options]
 
-Runs the {tool}.py of mmdet, mmseg or mmpretrain, whichever the config's `default_scope` names, or
-without one the class of its model.
-All arguments are passed on as they are. The usual options:
+Runs the {tool}.py of mmdet, mmseg or mmpretrain, according to the config's `default_scope` or the
+class of its model. All arguments are passed on unchanged. The usual options:
 
   --work-dir DIR           where logs and checkpoints go (default: work_dirs/NAME_OF_CONFIG)
 {options}  --cfg-options KEY=VALUE  override settings of the config
-  --launcher pytorch       set by tools/dist_{tool}.sh; `slurm` by tools/slurm_{tool}.sh
+  --launcher pytorch       set by tools/dist_{tool}.sh; tools/slurm_{tool}.sh sets `slurm`
 
-For the complete list of a library's own options: python tools/{tool}.py CONFIG --help
+All options of a config's library: python tools/{tool}.py CONFIG --help
 """
 ARGUMENTS = dict(train='', test='CHECKPOINT ')
 OPTIONS = dict(
     train="""\
   --amp                    mixed precision (needs a GPU)
-  --resume                 go on from the latest checkpoint in the work dir
+  --resume                 continue from the latest checkpoint in the work dir
   --auto-scale-lr          scale the learning rate to the batch size (mmdet, mmpretrain)
 """,
     test="""\
   --show-dir DIR           draw the predictions
-  --out FILE               keep the predictions
+  --out FILE               save the predictions
   --tta                    test-time augmentation
 """,
 )
@@ -44,7 +43,7 @@ def main(tool: str) -> None:
             sys.exit(f'{tool}.py: {no_config(arguments[0])}')
         print(USAGE.format(tool=tool, arguments=ARGUMENTS[tool], options=OPTIONS[tool]))
         sys.exit(0 if wanted else 2)
-    # First of all mmtoken, so that the config may inherit from mmtoken:: configs.
+    # Importing mmtoken first lets configs inherit from mmtoken:: configs.
     from mmtoken.library import library_of, read_config
 
     try:
@@ -58,10 +57,10 @@ def main(tool: str) -> None:
 
 
 def check_checkpoint(arguments: list[str]) -> None:
-    """Refuse a checkpoint without a trained model, which MMEngine would test with random weights.
+    """Check that a checkpoint holds a trained model; MMEngine would test random weights instead.
 
     Args:
-        arguments: What follows the config.
+        arguments: Those after the config.
 
     Raises:
         OSError, ValueError: It cannot be read, or holds the weights of a backbone alone.
@@ -70,7 +69,7 @@ def check_checkpoint(arguments: list[str]) -> None:
     from mmtoken.checkpoints.download import find_local
 
     if not arguments or arguments[0].startswith('-'):
-        return  # the library's tool says what it misses
+        return  # the library's tool reports what is missing
     file = find_local(arguments[0])
     if file is None:
         return
@@ -79,8 +78,8 @@ def check_checkpoint(arguments: list[str]) -> None:
         beginnings = sorted({name.partition('.')[0] for name in names})[:6]
         raise ValueError(
             f'{file} holds no trained model: none of its {len(names)} names has a `backbone.`, '
-            f'they begin with {", ".join(beginnings)}. To test takes the checkpoint of a training, '
-            'such as work_dirs/NAME/epoch_12.pth; weights of a backbone alone are for init_cfg'
+            f'they begin with {", ".join(beginnings)}. Give the checkpoint of a training, such as '
+            'work_dirs/NAME/epoch_12.pth; weights of a backbone alone are for init_cfg'
         )
 
 
@@ -97,14 +96,16 @@ def no_config(argument: str) -> str:
 
 
 def stock_tool(library: str, name: str) -> str:
-    """Path of a tool that an OpenMMLab library brings along.
+    """Path of a tool of an OpenMMLab library.
 
     Raises:
         SystemExit: If the library or its tools are not installed.
     """
     spec = find_spec(library)
     if spec is None or spec.origin is None:
-        sys.exit(f'this needs {library}, which is not installed; see the README for the set-up')
+        sys.exit(
+            f'this needs {library}, which is not installed; see the README for the installation'
+        )
     package = Path(spec.origin).parent
     # Installed packages keep their tools in .mim, editable installs beside the package.
     for tools in (package / '.mim' / 'tools', package.parent / 'tools'):

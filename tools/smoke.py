@@ -1,8 +1,8 @@
 """Build every config and run one training iteration and one prediction of each on noise.
 
-A cheap look at whether an installation of OpenMMLab and the configs fit together; no data needed.
-Models are those of the configs, but for weights, synchronised batch norms, and how many regions of
-an image detectors look at.
+A quick check of the configs against the installed OpenMMLab libraries, without data. Models are
+those of the configs, but without pretrained weights, with BN instead of SyncBN, and with few
+proposals per image.
 """
 
 import argparse
@@ -51,12 +51,12 @@ def main() -> None:
 
 
 def all_configs() -> list[Path]:
-    """Every config that trains something; ``_base_`` holds parts."""
+    """All configs that can be trained, without those in ``_base_``."""
     return sorted(path for path in CONFIGS.glob('*/*.py') if path.parent.name != '_base_')
 
 
 def run(cfg: Config) -> tuple[int, float]:
-    """One optimiser step and one prediction on a batch of noise.
+    """One optimizer step and one prediction on a batch of noise.
 
     Returns:
         Parameters of the model, and the loss.
@@ -102,7 +102,7 @@ def build(cfg: Config) -> torch.nn.Module:
 
 
 def without_sync_bn(node) -> None:
-    """SyncBN refuses to train on a CPU."""
+    """Replace SyncBN, which cannot be trained on a CPU, by BN."""
     children = node.values() if isinstance(node, dict) else node
     for child in children:
         if isinstance(child, dict) and child.get('type') == 'SyncBN':
@@ -112,7 +112,7 @@ def without_sync_bn(node) -> None:
 
 
 def with_few_regions(node) -> None:
-    """A detector's heads would spend most of the time on a thousand regions of noise."""
+    """Limit the proposals of a detector: a thousand of noise would take most of the time."""
     if isinstance(node, dict):
         for key in ('max_per_img', 'num'):  # proposals or detections; samples of a head
             if isinstance(node.get(key), int):

@@ -1,10 +1,10 @@
-"""What routing decisions amount to: queries and tokens of regions, of stages, of networks.
+"""Statistics of routing decisions: queries and tokens of regions, stages and networks.
 
-Of a network that chooses once, before its first block (MSViT), queries are the tokens it has, and
-tokens the fine ones there could be.
+For a network that chooses once, before its first block (MSViT), queries are the tokens that it
+keeps, and tokens are all fine patches.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 import torch
@@ -18,8 +18,8 @@ def count_queries(decision: RoutingDecision) -> tuple[Tensor, Tensor]:
     """Queries and tokens of each region, padding included.
 
     Returns:
-        Queries ``(B, Hr, Wr)`` and tokens ``(Hr, Wr)``. Regions at the bottom and right borders
-        have only the tokens and cells that exist.
+        Queries ``(B, Hr, Wr)`` and tokens ``(Hr, Wr)``. Regions that the bottom and right borders
+        cut off have fewer of both.
     """
     regions = make_region_layout(decision.grid, tuple(decision.granularities), decision.region_size)
     counts = regions.num_cells.view(*regions.shape, -1)  # (Hr, Wr, K)
@@ -36,7 +36,7 @@ def real_regions(decision: RoutingDecision) -> Tensor:
 
 
 def image_ratios(decisions: Iterable[RoutingDecision]) -> Tensor:
-    """Queries over tokens of each image, of all layers, without padding: ``(B,)``, float64."""
+    """Queries over tokens of each image, in all layers, without padding: ``(B,)``, float64."""
     queries, tokens = 0, 0
     for decision in decisions:
         real = real_regions(decision)
@@ -52,13 +52,13 @@ def query_ratio(decisions: Iterable[RoutingDecision]) -> float:
 
 
 def coarse_regions(decision: RoutingDecision) -> Tensor:
-    """Regions that are as coarse as can be, padding left out, ``(B, Hr, Wr)``, bool."""
+    """Regions of the coarsest granularity, without padding: ``(B, Hr, Wr)``, bool."""
     coarsest = decision.granularities.index(max(decision.granularities))
     return (decision.choice.cpu() == coarsest) & real_regions(decision)
 
 
 def image_coarse_ratios(decisions: Iterable[RoutingDecision]) -> Tensor:
-    """Coarsest regions over regions of each image, of all layers, without padding: ``(B,)``."""
+    """Coarsest regions over regions of each image, in all layers, without padding: ``(B,)``."""
     coarse, real = 0, 0
     for decision in decisions:
         coarse = coarse + coarse_regions(decision).sum(dim=(1, 2)).double()
@@ -71,29 +71,51 @@ def coarse_ratio(decisions: Iterable[RoutingDecision]) -> float:
     return image_coarse_ratios(decisions).mean().item()
 
 
+def measured_ratios(decisions: Sequence[RoutingDecision]) -> dict[str, float]:
+    """``query_ratio`` and ``coarse_ratio`` by name; empty without decisions."""
+    if not decisions:
+        return {}
+    return dict(query_ratio=query_ratio(decisions), coarse_ratio=coarse_ratio(decisions))
+
+
 def ratio_unit(decisions: Iterable[RoutingDecision]) -> str:
-    """What a query ratio counts, in words: a network that chooses once chooses its tokens.
+    """What the query ratio of a network counts, in words.
 
     Args:
-        decisions: Of the whole network.
+        decisions: All decisions of the network.
     """
     return 'tokens per fine patch' if all(d.per_network for d in decisions) else 'queries per token'
 
 
 def split_stages(decisions: Iterable[RoutingDecision]) -> list[list[RoutingDecision]]:
-    """Layers that follow each other on one grid."""
+    """Group consecutive layers by grid."""
     return [list(layers) for _, layers in groupby(decisions, key=lambda d: d.grid)]
+
+
+def stride_of(shape: tuple[int, int], grid: tuple[int, int]) -> int:
+    """Side of a token in pixels, given the height and width of the image and of the grid.
+
+    If several strides fit, a power of two is taken, otherwise the smallest.
+    """
+    largest = max(-(-side // tokens) for side, tokens in zip(shape, grid, strict=True))
+    fitting = [
+        stride
+        for stride in range(largest, 2 * largest + 1)
+        if all(-(-side // stride) == n for side, n in zip(shape, grid, strict=True))
+    ]
+    powers = [stride for stride in fitting if stride & (stride - 1) == 0]
+    return (powers or fitting or [largest])[0]
 
 
 def mean_density(decisions: list[RoutingDecision], image: int) -> Tensor:
     """Queries per token that regions chose, the mean over layers on one grid.
 
-    Of a whole region: at the borders, where cells are cut off, this is still what was chosen,
-    though there are more queries for the tokens that are left.
+    The value is that of a whole region. Regions that a border cuts off have more queries per token
+    for the same choice.
 
     Args:
         decisions: Of layers on one grid.
-        image: Which of the batch.
+        image: Index in the batch.
 
     Returns:
         ``(Hr, Wr)``, in (0, 1].

@@ -1,24 +1,22 @@
-"""Where a trained network spends its queries: on objects, or on what is around them.
+"""How many queries a trained network spends on objects and on background.
 
-Counted is queries per token, over all blocks whose regions choose; of a network that chooses once,
-before its first block, tokens per fine patch. Beside it stands the share of regions that chose the
-coarsest of their granularities. A region is on an object if at
-least half of its pixels are, of those that belong to the image; otherwise it is background. Coarse
-stages have large regions, in which small objects count as background. Regions that the border of
-the grid cuts off count in the whole, but neither as objects nor as background: they have more
-queries per token for the same choice.
+Counted are queries per token in all blocks with a router (for a network that chooses once, before
+its first block: tokens per fine patch), and the share of regions of the coarsest granularity.
+
+A region is on an object if at least half of its pixels inside the image are; otherwise it is
+background. Coarse stages have large regions, in which small objects count as background. Regions
+that the border of the grid cuts off are in the total, but count as neither: they have more queries
+per token for the same choice.
 """
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from statistics import mean, stdev
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..runtime.decisions import RoutingDecision
-from ..visualization.token_maps import stride_of
 from .decisions import (
     coarse_regions,
     count_queries,
@@ -27,21 +25,23 @@ from .decisions import (
     ratio_unit,
     real_regions,
     split_stages,
+    stride_of,
 )
-from .watch import Watched
+from .recording import RecordedBatch
+from .spread import spread
 
 HALF = 0.5
-UNLABELLED = 255  # in label maps
+UNLABELED = 255  # in label maps
 
 
 @dataclass
 class Count:
-    """What the blocks of a stage chose: each ``[all, background, objects]``.
+    """Counts for the blocks of a stage, each ``[all, background, objects]``.
 
     Attributes:
         stride: Of the tokens, in pixels.
-        queries, tokens: How many.
-        coarse, regions: How many chose the coarsest, and how many there are.
+        queries, tokens: Their numbers.
+        coarse, regions: Numbers of regions of the coarsest granularity, and of all regions.
     """
 
     stride: int
@@ -69,24 +69,23 @@ class Count:
 
     @property
     def coarse_ratios(self) -> list[float | None]:
-        """Coarsest regions over regions; None where there is none."""
+        """Coarsest regions over regions; None where there is no region."""
         return _divide(self.coarse, self.regions)
 
     def to_dict(self) -> dict:
         """For JSON."""
-        return dict(stride=self.stride) | summarise([self])
+        return dict(stride=self.stride) | summarize([self])
 
 
 def _divide(over: list[int], under: list[int]) -> list[float | None]:
     return [a / b if b else None for a, b in zip(over, under, strict=True)]
 
 
-def summarise(stages: list[Count]) -> dict:
-    """Queries per token of some stages, and how many times as many objects have.
+def summarize(stages: list[Count]) -> dict:
+    """Queries per token of some stages, the contrast of objects, and shares of coarse regions.
 
-    The latter compares with what the tokens on objects would have if background's ratio of the
-    same stage held for them, since objects have other shares of the tokens in other stages. Beside
-    it, which shares of the regions are as coarse as can be.
+    The contrast is the number of queries on objects over the number they would have at the ratio of
+    the background of the same stage, since the share of objects differs between stages.
     """
     whole = Count(0)
     for stage in stages:
@@ -105,44 +104,35 @@ def summarise(stages: list[Count]) -> dict:
     )
 
 
-def spread(values: list[float]) -> dict:
-    """Mean, standard deviation (None of a single value), least and greatest."""
-    return dict(
-        mean=mean(values),
-        std=stdev(values) if len(values) > 1 else None,
-        min=min(values),
-        max=max(values),
-    )
-
-
-def collect(batches: Iterable[tuple[Watched, Tensor, Tensor]]) -> dict:
+def collect(batches: Iterable[tuple[RecordedBatch, Tensor, Tensor]]) -> dict:
     """Statistics over a data set.
 
     Args:
-        batches: What was decided for a batch, its objects ``(B, H, W)`` and where its images are
-            ``(B, H, W)``, both bool, in pixels of the padded images.
+        batches: A batch, its objects and its images without padding, both ``(B, H, W)``, bool, in
+            pixels of the padded images.
 
     Returns:
-        For ``overall`` and each of ``stages``: ``query_ratio`` (queries per token), the same on
-        ``objects`` and on ``background``, and ``contrast``, how many times as many objects have
-        (see :func:`summarise`), of sums over all images; ``coarse_ratio``, the share of regions
-        that are as coarse as can be, of ``all``, on ``objects`` and on ``background``. ``images``:
-        how many there were. ``per_image``: mean, standard deviation, least and greatest of their
-        query ratios, and under ``coarse_ratio`` of these. ``unit``: what query ratios count, in
-        words.
+        * For ``overall`` and each of ``stages``, over all images: ``query_ratio`` (queries per
+          token), the same on ``objects`` and on ``background``, their ``contrast`` (see
+          :func:`summarize`), and ``coarse_ratio``, the shares of the coarsest granularity in
+          ``all`` regions, on ``objects`` and on ``background``.
+        * ``images``: their number.
+        * ``per_image``: :func:`~mmtoken.analysis.spread.spread` of their query ratios and, under
+          ``coarse_ratio``, of their coarse ratios.
+        * ``unit``: what query ratios count, in words.
 
     Raises:
-        ValueError: A network that chooses nothing, or no image.
+        ValueError: A network without routers, or no image.
     """
     stages, ratios, coarse, unit = [], [], [], ''
-    for watched, objects, valid in batches:
-        if not watched.decisions:
+    for batch, objects, valid in batches:
+        if not batch.decisions:
             raise ValueError('no part of the model chooses its tokens')
-        unit = ratio_unit(watched.decisions)
-        ratios += image_ratios(watched.decisions).tolist()
-        coarse += image_coarse_ratios(watched.decisions).tolist()
-        for i, blocks in enumerate(split_stages(watched.decisions)):
-            stride = stride_of(tuple(watched.images.shape[2:]), blocks[0].grid)
+        unit = ratio_unit(batch.decisions)
+        ratios += image_ratios(batch.decisions).tolist()
+        coarse += image_coarse_ratios(batch.decisions).tolist()
+        for i, blocks in enumerate(split_stages(batch.decisions)):
+            stride = stride_of(tuple(batch.images.shape[2:]), blocks[0].grid)
             if i == len(stages):
                 stages.append(Count(stride))
             on_object = object_regions(objects, valid, blocks[0], stride)
@@ -154,7 +144,7 @@ def collect(batches: Iterable[tuple[Watched, Tensor, Tensor]]) -> dict:
         images=len(ratios),
         unit=unit,
         per_image=spread(ratios) | dict(coarse_ratio=spread(coarse)),
-        overall=summarise(stages),
+        overall=summarize(stages),
         stages=[stage.to_dict() for stage in stages],
     )
 
@@ -165,8 +155,8 @@ def object_regions(
     """Regions at least half of whose pixels are on objects.
 
     Args:
-        objects, valid: As for :func:`collect`.
-        decision: Tells the grid.
+        objects, valid: See :func:`collect`.
+        decision: A decision on the grid.
         stride: Of a token, in pixels.
 
     Returns:
@@ -181,28 +171,28 @@ def object_regions(
     return (pixels > 0) & (covered >= HALF * pixels)
 
 
-def annotated(watched: Watched, background: Collection[int] = ()) -> tuple[Tensor, Tensor]:
+def annotated(batch: RecordedBatch, background: Collection[int] = ()) -> tuple[Tensor, Tensor]:
     """Objects and images in a batch, from the annotations of its data samples.
 
-    Instances of mmdet are objects, crowds included, by their masks or else their boxes; in label
-    maps of mmseg everything is that has a label and is not background. Annotations are those of
-    a test pipeline: masks and maps of any size, which are scaled to the image, and boxes in the
-    scale of the file.
+    Objects are the instances of mmdet, crowds included, by their masks or else their boxes, and all
+    labeled pixels of mmseg's label maps that are not background. Annotations are those of a test
+    pipeline: masks and maps of any size, which are resized to the image, and boxes in the scale of
+    the file.
 
     Args:
-        watched: A batch.
-        background: Labels that are no objects, for label maps.
+        batch: With data samples.
+        background: Labels of label maps that are no objects.
 
     Returns:
-        Objects and images, both ``(B, H, W)``, bool.
+        Objects, and images without padding, both ``(B, H, W)``, bool.
 
     Raises:
         ValueError: There is no annotation.
     """
-    size = tuple(watched.images.shape[2:])
-    objects = torch.zeros(len(watched.samples), *size, dtype=torch.bool)
+    size = tuple(batch.images.shape[2:])
+    objects = torch.zeros(len(batch.samples), *size, dtype=torch.bool)
     valid = torch.zeros_like(objects)
-    for i, sample in enumerate(watched.samples):
+    for i, sample in enumerate(batch.samples):
         height, width = sample.img_shape[:2]
         valid[i, :height, :width] = True
         objects[i, :height, :width] = _resize(_object_mask(sample, background), (height, width))
@@ -213,7 +203,7 @@ def _object_mask(sample, background: Collection[int]) -> Tensor:
     """Objects of one image, ``(h, w)``, bool."""
     if 'gt_sem_seg' in sample:
         labels = sample.gt_sem_seg.data[0].cpu()
-        no_object = torch.tensor([*background, UNLABELLED])
+        no_object = torch.tensor([*background, UNLABELED])
         return ~torch.isin(labels, no_object.to(labels.dtype))
     if 'gt_instances' not in sample:
         raise ValueError(

@@ -1,12 +1,14 @@
-"""The dense twin of a config: the same network with its token reduction off.
+"""The dense twin of a config: the same network without token reduction.
 
-Backbones and necks say in ``twin_args`` which constructor arguments turn them into their twin. A
-neck that restores tokens says in ``twin_type`` which neck takes maps in its place, and in
-``restore_args`` which of its arguments that neck does not have. A neck for maps says in
-``dense_args`` what arguments of its that are for sparse backbones alone become behind a twin.
+What a class of ours has for it:
+
+* ``twin_args``: constructor arguments that switch its token reduction off.
+* ``twin_type``, of a neck that restores tokens: the neck that takes maps in its place.
+* ``dense_args``, of a neck for maps: values that arguments for sparse backbones have in the twin.
 """
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
@@ -21,20 +23,20 @@ Cfg = TypeVar('Cfg', dict, Config)
 
 
 def dense_twin(cfg: Cfg) -> Cfg:
-    """Turn a config into that of its dense twin.
+    """Config of the dense twin.
 
     Args:
-        cfg: Config of a backbone or a neck, config of a model (which holds one, at any depth), or
-            a whole ``Config``; types are names or classes.
+        cfg: Config of a backbone, of a neck, or of a model that contains one at any depth, or a
+            whole ``Config``; types are names or classes.
 
     Returns:
-        A changed deep copy: backbones and necks of ours compute densely and hand out maps, necks
-        that restore tokens give way to necks that take maps, and a ``Config`` loses the hook for
-        token losses. A dense twin comes back as it is.
+        A changed deep copy: backbones and necks of ours compute densely and return maps, necks
+        that restore tokens are replaced by necks that take maps, and the hook for token losses is
+        removed from a ``Config``. The config of a dense twin is returned unchanged.
 
     Raises:
         TypeError: ``cfg`` is no mapping.
-        ValueError: There is neither a backbone nor a neck of ours in it that has a dense twin.
+        ValueError: It contains no backbone or neck of ours that has a dense twin.
     """
     cfg = copy.deepcopy(cfg)
     if isinstance(cfg, Config):
@@ -54,7 +56,7 @@ def dense_twin(cfg: Cfg) -> Cfg:
 
 
 def find_backbone(cfg: dict) -> dict:
-    """The first backbone of ours in the config of a backbone or a model, not a copy.
+    """The first backbone of ours in the config of a backbone or a model; not a copy.
 
     Raises:
         ValueError: There is none.
@@ -63,7 +65,7 @@ def find_backbone(cfg: dict) -> dict:
 
 
 def find_sparse(cfg: dict) -> dict:
-    """The first backbone or neck of ours that has a dense twin, not a copy.
+    """The first backbone or neck of ours that has a dense twin; not a copy.
 
     Raises:
         ValueError: There is none.
@@ -79,13 +81,13 @@ def _first(cfg: dict, kind: str, base: type) -> dict:
     models = [model for model in mappings(cfg) if isinstance(model.get('backbone'), Mapping)]
     given = [model['backbone'].get('type') for model in models] or [cfg.get('type')]
     raise ValueError(
-        f'no {kind} of mmtoken is in this config, only {", ".join(map(repr, given))}; '
+        f'the config has no {kind} of mmtoken, only {", ".join(map(repr, given))}; '
         f'known are {", ".join(known_parts(base))}'
     )
 
 
 def _make_dense(cfg: dict) -> None:
-    find_sparse(cfg)  # there must be one
+    find_sparse(cfg)  # raises if there is none
     for part in list(mappings(cfg)):
         cls = our_class(part)
         if hasattr(cls, 'twin_args'):
@@ -93,14 +95,15 @@ def _make_dense(cfg: dict) -> None:
             if part.get('out_type') == 'tokens':
                 part['out_type'] = 'map'
         if hasattr(cls, 'twin_type'):
-            for name in cls.restore_args:
-                part.pop(name, None)
             part['type'] = cls.twin_type
+            accepted = inspect.signature(our_class(part)).parameters
+            for name in part.keys() - accepted.keys() - {'type'}:
+                del part[name]
         part.update({k: v for k, v in getattr(cls, 'dense_args', {}).items() if k in part})
 
 
 def known_parts(base: type = TokenBackbone) -> list[str]:
-    """Names of our classes that have a dense twin and inherit from ``base``, as in configs."""
+    """Names, as in configs, of our subclasses of ``base`` that have a dense twin."""
     MODELS.import_from_location()
     return sorted(
         f'{MODELS.scope}.{name}'
@@ -110,14 +113,10 @@ def known_parts(base: type = TokenBackbone) -> list[str]:
 
 
 def our_class(cfg: Mapping) -> type | None:
-    """The class that a config has under ``type``, if it is one of ours or inherits from it.
+    """The class under ``type`` if it is one of ours or a subclass of one, else None.
 
-    Args:
-        cfg: With a class, its name with or without the prefix ``mmtoken.``, or the path to import
-            it from, which MMEngine writes in place of classes; or with something else.
-
-    Returns:
-        The class; None if it is not ours.
+    A type is a class, its name with or without the prefix ``mmtoken.``, or the path to import it
+    from, which MMEngine writes in place of classes.
     """
     given = cfg.get('type')
     MODELS.import_from_location()
@@ -131,7 +130,7 @@ def our_class(cfg: Mapping) -> type | None:
 
 
 def mappings(node) -> Iterator[dict]:
-    """A config and all mappings inside it, outermost first."""
+    """A config and all mappings in it, outermost first."""
     if isinstance(node, Mapping):
         yield node
         node = list(node.values())
@@ -141,7 +140,7 @@ def mappings(node) -> Iterator[dict]:
 
 
 def _is_token_hook(hook: object) -> bool:
-    """Whether a config names, by type or by class, the hook for token losses."""
+    """Whether a config names the hook for token losses, by its name or its class."""
     given = hook.get('type') if isinstance(hook, Mapping) else type(hook)
     name = given.__name__ if isinstance(given, type) else str(given).rpartition('.')[2]
     return name == TOKEN_HOOK

@@ -15,7 +15,7 @@ from ..arguments import as_tuple
 from ..checkpoints.module import CheckpointedBackbone
 from ..layers.common.packed import SparseFeatures
 from ..layers.common.positions import resample
-from ..layers.common.stem import PatchStem
+from ..layers.common.stem import PatchEmbed
 from ..layers.common.utils import (
     ceil_div,
     check_heads,
@@ -24,6 +24,7 @@ from ..layers.common.utils import (
     join_maps,
     run_block,
     to_map,
+    trunc_normal_parameter,
 )
 from ..layers.common.vit import NORM_EPS
 
@@ -84,6 +85,19 @@ class TokenBackbone(CheckpointedBackbone):
     def unbuilt_keys(self) -> str:
         """Names of what a checkpoint may have behind the last stage (regular expression)."""
         return rf'{self.stages_name}\.({"|".join(map(str, range(self.num_built, MAX_STAGES)))})\..*'
+
+    @classmethod
+    def library_baseline(cls, args: Mapping) -> dict | None:
+        """Config of an OpenMMLab backbone of the same widths, depths and outputs.
+
+        Args:
+            args: All constructor arguments, defaults included; ``arch`` is a mapping.
+
+        Returns:
+            Its arguments and, as ``type``, its names in order of preference; None if no library
+            has such a backbone.
+        """
+        return None
 
     @abstractmethod
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -189,7 +203,7 @@ class PatchBackbone(TokenBackbone):
         """Add the embeddings; for the arguments see :class:`PlainBackbone`."""
         self.embed_dims = embed_dims
         self.patch_size = patch_size
-        self.patch_embed = PatchStem(embed_dims, in_channels, patch_size, norm=False)
+        self.patch_embed = PatchEmbed(embed_dims, in_channels, patch_size, norm=False)
         self.pos_grid = tuple(ceil_div(side, patch_size) for side in to_2tuple(img_size))
         self.num_prefix_tokens = int(cls_token) + num_registers
         self.cls_token = self.reg_token = None
@@ -345,6 +359,21 @@ class PlainBackbone(PatchBackbone):
         check_heads(arch['embed_dims'], arch['num_heads'])
         return arch
 
+    @classmethod
+    def library_baseline(cls, args: Mapping) -> dict | None:
+        """mmpretrain's ViT, which has neither registers nor DINOv2's layer scale."""
+        if args.get('num_registers') or args.get('layer_scale'):
+            return None
+        same = ('img_size', 'patch_size', 'in_channels', 'qkv_bias', 'drop_path_rate')
+        return dict(
+            type=('mmpretrain.VisionTransformer',),
+            arch={name: args['arch'][name] for name in PlainBackbone.arch_keys},
+            out_indices=list(args['out_indices']),
+            out_type='featmap' if args['out_type'] == 'map' else args['out_type'],
+            with_cls_token=bool(args.get('cls_token')),
+            **{name: args[name] for name in same},
+        )
+
     def output_layers(self, index: int) -> list[nn.Module]:
         return [self.norm] if index == self.num_stages - 1 else []
 
@@ -404,11 +433,6 @@ class PlainBackbone(PatchBackbone):
     def checkpoint(self, function: Callable, *args) -> Any:
         """Call a block; with ``with_cp`` its activations are recomputed in backward."""
         return run_block(function, *args, recompute=self.with_cp)
-
-
-def trunc_normal_parameter(*shape: int) -> nn.Parameter:
-    """An embedding, as ViT starts it."""
-    return nn.Parameter(trunc_normal_(torch.empty(shape), std=0.02))
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -8,19 +8,21 @@ deformable PVT without; both for whole regions only.
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, get_args
 
-import torch
 import torch.nn as nn
 from timm.layers import to_2tuple
 from torch import Tensor
 
 from ..arguments import as_tuple
 from ..layers.common.padding import valid_size
-from ..layers.common.utils import join_maps, to_map
-from ..layers.dge.block import DynamicGranularityBlock, TrainMode
+from ..layers.common.utils import ceil_div, check_heads, drop_path_rates, join_maps, to_map
+from ..layers.dge.block import (
+    DynamicGranularityBlock,
+    DynamicGranularityStage,
+    SpatialReductionAttention,
+    TrainMode,
+)
 from ..layers.dge.deformable import DeformableAttention
-from ..layers.dge.spatial_reduction import SpatialReductionAttention
-from ..layers.dge.stage import DynamicGranularityStage
-from ..losses.usage import BUDGET, build_budget, counted_pixels, publish_usage, usage_wanted
+from ..losses.budget import BUDGET, BlockWidths, PatchWidths, build_budget, publish_budget
 from ..registry import MODELS
 from .base import TokenBackbone, check_out_type, resolve_arch
 
@@ -33,56 +35,66 @@ DEPTHS = dict(tiny=(2, 2, 2, 2), small=(3, 4, 6, 3), medium=(3, 4, 18, 3), large
 
 @MODELS.register_module()
 class DGEPVT(TokenBackbone):
-    """PVT whose blocks choose, region by region, how finely they look.
+    """PVT whose blocks select a token granularity for each region.
 
     Maps are those of PVT: strides 4, 8, 16 and 32, without a norm.
 
-    Padding: regions wholly in the padding of a batch are as coarse as can be and do not count,
-    whatever their colour, where the sizes of images are known (:class:`mmtoken.TokenLossHook`,
+    Padding: regions that lie wholly in the padding of a batch get the coarsest granularity and are
+    not counted, whatever their color, where image sizes are known (:class:`mmtoken.TokenLossHook`,
     :func:`mmtoken.follow_image_sizes`, :func:`mmtoken.set_image_sizes`); regions that an image
-    reaches into count as they are. Elsewhere trailing zeros are taken for padding, and the black
-    lower part of an image too. As in the release, tokens of padding are keys like any others, and
-    positions are resampled to the padded grid: maps, and a choice now and then, differ from those
-    of the image alone.
+    reaches into count fully. Elsewhere trailing zeros are taken for padding, and so is the black
+    lower part of an image. As in the release, tokens of padding are keys like any others, and
+    positions are resampled to the padded grid. So maps, and occasionally a choice, differ from
+    those of the image alone.
 
     Args:
         arch: ``'tiny'``, ``'small'``, ``'medium'``, ``'large'``, or a dict with the keys
             ``embed_dims``, ``depths``, ``num_heads``, ``mlp_ratios`` and ``sr_ratios``, of one
             value per stage.
-        granularities: Sides of the cell that becomes one query, finest first, in tokens, beginning
+        granularities: Sides of the cells that become one query, finest first, in tokens, starting
             with 1. ``(1,)`` gives the dense twin: PVT.
-        region_size: Side of the region that chooses, in tokens.
-        train_mode: How routers get their gradients, see
-            :class:`~mmtoken.layers.dge.block.DynamicGranularityBlock`: ``'exact'``, ``'dense'`` or ``'sparse'``.
-        budget: Config of the loss that keeps the number of queries down; with it, training needs
-            :class:`mmtoken.TokenLossHook`. None leaves routers to the task's loss.
+        region_size: Side of a region, in tokens.
+        train_mode: How routers get their gradients, ``'exact'``, ``'dense'`` or ``'sparse'``, see
+            :class:`~mmtoken.layers.dge.block.DynamicGranularityBlock`.
+        budget: Config of the loss that limits the number of queries; with it, training needs
+            :class:`mmtoken.TokenLossHook`. None leaves routers to the loss of the task.
         cls_token: Whether the last stage has a class token, as the release has; PVT's detectors
             and segmentors have none.
-        pretrain_img_size: Image that position embeddings are laid out for, in pixels: a side, or
-            ``(H, W)``. Images of any size are accepted. Released DGE weights are of 256.
+        pretrain_img_size: Image size of the position embeddings, in pixels: a side, or ``(H, W)``.
+            Images of any size are accepted. Released DGE weights are for 256.
         in_channels: Channels of the image.
-        qkv_bias: Biases for queries, keys and values.
+        qkv_bias: Biases of queries, keys and values.
         drop_path_rate: Stochastic depth of the last block, rising linearly from 0.
         out_indices: Stages whose maps are returned, in rising order.
-        out_type: ``'map'``; for classification ``'cls_token'``, the normalised class token of the
-            last stage, or ``'avg_featmap'``, the mean over its normalised tokens.
+        out_type: ``'map'``; for classification ``'cls_token'``, the normalized class token of the
+            last stage, or ``'avg_featmap'``, the mean of its normalized tokens.
         frozen_stages: Stages kept fixed: 0 freezes the first patch and position embedding, 1 the
             first stage too, and so on; -1 freezes nothing.
-        norm_eval: Of no effect here, since there is no batch norm.
+        norm_eval: Accepted for compatibility; unused, since there is no batch norm.
         with_cp: Recompute the activations of each block in backward.
-        init_cfg: MMEngine's initialisation config.
+        init_cfg: MMEngine's initialization config.
 
     Raises:
-        ValueError: Bad argument values; the message says what is allowed.
+        ValueError: Invalid argument values; the message says what is allowed.
         TypeError: ``arch`` is neither a name nor a dict.
+
+    Example:
+        >>> import torch
+        >>> arch = dict(
+        ...     embed_dims=(8, 16), depths=(1, 1), num_heads=(1, 2), mlp_ratios=(2, 2),
+        ...     sr_ratios=(2, 1),
+        ... )
+        >>> model = DGEPVT(arch, out_indices=(0, 1)).eval()
+        >>> [tuple(m.shape) for m in model(torch.zeros(1, 3, 64, 96))]
+        [(1, 8, 16, 24), (1, 16, 8, 12)]
     """
 
+    ratio_name = DynamicGranularityBlock.ratio_name
     stem_names = ('layers.0.patch_embed', 'layers.0.pos_embed')
     twin_args = dict(granularities=(1,), budget=None)
-    ratio_name = 'query_ratio'
     ignorable_keys = r'(norm|head|budget)\..*|layers\.\d+\.cls_token'
     newly_initialized_keys = r'budget\..*'
-    arch_keys = ('embed_dims', 'depths', 'num_heads', 'mlp_ratios', 'sr_ratios')
+    arch_keys = (*WIDTHS, 'depths', 'sr_ratios')
     arch_zoo: ClassVar[dict[str, dict]] = {
         name: dict(WIDTHS, depths=depths, sr_ratios=(8, 4, 2, 1)) for name, depths in DEPTHS.items()
     }
@@ -107,24 +119,25 @@ class DGEPVT(TokenBackbone):
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         arch = check_stages(resolve_arch(arch, self.arch_zoo, self.arch_keys))
-        dims, depths = arch['embed_dims'], arch['depths']
-        super().__init__(len(dims), out_indices, frozen_stages, norm_eval, init_cfg)
-        check_out_type(out_type, get_args(OutType), self.out_indices, len(dims) - 1, cls_token)
-        self.out_type = out_type
-        self.granularities = as_tuple(granularities)
+        dims, last = arch['embed_dims'], len(arch['embed_dims']) - 1
+        super().__init__(last + 1, out_indices, frozen_stages, norm_eval, init_cfg)
+        check_out_type(out_type, get_args(OutType), self.out_indices, last, cls_token)
         if cls_token and arch.get('sr_ratios', (1,))[-1] != 1:
             raise ValueError(
                 f'a class token needs sr_ratio 1 in the last stage, got {arch["sr_ratios"][-1]}'
             )
+        self.out_type = out_type
         self.out_channels = tuple(dims[i] for i in self.out_indices)
-        self.in_channels = in_channels
+        self.granularities = as_tuple(granularities)
         self.budget = build_budget(budget, self.granularities)
 
-        rates = torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist()
         self.layers = nn.ModuleList()
-        side, stride = to_2tuple(pretrain_img_size), 1
+        self.block_widths: list[BlockWidths] = []  # of each stage
+        self.patch_widths: list[PatchWidths] = []
+        rates = drop_path_rates(drop_path_rate, arch['depths'])
+        side, stride, channels = to_2tuple(pretrain_img_size), 1, in_channels
         for i, patch_size in enumerate(PATCH_SIZES[: self.num_built]):
-            side, stride = tuple(-(-s // patch_size) for s in side), stride * patch_size
+            side, stride = tuple(ceil_div(s, patch_size) for s in side), stride * patch_size
             blocks = [
                 DynamicGranularityBlock(
                     dims[i],
@@ -133,26 +146,27 @@ class DGEPVT(TokenBackbone):
                     self.granularities,
                     region_size,
                     train_mode,
-                    drop_path=rates.pop(0),
-                    with_cp=with_cp,
+                    rate,
                 )
-                for _ in range(depths[i])
+                for rate in rates[i]
             ]
-            before = dims[i - 1] if i else in_channels
-            last = i == len(dims) - 1
+            has_token = cls_token and i == last
             self.layers.append(
                 DynamicGranularityStage(
-                    before, patch_size, stride, side, blocks, cls_token and last
+                    channels, patch_size, stride, side, blocks, has_token, with_cp
                 )
             )
+            self.block_widths.append(BlockWidths.of(blocks[0]))
+            self.patch_widths.append(PatchWidths(channels, dims[i], patch_size, has_norm=True))
+            channels = dims[i]
         self.norm = nn.LayerNorm(dims[-1], 1e-6) if self.out_type != 'map' else nn.Identity()
         self.train()
 
-    def make_attention(self, arch: Mapping, stage: int, qkv_bias: bool) -> nn.Module:
-        """The attention of a block of a stage."""
-        return SpatialReductionAttention(
-            arch['embed_dims'][stage], arch['num_heads'][stage], arch['sr_ratios'][stage], qkv_bias
-        )
+    @staticmethod
+    def make_attention(arch: Mapping, stage: int, qkv_bias: bool) -> nn.Module:
+        """The attention of one block of a stage."""
+        dims, heads = arch['embed_dims'][stage], arch['num_heads'][stage]
+        return SpatialReductionAttention(dims, heads, arch['sr_ratios'][stage], qkv_bias)
 
     def output_layers(self, index: int) -> list[nn.Module]:
         return [self.norm]
@@ -167,19 +181,16 @@ class DGEPVT(TokenBackbone):
             One map ``(B, C_i, ceil(H / stride_i), ceil(W / stride_i))`` for each of
             ``out_indices``, or one ``(B, C)`` according to ``out_type``.
         """
-        routed = len(self.granularities) > 1
-        measured = routed and usage_wanted(self.budget, self.training)
-        valid = valid_size(x) if routed else None
-        maps, usages = [], []
+        valid = valid_size(x) if len(self.granularities) > 1 else None
+        maps, decisions = [], []
         for i, stage in enumerate(self.layers):
-            tokens, cls_token, used = stage(x, valid, measured)
-            usages.append(used)
+            tokens, cls_token, chosen = stage(x, valid)  # (B, H, W, C), (B, 0 or 1, C)
+            decisions.append(chosen)
             x = tokens.permute(0, 3, 1, 2)
             if i in self.out_indices:
                 maps.append(self._output(tokens, cls_token))
-        if measured:
-            constant = self.constant_complexity(valid, torch.float32)
-            publish_usage(usages, constant, self.budget)
+        stages = list(zip(self.block_widths, decisions, strict=True))
+        publish_budget(self.budget, stages, self.patch_widths, valid)
         return join_maps(maps)
 
     def _output(self, tokens: Tensor, cls_token: Tensor) -> Tensor:
@@ -189,60 +200,76 @@ class DGEPVT(TokenBackbone):
             return self.norm(cls_token[:, 0])
         return self.norm(tokens).mean(dim=(1, 2))
 
-    def constant_complexity(self, valid: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        """What the budget counts beside the blocks: patch embeddings, and a classifier if told so.
-
-        Args:
-            valid: Sizes of the images, ``(B, 2)``, in pixels.
-            dtype: Of the result.
-
-        Returns:
-            ``(B,)``.
-        """
-        if self.budget is None:
-            return 0.0
-        pixels = counted_pixels(valid, self.in_channels, self.budget.legacy, dtype)
-        dims = self.layers[-1].embed_dims
-        total = torch.full_like(pixels, dims * self.budget.num_classes)
-        for stage in self.layers:
-            total = total + pixels * stage.in_channels * stage.embed_dims
-            pixels = pixels / stage.patch_size**2
-            total = total + pixels * stage.embed_dims
-        return total
+    @classmethod
+    def library_baseline(cls, args: Mapping) -> dict | None:
+        """mmdet's PVT, which has heads of one width, no class token, and outputs maps only."""
+        arch, stages = args['arch'], len(args['arch']['depths'])
+        widths = zip(arch['embed_dims'], arch['num_heads'], strict=True)
+        head_dims = {dims // heads for dims, heads in widths}
+        if len(head_dims) > 1 or args['cls_token'] or args['out_type'] != 'map':
+            return None
+        same = ('in_channels', 'qkv_bias', 'drop_path_rate', 'out_indices')
+        return dict(
+            type=('mmdet.PyramidVisionTransformer',),
+            pretrain_img_size=to_2tuple(args['pretrain_img_size']),
+            embed_dims=head_dims.pop(),
+            num_stages=stages,
+            num_layers=arch['depths'],
+            patch_sizes=PATCH_SIZES[:stages],
+            strides=PATCH_SIZES[:stages],
+            paddings=(0,) * stages,
+            **{name: args[name] for name in same},
+            **{name: arch[name] for name in ('num_heads', 'mlp_ratios', 'sr_ratios')},
+        )
 
 
 @MODELS.register_module()
 class DGEDPVT(DGEPVT):
-    """Deformable PVT whose blocks choose, region by region, how finely they look.
+    """Deformable PVT whose blocks select a token granularity for each region.
 
-    As :class:`mmtoken.DGEPVT`, with deformable attention
-    (:mod:`mmtoken.layers.dge.deformable`) in place of spatial reduction, and without a class token.
-    The release has the dense network alone; that a query samples around the middle of its cell is
-    our reading.
+    Like :class:`mmtoken.DGEPVT`, with deformable attention (:mod:`mmtoken.layers.dge.deformable`)
+    in place of spatial reduction, and without a class token. The release has the dense network
+    only; that a query samples around the center of its cell is our choice.
 
-    Padding: as there; a query sees little of it, as few places as it samples.
+    Padding: as for :class:`mmtoken.DGEPVT`; a query reads little of it, since it samples only a few
+    positions.
 
     Args:
         arch: ``'tiny'``, ``'small'``, or a dict with the keys ``embed_dims``, ``depths``,
             ``num_heads`` and ``mlp_ratios``.
-        num_points: Places that each head samples for a query.
-        kwargs: As for :class:`mmtoken.DGEPVT`, but for ``cls_token``.
+        num_points: Positions that each head samples for a query.
+        kwargs: As for :class:`mmtoken.DGEPVT`, without ``cls_token``.
+
+    Raises:
+        ValueError, TypeError: As for :class:`mmtoken.DGEPVT`.
+
+    Example:
+        >>> import torch
+        >>> arch = dict(embed_dims=(8, 16), depths=(1, 1), num_heads=(1, 2), mlp_ratios=(2, 2))
+        >>> model = DGEDPVT(arch, num_points=2, out_indices=(1,)).eval()
+        >>> [tuple(m.shape) for m in model(torch.zeros(1, 3, 64, 96))]
+        [(1, 16, 8, 12)]
     """
 
-    arch_keys = ('embed_dims', 'depths', 'num_heads', 'mlp_ratios')
+    fixed_args = ('cls_token',)
+    arch_keys = (*WIDTHS, 'depths', 'num_points')
     arch_zoo: ClassVar[dict[str, dict]] = {
         name: dict(WIDTHS, depths=DEPTHS[name]) for name in ('tiny', 'small')
     }
 
     def __init__(self, arch: str | Mapping = 'small', num_points: int = 4, **kwargs) -> None:
-        if kwargs.get('cls_token'):
-            raise ValueError('deformable PVT has no class token, got cls_token=True')
-        self.num_points = num_points  # before the blocks are made
+        arch = resolve_arch(arch, self.arch_zoo, self.arch_keys[:-1])
+        arch['num_points'] = (num_points,) * len(arch['depths'])
         super().__init__(arch, **kwargs)
 
-    def make_attention(self, arch: Mapping, stage: int, qkv_bias: bool) -> nn.Module:
+    @classmethod
+    def library_baseline(cls, args: Mapping) -> None:
+        """No library has a deformable PVT."""
+
+    @staticmethod
+    def make_attention(arch: Mapping, stage: int, qkv_bias: bool) -> nn.Module:
         dims, heads = arch['embed_dims'][stage], arch['num_heads'][stage]
-        return DeformableAttention(dims, heads, self.num_points)
+        return DeformableAttention(dims, heads, arch['num_points'][stage])
 
 
 def check_stages(arch: dict) -> dict:
@@ -258,6 +285,5 @@ def check_stages(arch: dict) -> dict:
             f'an arch has one value per stage, of 1 to {len(PATCH_SIZES)} stages, got {numbers}'
         )
     for dims, heads in zip(arch['embed_dims'], arch['num_heads'], strict=True):
-        if dims % heads:
-            raise ValueError(f'embed_dims {dims} is no multiple of num_heads {heads}')
+        check_heads(dims, heads)
     return arch

@@ -19,7 +19,7 @@ from ..layers.common.padding import padding_regions, valid_size
 from ..layers.common.plain import has_geometry
 from ..layers.common.regions import RegionLayout, make_region_layout, pool_cells
 from ..layers.common.routing import choose, explores
-from ..layers.common.stem import PatchStem, pad_to_stride
+from ..layers.common.stem import PatchEmbed, pad_to_stride
 from ..layers.common.utils import ceil_div
 from ..layers.common.vit import ViTBlock
 from ..layers.msvit.gate import ScaleGate
@@ -125,7 +125,7 @@ class MSViT(PlainBackbone):
         if gate is not None:
             if not share_patch_embed:
                 in_channels = self.patch_embed.proj.in_channels
-                self.patch_embed_coarse = PatchStem(
+                self.patch_embed_coarse = PatchEmbed(
                     self.embed_dims, in_channels, coarse_size, norm=False
                 )
                 self.patch_embed_coarse.proj.load_state_dict(
@@ -200,6 +200,16 @@ class MSViT(PlainBackbone):
             )
         return blocks
 
+    @classmethod
+    def library_baseline(cls, args: Mapping) -> dict | None:
+        """mmpretrain's ViT, which has no windows."""
+        if args['window_size']:
+            return None
+        # Tokens become a map in a neck.
+        out_type = 'map' if args['out_type'] == 'tokens' else args['out_type']
+        args = dict(args, patch_size=args['fine_size'], out_type=out_type)
+        return super().library_baseline(args)
+
     def frozen_modules(self) -> list[nn.Module | nn.Parameter]:
         """As for all backbones; the gate is fixed with the stem."""
         gate = [part for part in (self.gate, self.gate_loss) if part is not None]
@@ -263,7 +273,7 @@ class MSViT(PlainBackbone):
         stem, side = self.patch_embed, self.patch_size
         conv = getattr(stem, 'proj', None)
         alone = isinstance(conv, nn.Conv2d) and has_geometry(conv, side, side)
-        if not alone or not isinstance(stem, PatchStem) or len(layout.fine) == layout.num_places:
+        if not alone or not isinstance(stem, PatchEmbed) or len(layout.fine) == layout.num_places:
             return stem(x)
         patches = F.pixel_unshuffle(pad_to_stride(x, side), side).permute(0, 2, 3, 1)
         patches = patches.flatten(0, 2).index_select(0, layout.fine)  # (m, in_channels * side**2)

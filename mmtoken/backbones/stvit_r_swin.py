@@ -6,13 +6,13 @@ are the official ones.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal, get_args
 
-import torch.nn as nn
-
 from ..arguments import as_tuple
-from ..layers.common.stem import ConvStem, PatchStem
+from ..layers.common.stem import ConvStem, PatchEmbed
 from ..layers.common.swin import PatchMerging, SwinStage
+from ..layers.common.utils import drop_path_rates
 from ..layers.stvit.neighborhood import PadMask
 from ..layers.stvit.semantic_swin import (
     UNIT_DEPTH,
@@ -22,10 +22,10 @@ from ..layers.stvit.semantic_swin import (
     dense_unit,
 )
 from ..registry import MODELS
-from .swin_base import SwinBackbone, stage_drop_rates
+from .swin_base import SwinBackbone
 
 Form = Literal['dense', 'classification']
-STEMS = dict(conv=ConvStem, patch=PatchStem)
+STEMS = dict(conv=ConvStem, patch=PatchEmbed)
 SEMANTIC_STAGE = 2
 
 
@@ -34,16 +34,16 @@ class STViTRSwin(SwinBackbone):
     """Swin whose third stage works on semantic tokens and recovers the image tokens.
 
     The third stage, which has most of the blocks, is made of units of six
-    (:func:`~mmtoken.layers.stvit.semantic_swin.semantic_unit`); the other stages are plain Swin. The maps
-    have strides 4, 8, 16 and 32, and any image size is accepted.
+    (:mod:`mmtoken.layers.stvit.semantic_swin`); the other stages are plain Swin. The maps have
+    strides 4, 8, 16 and 32, and any image size is accepted.
 
-    It comes in two forms with the same parameters: for dense prediction, where semantic attention
+    There are two forms with the same parameters: for dense prediction, where semantic attention
     reaches the neighborhood of a window, and for classification, where it reaches the whole image.
     The released detectors start from classifiers of the other form.
 
-    Padding: the padding of a batch is image like any other, as in Swin. The maps of the first two
-    stages are those of the image alone wherever no window of their blocks reaches the padding. From
-    the third stage on, where semantic tokens see the whole image, all differ; more so with the
+    Padding: the padding of a batch is treated like the image, as in Swin. In the first two stages
+    the maps are those of the image alone wherever no window reaches the padding. From the third
+    stage on, where semantic tokens see the whole image, all values differ; more so with the
     released ``pad_mask``, which hides valid tokens depending on the size of the grid. The dense
     twin is exact away from the padding in all stages.
 
@@ -61,14 +61,14 @@ class STViTRSwin(SwinBackbone):
         key_sizes: Sides of the patches a window attends to in the pool block and the reduce block
             (in image tokens) and the recover block (in semantic tokens). Dense form only.
         pad_mask: How padding is hidden from semantic attention. ``'released'`` is what the
-            official checkpoints were trained with, slips included; ``'exact'`` hides padding and
-            nothing else; ``None`` hides nothing. See
+            official checkpoints were trained with, including its bugs; ``'exact'`` hides padding
+            and nothing else; ``None`` hides nothing. See
             :class:`~mmtoken.layers.stvit.neighborhood.NeighborhoodSpec`. Dense form only.
         shortcut: Keep the freshly pooled tokens and add the first attention to them. By default
-            True in the dense form, which knows nothing else, and False in the classification form,
+            True in the dense form, which has no other mode, and False in the classification form,
             as released.
-        use_global: Add learned centers to the semantic tokens of the first unit; the release found
-            little in it. They are resampled to other grids than that of a 224-pixel image.
+        use_global: Add learned centers to the semantic tokens of the first unit; the authors
+            report little benefit. They are resampled to other grids than that of a 224-pixel image.
         conv_pos: Add a depth-wise convolution to freshly pooled semantic tokens.
         mlp_ratio: Hidden width of the MLPs over the channels.
         drop_path_rate: Stochastic depth of the last block, rising linearly from 0.
@@ -76,11 +76,18 @@ class STViTRSwin(SwinBackbone):
         frozen_stages: Stages kept fixed, counted from the stem; -1 freezes nothing.
         norm_eval: Keep batch norms in eval mode while training.
         with_cp: Recompute activations in backward (per block; per unit in the third stage).
-        init_cfg: MMEngine's initialisation config.
+        init_cfg: MMEngine's initialization config.
 
     Raises:
         ValueError: Bad argument values; the message says what is allowed.
         TypeError: ``arch`` is neither a name nor a dict.
+
+    Example:
+        >>> import torch
+        >>> arch = dict(embed_dims=16, depths=(1, 1, 6, 1), num_heads=(1, 1, 2, 2))
+        >>> maps = STViTRSwin(arch)(torch.zeros(1, 3, 64, 96))
+        >>> [tuple(m.shape[1:]) for m in maps]
+        [(16, 16, 24), (32, 8, 12), (64, 4, 6), (128, 2, 3)]
     """
 
     arch_zoo = dict(
@@ -124,28 +131,28 @@ class STViTRSwin(SwinBackbone):
         super().__init__(arch, out_indices, frozen_stages, norm_eval, init_cfg)
 
         windows = WindowSpec(window_size, semantic_size, pad_mask)
+        if form == 'dense':
+            unit = partial(dense_unit, windows=windows, key_sizes=as_tuple(key_sizes))
+        else:
+            unit = partial(classification_unit, windows=windows)
         self.patch_embed = STEMS[stem](arch['embed_dims'], in_channels)
-        self.layers = nn.ModuleList()
-        for i, rates in enumerate(stage_drop_rates(drop_path_rate, depths)[: self.num_built]):
+        stages = []
+        for i, rates in enumerate(drop_path_rates(drop_path_rate, depths)[: self.num_built]):
             dims = self.out_channels[i]
-            common = dict(embed_dims=dims, num_heads=num_heads[i], mlp_ratio=mlp_ratio)
+            block_kwargs = dict(embed_dims=dims, num_heads=num_heads[i], mlp_ratio=mlp_ratio)
             downsample = PatchMerging(dims) if i + 1 < self.num_built else None
             if semantic_size and i == SEMANTIC_STAGE:
-                units = [
-                    dense_unit(common, unit_rates, windows, key_sizes, conv_pos)
-                    if form == 'dense'
-                    else classification_unit(common, unit_rates, windows, conv_pos, bool(shortcut))
-                    for unit_rates in (
-                        rates[j : j + UNIT_DEPTH] for j in range(0, len(rates), UNIT_DEPTH)
-                    )
-                ]
-                centers = dims if use_global else None
-                stage = SemanticStage(units, windows, centers, downsample, with_cp)
+                stage = SemanticStage(
+                    block_kwargs, rates, windows, unit,
+                    shortcut=form == 'dense' or bool(shortcut), conv_pos=conv_pos,
+                    use_global=use_global, downsample=downsample, with_cp=with_cp,
+                )  # fmt: skip
             else:
-                stage = SwinStage(common, rates, window_size, form == 'dense', downsample, with_cp)
-            self.layers.append(stage)
-        self.add_norms()
-        self.train()
+                stage = SwinStage(
+                    block_kwargs, rates, window_size, form == 'dense', downsample, with_cp
+                )
+            stages.append(stage)
+        self.finish_init(stages)
 
 
 def _check_semantics(

@@ -83,6 +83,11 @@ class SWATDeiT(PlainBackbone):
         )
         self.finish_init()
 
+    @classmethod
+    def library_baseline(cls, args: Mapping) -> dict | None:
+        """mmpretrain's ViT."""
+        return super().library_baseline(dict(args, patch_size=args['arch']['patch_size']))
+
     def run_block(
         self, index: int, tokens: Tensor, layout: DenseLayout
     ) -> tuple[Tensor, DenseLayout]:

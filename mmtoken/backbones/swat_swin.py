@@ -8,15 +8,14 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
-import torch.nn as nn
-
-from ..layers.common.stem import PatchStem
+from ..layers.common.stem import PatchEmbed
 from ..layers.common.swin import PatchMerging, SwinStage
+from ..layers.common.utils import drop_path_rates
 from ..layers.swat.blocks import StructuredSwinBlock
 from ..layers.swat.stem import StructuredStem
 from ..layers.swat.structured import StructuredMerging
 from ..registry import MODELS
-from .swin_base import SwinBackbone, stage_drop_rates
+from .swin_base import SwinBackbone
 
 PATCH_SIZE = 4
 
@@ -118,9 +117,9 @@ class SWATSwin(SwinBackbone):
                 arch['embed_dims'], PATCH_SIZE, STRUCTURES[0].side, 2, in_channels, norm=True
             )
         else:
-            self.patch_embed = PatchStem(arch['embed_dims'], in_channels, PATCH_SIZE)
-        self.layers = nn.ModuleList()
-        for i, rates in enumerate(stage_drop_rates(drop_path_rate, depths)[: self.num_built]):
+            self.patch_embed = PatchEmbed(arch['embed_dims'], in_channels, PATCH_SIZE)
+        stages = []
+        for i, rates in enumerate(drop_path_rates(drop_path_rate, depths)[: self.num_built]):
             dims, structure = self.out_channels[i], STRUCTURES[i]
             common = dict(embed_dims=dims, num_heads=num_heads[i], mlp_ratio=mlp_ratio)
             blocks = downsample = None
@@ -132,11 +131,8 @@ class SWATSwin(SwinBackbone):
                     if structured
                     else PatchMerging(dims)
                 )
-            self.layers.append(
-                SwinStage(common, rates, window_size, False, downsample, with_cp, blocks)
-            )
-        self.add_norms()
-        self.train()
+            stages.append(SwinStage(common, rates, window_size, False, downsample, with_cp, blocks))
+        self.finish_init(stages)
 
     @classmethod
     def resolve_arch(cls, arch: str | Mapping) -> dict:

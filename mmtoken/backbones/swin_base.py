@@ -1,4 +1,4 @@
-"""What the backbones on Swin have in common.
+"""Base class of the backbones on Swin.
 
 Source: Swin Transformer, arXiv 2103.14030.
 """
@@ -9,22 +9,22 @@ from typing import ClassVar
 import torch.nn as nn
 from torch import Tensor
 
-from ..layers.common.utils import join_maps, to_map
+from ..layers.common.utils import check_heads, join_maps, to_map
 from .base import TokenBackbone, resolve_arch
 
 
 class SwinBackbone(TokenBackbone):
     """Stages at strides 4, 8, 16 and 32, each of half the grid and twice the channels of the last.
 
-    A subclass makes ``patch_embed`` and fills ``layers`` with stages that have a ``downsample``,
-    then calls :meth:`add_norms`.
+    A subclass makes ``patch_embed`` and the stages, which have a ``downsample``, and calls
+    :meth:`finish_init` with the latter.
 
     Args:
         arch: From :meth:`resolve_arch`.
         out_indices: Stages whose maps are returned, in rising order.
         frozen_stages: Stages kept fixed, counted from the stem; -1 freezes nothing.
         norm_eval: Keep batch norms in eval mode while training.
-        init_cfg: MMEngine's initialisation config.
+        init_cfg: MMEngine's initialization config.
 
     Raises:
         ValueError: ``out_indices`` or ``frozen_stages`` out of range.
@@ -45,6 +45,13 @@ class SwinBackbone(TokenBackbone):
         super().__init__(stages, out_indices, frozen_stages, norm_eval, init_cfg)
         self.out_channels = tuple(arch['embed_dims'] * 2**i for i in range(stages))
 
+    def finish_init(self, stages: Iterable[nn.Module]) -> None:
+        """Add the stages and a norm for each map that is returned, and apply freezing."""
+        self.layers = nn.ModuleList(stages)
+        for i in self.out_indices:
+            self.add_module(f'norm{i}', nn.LayerNorm(self.out_channels[i]))
+        self.train()
+
     @classmethod
     def resolve_arch(cls, arch: str | Mapping) -> dict:
         """Look an architecture up in the zoo, or check a user's own.
@@ -61,19 +68,23 @@ class SwinBackbone(TokenBackbone):
                 f'num_heads={num_heads}'
             )
         for i, heads in enumerate(num_heads):
-            dims = arch['embed_dims'] * 2**i
-            if dims % heads:
-                raise ValueError(f'stage {i} has {dims} channels, no multiple of its {heads} heads')
+            check_heads(arch['embed_dims'] * 2**i, heads, f'stage {i}: ')
         return dict(arch, depths=depths, num_heads=num_heads)
+
+    @classmethod
+    def library_baseline(cls, args: Mapping) -> dict:
+        """The Swin of mmdet and mmseg."""
+        same = ('in_channels', 'window_size', 'drop_path_rate', 'out_indices', 'with_cp')
+        return dict(
+            type=('mmdet.SwinTransformer', 'mmseg.SwinTransformer'),
+            mlp_ratio=int(args['mlp_ratio']),  # theirs takes whole numbers only
+            **{name: args[name] for name in same},
+            **args['arch'],
+        )
 
     @property
     def unbuilt_keys(self) -> str:
         return rf'{super().unbuilt_keys}|{self.stages_name}\.{self.num_built - 1}\.downsample\..*'
-
-    def add_norms(self) -> None:
-        """Make a norm for each map that is returned."""
-        for i in self.out_indices:
-            self.add_module(f'norm{i}', nn.LayerNorm(self.out_channels[i]))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute dense maps.
@@ -85,23 +96,12 @@ class SwinBackbone(TokenBackbone):
             One ``(B, C_i, H_i, W_i)`` per index in ``out_indices``: ``C_i = embed_dims * 2 ** i``,
             ``H_0 = ceil(H / 4)`` and then ``ceil(H_i / 2)``.
         """
-        x = self.patch_embed(x)
+        x = self.patch_embed(x)  # (B, H_0, W_0, C_0)
         maps = []
         for i, stage in enumerate(self.layers):
             x = stage(x)
             if i in self.out_indices:
                 maps.append(to_map(getattr(self, f'norm{i}')(x)))
             if stage.downsample is not None:
-                x = stage.downsample(x)
+                x = stage.downsample(x)  # (B, H_i+1, W_i+1, C_i+1)
         return join_maps(maps)
-
-
-def stage_drop_rates(rate: float, depths: Iterable[int]) -> list[list[float]]:
-    """Stochastic depth of each block of each stage, rising linearly from 0 to ``rate``."""
-    depths = tuple(depths)
-    last = max(sum(depths) - 1, 1)
-    starts = (sum(depths[:i]) for i in range(len(depths)))
-    return [
-        [rate * (start + j) / last for j in range(depth)]
-        for start, depth in zip(starts, depths, strict=True)
-    ]

@@ -1,4 +1,4 @@
-"""Reading checkpoints of other projects into our modules."""
+"""Read checkpoints of this and other projects, and load them into our modules."""
 
 from .convert import convert, detect_source
 from .load import fit_to, load_into

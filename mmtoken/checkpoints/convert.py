@@ -1,12 +1,12 @@
 """Rename the tensors of a foreign checkpoint to ours."""
 
+import re
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from .report import Report, group_names
+from .report import Report, group_names, shorten
 from .sources import SOURCES
-from .sources.source import matches
 
 
 def convert(
@@ -19,7 +19,7 @@ def convert(
     Args:
         state_dict: Names and tensors.
         source: ``'stvit-r'``, ``'swat'``, ``'swin'``, ``'vtpack'``, ``'pvt'``, ``'dinov2'``,
-            ``'deit'`` or ``'vit'``; the layout is recognised.
+            ``'deit'`` or ``'vit'``. The layout is recognized by the names.
         prefix: What precedes the backbone's names, see :func:`take_prefix`.
 
     Returns:
@@ -32,22 +32,22 @@ def convert(
     weights, outside = take_prefix(state_dict, prefix)
     state, report = rename(weights, source)
     if report.unknown:
-        raise ValueError(
-            f'this is a variant of {report.origin} that is not supported, with '
-            f'{", ".join(group_names(report.unknown))}'
-        )
+        extra = ', '.join(group_names(report.unknown))
+        raise ValueError(f'this variant of {report.origin} is not supported; it has {extra}')
     report.dropped += outside
     return state, report
 
 
 def rename(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], Report]:
     """As :func:`convert`, without a prefix; names beyond those known are kept and reported."""
-    check_source(source)
-    layout = SOURCES[source].layout_of(state)
+    if source not in SOURCES:
+        raise ValueError(f'source is {source!r}; known are {sorted(SOURCES)}')
+    family = SOURCES[source]
+    layout = family.layout_of(state)
     if layout is None:
         found = detect_source(state, prefix='')
         looks = f'they look like {found!r}' if found else 'they are of no known source'
-        known = ', '.join(known.name for known in SOURCES[source].layouts)
+        known = ', '.join(known.name for known in family.layouts)
         raise ValueError(
             f'these are not the names of a {source!r} checkpoint ({known}), {looks}; '
             f'names begin with {_beginnings(state)}'
@@ -56,17 +56,16 @@ def rename(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor],
     report = Report(source, layout.name, mapped={new: old for new, (old, _) in renamed.items()})
     used = set(report.mapped.values())
     report.dropped = [name for name in state if name not in used]
-    report.unknown = [
-        old for new, (old, _) in renamed.items() if not matches(SOURCES[source].names, new)
-    ]
     for new, (old, tensor) in renamed.items():
-        if tensor.numel() != state[old].numel():  # not if it is the weight of a 1 x 1 convolution
+        if not re.fullmatch(family.known_keys, new):
+            report.unknown.append(old)
+        if tensor.numel() != state[old].numel():  # a 1 x 1 convolution as Linear is not resized
             report.resized[new] = (tuple(state[old].shape), tuple(tensor.shape))
     return {new: tensor for new, (_, tensor) in renamed.items()}, report
 
 
 def detect_source(names: Iterable[str], prefix: str | None = None) -> str | None:
-    """Recognise the family of a checkpoint by its names.
+    """Recognize the family of a checkpoint by its names.
 
     Args:
         names: A state dict, or its names.
@@ -79,13 +78,7 @@ def detect_source(names: Iterable[str], prefix: str | None = None) -> str | None
         stripped, _ = take_prefix(dict.fromkeys(names), prefix)
     except ValueError:
         return None
-    return next((name for name, source in SOURCES.items() if source.claims(stripped)), None)
-
-
-def check_source(source: str) -> None:
-    """Refuse a name that no source has, with a ValueError."""
-    if source not in SOURCES:
-        raise ValueError(f'source is {source!r}; known are {sorted(SOURCES)}')
+    return next((name for name, source in SOURCES.items() if source.matches(stripped)), None)
 
 
 def take_prefix(
@@ -118,5 +111,5 @@ def take_prefix(
     return taken, [name for name in state if not name.startswith(prefix)]
 
 
-def _beginnings(state: Mapping[str, Tensor], limit: int = 8) -> list[str]:
-    return sorted({name.split('.')[0] for name in state})[:limit]
+def _beginnings(state: Mapping[str, Tensor]) -> str:
+    return ', '.join(shorten(sorted({name.split('.')[0] for name in state})))

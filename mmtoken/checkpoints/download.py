@@ -1,8 +1,9 @@
-"""Checkpoints by any path that MMEngine takes; those from the web are kept on disk."""
+"""Find checkpoints by any name that MMEngine accepts; those from the web are kept on disk."""
 
 import hashlib
 import os
 import re
+import shutil
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -12,7 +13,9 @@ from mmengine.fileio import get_local_path
 from mmengine.logging import print_log
 from mmengine.runner import checkpoint as mmengine_names
 
-# Prefix of a name to the table that has its address
+from ..files import replacing
+
+# Prefix of a name to the function of MMEngine that gives the table of addresses
 ZOOS = {
     'open-mmlab://': 'get_external_models',
     'openmmlab://': 'get_external_models',
@@ -20,7 +23,7 @@ ZOOS = {
     'modelzoo://': 'get_torchvision_models',
     'mmcls://': 'get_mmcls_models',
 }
-HASH = re.compile(r'-([0-9a-f]{8,})\.')  # in a file name: how its SHA-256 begins
+HASH = re.compile(r'-([0-9a-f]{8,})\.')  # in a file name: the first digits of its SHA-256
 
 
 def is_url(file: str) -> bool:
@@ -29,13 +32,13 @@ def is_url(file: str) -> bool:
 
 
 def resolve(file: str | os.PathLike) -> str:
-    """A path or a web address for any name that MMEngine takes.
+    """A path or a web address for any name that MMEngine accepts.
 
     ``~`` is the home folder. ``open-mmlab://``, ``torchvision://`` and ``mmcls://`` name models in
-    tables of MMEngine's.
+    MMEngine's tables.
 
     Raises:
-        ValueError: A name that is not in its table, or a prefix that is not known.
+        ValueError: The name is not in its table.
     """
     name = os.fspath(file)
     for prefix, table in ZOOS.items():
@@ -49,7 +52,7 @@ def resolve(file: str | os.PathLike) -> str:
 
 
 def find_local(file: str | os.PathLike) -> Path | None:
-    """The file on this disk, if it is there without a download."""
+    """The file, if it is on this disk already."""
     name = resolve(file)
     if is_url(name):
         return next((path for path in _kept_paths(name) if path.exists()), None)
@@ -57,17 +60,16 @@ def find_local(file: str | os.PathLike) -> Path | None:
 
 
 def fetch(file: str | os.PathLike) -> Path:
-    """The file on this disk, downloaded if need be.
+    """The file on this disk, downloaded if necessary.
 
     Raises:
-        FileNotFoundError: No such file.
         OSError: The download failed; the message says where to put the file by hand.
-        ValueError: A name that is not known.
+        ValueError: The name is not known.
     """
     name = resolve(file)
     if is_url(name):
         return download(name)
-    if '://' in name:  # s3://, petrel:// and what else MMEngine has a backend for
+    if '://' in name:  # s3://, petrel:// and others for which MMEngine has a backend
         return _fetch_by_backend(name)
     return Path(name)
 
@@ -75,21 +77,20 @@ def fetch(file: str | os.PathLike) -> Path:
 def _fetch_by_backend(name: str) -> Path:
     path = cached_path(name)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with get_local_path(name) as local:
-                path.write_bytes(Path(local).read_bytes())
+            with get_local_path(name) as local, replacing(path) as new:
+                shutil.copyfile(local, new)
         except Exception as error:  # whatever a backend may raise
-            raise OSError(f'{name} was not fetched by MMEngine: {error}') from error
+            raise OSError(f'MMEngine could not fetch {name}: {error}') from error
     return path
 
 
 def download(url: str) -> Path:
     """Download a file once, into torch.hub's folder.
 
-    A file that was put there by hand, under its own name, is taken, if it has the hash in its name.
-    In a distributed run the first process of each machine downloads and the others wait for it, so
-    all of them must call this.
+    A file that was put there by hand, under its own name, is used, if it has the hash in its name.
+    In a distributed run all processes must call this: the first one of each machine downloads, and
+    the others wait.
 
     Args:
         url: An ``http`` or ``https`` address. Different addresses never share a file.
@@ -98,11 +99,11 @@ def download(url: str) -> Path:
         Path of the file.
 
     Raises:
-        OSError: The download failed; the message names the address and both ways out.
+        OSError: The download failed; the message says where to put the file by hand.
     """
     by_hand = _kept_paths(url)[1]
     if by_hand.exists() and not cached_path(url).exists():
-        print_log(f'{url} is not downloaded: {by_hand} is there', logger='current')
+        print_log(f'{url} is not downloaded: {by_hand} is used', logger='current')
         _check_hash(by_hand)
         return by_hand
     path = cached_path(url)
@@ -115,10 +116,10 @@ def download(url: str) -> Path:
             failure = error
     barrier()
     if not path.exists():
-        reason = f': {failure}' if failure else ' by the process that should have'
+        reason = f': {failure}' if failure else ' by the first process of this machine'
         raise OSError(
-            f'{url} was not downloaded{reason}. Without a connection, either put the file at '
-            f'{by_hand}, or give its path: checkpoint="/path/to/{by_hand.name}"'
+            f'{url} was not downloaded{reason}. Without a connection, put the file at '
+            f'{by_hand} or give its path: checkpoint="/path/to/{by_hand.name}"'
         ) from failure
     return path
 
@@ -131,17 +132,13 @@ def cached_path(url: str) -> Path:
 
 
 def _kept_paths(url: str) -> tuple[Path, Path]:
-    """Where a file is kept by :func:`download`, and where by torch.hub, MMEngine or hand."""
+    """Where :func:`download` keeps a file, and where torch.hub, MMEngine or a user puts it."""
     path = cached_path(url)
     return path, path.with_name(path.name.partition('-')[2])
 
 
 def _check_hash(path: Path) -> None:
-    """Refuse a file whose name has the beginning of another hash.
-
-    Raises:
-        OSError: It is another file, or was cut off.
-    """
+    """Raise an OSError if the name of a file has a hash that is not the file's."""
     found = HASH.search(path.name)
     if found is None:
         return
@@ -152,6 +149,6 @@ def _check_hash(path: Path) -> None:
     digest = sha256.hexdigest()
     if not digest.startswith(found[1]):
         raise OSError(
-            f'{path} is damaged or another file: its SHA-256 begins with {digest[:8]}, and its '
-            f'name says {found[1]}; remove it'
+            f'{path} is damaged or another file: its SHA-256 begins with {digest[:8]}, not with '
+            f'the {found[1]} of its name; remove it'
         )

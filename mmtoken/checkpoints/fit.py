@@ -1,4 +1,4 @@
-"""Bring renamed tensors to the names and shapes of a model, as far as that can be done."""
+"""Convert renamed tensors to the names and shapes of a model, as far as possible."""
 
 import math
 import re
@@ -22,10 +22,10 @@ from .sources.source import is_square
 from .structure import structure_layers
 
 BIAS_TABLE = 'relative_position_bias_table'
-# Learned tokens that are laid out on a grid, (1, H * W, C), and the attribute beside them that has
-# (H, W); without it, the grid is square.
+# Learned tokens of a grid, (1, H * W, C), and the attribute of the same module that has (H, W);
+# without it, the grid is square.
 GRIDS = dict(pos_embed='pos_grid', centers='center_grid', semantic_token2='center_grid')
-# Tokens before those of the patches, in the position embedding beside them too; registers are not.
+# Tokens before those of the patches that have positions; registers have none.
 PREFIX_TOKENS = ('cls_token', 'dist_token')
 PATCHES = 'patch_embed.proj.weight'  # of a ViT
 
@@ -36,38 +36,40 @@ State = dict[str, Tensor]
 
 
 def fit(state: State, module: nn.Module, report: Report) -> State:
-    """Rename, split, drop and resize what the model has in another form.
+    """Rename, split, drop and resize tensors that the model has in another form.
 
-    * A classifier's ``norm`` becomes the one output norm of a model that has one. For several maps
-      it is not used, as in the released detectors.
+    * A classifier's ``norm`` becomes the output norm of a model that has exactly one. With several
+      maps it is not used, as in the released detectors.
     * ``attn.qkv`` is split where the model has ``attn.q`` and ``attn.kv``, or ``attn.v`` alone.
-      Such a block attends across token sets or as another block does, where a bias table of windows
-      means nothing: that is dropped.
-    * Structured layers take the weights of plain ones and compute the same, see
+      Such a block has queries from other tokens, or another block's attention map; it has no bias
+      table of windows, which is dropped.
+    * ``attn.q`` and ``attn.kv`` are joined where the model has ``attn.qkv``.
+    * Structured layers are initialized from plain ones so that they compute the same, see
       :mod:`~mmtoken.checkpoints.structure`.
-    * Bias tables are interpolated as timm does. Position embeddings are not: the module takes their
-      grid over (:func:`adopt_grids`), and resamples them once, to the grid in use. Where the model
-      has no class token, its position is dropped; where the file has none, its position is zero.
-    * Registers have no position: those of a file are added to them.
+    * Bias tables are interpolated as in timm. Position embeddings are not: the module takes over
+      their grid (:func:`adopt_grids`), and resamples them once, to the grid of an image. Without a
+      class token in the model, its position is dropped; without one in the file, it is zero.
+    * Registers have no position: positions of registers in a file are added to them.
     * The patch embedding of a ViT is resampled as in FlexiViT (arXiv 2212.08013): a patch that is
-      enlarged to the model's size is embedded as before.
-    * A projection of coarse patches that a file lacks does to them what its projection of fine ones
-      does to their means.
-    * An image of 1, 2, 4 or more channels is embedded by weights for 3 as in timm: one channel by
-      their sum; otherwise they are repeated and scaled, so that their sum stays.
+      enlarged to the model's size has the same embedding as before.
+    * If a file has no projection of coarse patches, theirs is that of fine patches, applied to the
+      means of pixels.
+    * Weights for 3 channels are adapted to another number as in timm: for one channel they are
+      summed; otherwise they are repeated and scaled, so that their sum stays.
 
     What cannot be fitted stays as it is.
 
     Args:
         state: Our names and tensors; not changed.
         module: The model.
-        report: Is brought up to date; in ``fresh`` is what the model keeps in spite of the file,
-            in ``grids`` are those of positions that are laid out otherwise than in the model.
+        report: Is updated. ``newly_initialized`` gets names of which the model keeps its own values
+            although the file has some; ``grids`` those of positions with another grid.
     """
     state, own = dict(state), module.state_dict()
     stem = tuple(f'{name}.' for name in getattr(module, 'stem_names', ('patch_embed',)))
     _name_output_norm(state, own, report)
     _split_attention(state, own, report)
+    _join_attention(state, own, report)
     structure_layers(state, own, report)
     _free_registers(state, own, report)
     for name in [name for name in own if name in state]:
@@ -119,13 +121,23 @@ def _split_attention(state: State, own: State, report: Report) -> None:
             report.dropped.append(report.mapped.pop(attn + BIAS_TABLE))
 
 
+def _join_attention(state: State, own: State, report: Report) -> None:
+    for name in own:
+        attn, _, kind = name.rpartition('qkv.')
+        query, key_value = f'{attn}q.{kind}', f'{attn}kv.{kind}'
+        if attn and name not in state and {query, key_value} <= state.keys():
+            state[name] = torch.cat([state.pop(query), state.pop(key_value)])
+            report.mapped[name] = report.mapped.pop(query)
+            report.joined += [report.mapped[name], report.mapped.pop(key_value)]
+
+
 def _free_registers(state: State, own: State, report: Report) -> None:
-    """Leave positions to the class token and the patches, in a file with registers.
+    """Give positions to the class token and the patches only, in a file with registers.
 
     In timm either class token, registers and patches have positions, or the patches alone
-    (``no_embed_class``, as in its DINOv2). Positions of registers become part of them; a class
-    token without one, to which it was added before, gets one of zero. Both compute the same. The
-    number of patches, a square, tells which of them a file has.
+    (``no_embed_class``, as in its DINOv2). Positions of registers are added to the registers; a
+    class token without a position gets one of zero. The model computes the same. Which of the two
+    a file has follows from the number of patches, which is a square.
     """
     if not {'reg_token', 'pos_embed'} <= state.keys() & own.keys():
         return
@@ -162,7 +174,7 @@ def _resize_patches(weight: Tensor, own: Tensor) -> Tensor:
 
 
 def _enlarge_patches(state: State, own: State, report: Report) -> None:
-    """Give a projection of coarse patches what that of fine ones has, where a file has no own."""
+    """Initialize a projection of coarse patches from that of fine ones, if a file has none."""
     for kind in ('weight', 'bias'):
         fine, coarse = f'patch_embed.proj.{kind}', f'patch_embed_coarse.proj.{kind}'
         if fine in state and coarse in own and coarse not in state:
@@ -175,7 +187,7 @@ def _enlarge_patches(state: State, own: State, report: Report) -> None:
 
 
 def enlarge(kernel: Tensor, ratio: int) -> Tensor:
-    """A projection of coarse patches that does what that of fine ones does to their means.
+    """A projection of coarse patches that equals that of fine ones on the means of their pixels.
 
     ``(C, in_channels, side, side) -> (C, in_channels, ratio * side, ratio * side)``.
     """
@@ -192,7 +204,7 @@ def _adapt_channels(weight: Tensor, shape: torch.Size, report: Report) -> Tensor
 
 
 def _resize_grid(name: str, state: State, own: State, module: nn.Module, report: Report) -> Tensor:
-    """Tokens before the patches as the model has them; its grid too, if it cannot take another."""
+    """Positions with the model's prefix tokens; resized, if the module cannot change its grid."""
     tokens, shape = state[name], own[name].shape
     parent, _, last = name.rpartition('.')
     if tokens.ndim != 3 or tokens.shape[-1] != shape[-1]:
@@ -202,9 +214,9 @@ def _resize_grid(name: str, state: State, own: State, module: nn.Module, report:
         given, wanted = _prefix_length(state, parent), _prefix_length(own, parent)
     length = shape[1] - wanted
     if not report.is_ours and tokens.shape[1] == length and is_square(length):
-        given = 0  # as in timm's no_embed_class, where class tokens have no position
+        given = 0  # as with timm's no_embed_class, where class tokens have no position
     prefix, places = tokens[:, :given], tokens[:, given:]
-    if not given:  # zero leaves a class token, which then is fresh or has no position, as it is
+    if not given:  # zero does not change a class token, newly initialized or without a position
         prefix = tokens.new_zeros(1, wanted, tokens.shape[-1])
     if wanted not in (0, prefix.shape[1]):
         return tokens
@@ -225,16 +237,16 @@ def _resize_grid(name: str, state: State, own: State, module: nn.Module, report:
 
 
 def has_grids(module: nn.Module) -> bool:
-    """Whether positions of a module can be laid out anew by :func:`adopt_grids`."""
+    """Whether a module has positions whose grid :func:`adopt_grids` can change."""
     return any(
         hasattr(owner, attribute) for owner in module.modules() for attribute in GRIDS.values()
     )
 
 
 def adopt_grids(module: nn.Module, grids: Mapping[str, tuple[int, int]]) -> None:
-    """Lay learned positions out on other grids, for the values of a checkpoint to be loaded.
+    """Change the grids of learned positions, whose values are to be loaded from a checkpoint.
 
-    Parameters stay the same objects, so an optimizer that has them keeps them.
+    Parameters stay the same objects, so an optimizer keeps them.
 
     Args:
         module: Has positions ``(1, prefix + H * W, C)`` and, beside each, an attribute ``(H, W)``.
@@ -256,7 +268,7 @@ def _prefix_length(state: State, parent: str) -> int:
 
 
 def _grid_of(owner: nn.Module, attribute: str, length: int) -> tuple[int, int] | None:
-    """Rows and columns of ``length`` learned tokens: the model's word, or else a square."""
+    """Rows and columns of ``length`` learned tokens: as the model says, or else a square."""
     grid = getattr(owner, attribute, None)
     if grid is None:  # as in timm
         grid = getattr(getattr(owner, 'patch_embed', None), 'grid_size', None)

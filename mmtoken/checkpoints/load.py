@@ -1,24 +1,24 @@
 """Load a checkpoint file into a backbone, and refuse what does not fit.
 
-MMEngine's ``Pretrained`` initialisation goes on with a warning when no key of a file matches, so
-that a wrong file trains from scratch in silence. Here every name must find its place, but for those
-that the model or the file's source declares to be expendable.
+MMEngine's ``Pretrained`` only warns where no key of a file matches, and trains from random weights.
+Here every name must have its place, except those that the model or the family of the file declares
+optional.
 """
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch.nn as nn
 from mmengine.logging import print_log
 from torch import Tensor
 
-from .convert import check_source, detect_source, rename, take_prefix
+from .convert import detect_source, rename, take_prefix
 from .fit import adopt_grids, fit
 from .reader import find_weights, read_checkpoint
-from .report import Report
+from .report import Report, shorten
 from .sources import SOURCES
-from .sources.source import matches
+from .sources.source import matches_any
 
 # Libraries that have the same models under other names, and what their names begin with
 LOOK_ALIKES = {
@@ -36,11 +36,11 @@ def load_into(
     """Load ``file`` into ``module``.
 
     Nothing in the file is run. A training checkpoint is unwrapped (``'state_dict'``, ``'model'``),
-    and ``'module.'`` in front of names is dropped. Foreign names are recognised and made ours, and
+    and ``'module.'`` in front of names is dropped. Foreign names are recognized and made ours, and
     shapes brought to the module's, see :func:`~mmtoken.checkpoints.convert` and
     :func:`~mmtoken.checkpoints.fit.fit`; positions are laid out as in the file. The module may
-    declare two regular expressions: ``ignorable_keys``, names a file may have in excess, and
-    ``newly_initialized_keys``, names it may lack.
+    declare regular expressions: ``ignorable_keys`` and ``unbuilt_keys``, names that a file may have
+    in excess, and ``newly_initialized_keys``, names that it may lack.
 
     Args:
         module: Where the weights go.
@@ -48,7 +48,7 @@ def load_into(
         prefix: What precedes the module's names in the file; everything else in the file is left
             out. By default ``'backbone.'``, or the module's ``usual_prefix``, if any name starts
             with it, otherwise nothing.
-        source: Family of the file, as for :func:`~mmtoken.checkpoints.convert`; recognised by the
+        source: Family of the file, as for :func:`~mmtoken.checkpoints.convert`; recognized by the
             names if not given.
 
     Returns:
@@ -59,8 +59,6 @@ def load_into(
         ValueError: The file is damaged or holds no weights, or weights of something else: names or
             shapes that differ are listed. The module is then as it was.
     """
-    if source is not None:
-        check_source(source)
     weights = find_weights(read_checkpoint(file), file)
     state, report = fit_to(module, weights, file, prefix, source)
     adopt_grids(module, report.grids)
@@ -88,70 +86,78 @@ def _fit_to(
 ) -> tuple[dict[str, Tensor], Report]:
     state, outside = take_prefix(weights, prefix, getattr(module, 'usual_prefix', 'backbone.'))
     own = module.state_dict()
-    unused = [getattr(module, 'unused_keys', None), getattr(module, 'unbuilt_keys', None)]
-    fresh = [getattr(module, 'fresh_keys', None)]
-    if source is None and not _are_own(state, own, unused, fresh):
+    ignorable = _declared(module, 'ignorable_keys', 'unbuilt_keys')
+    new = _declared(module, 'newly_initialized_keys')
+    if source is None and (_excess(state, own, ignorable) or _excess(own, state, new)):
         source = detect_source(state, prefix='')
     if source is None:
         report = Report(mapped={name: name for name in state})
     else:
         as_in_file = state
         state, report = rename(state, source)
-        if SOURCES[source].check:
-            SOURCES[source].check(as_in_file, module)
-        unused.append(SOURCES[source].unused)
-        groups = SOURCES[source].fresh
-        fresh += [g for g in groups if not any(matches(g, name) for name in state)]
+        family = SOURCES[source]
+        if family.check:
+            family.check(as_in_file, module)
+        ignorable += [family.ignorable_keys] if family.ignorable_keys else []
+        new += [group for group in family.newly_initialized_keys if not matches_any(group, state)]
     state = fit(state, module, report)
-    fresh += map(re.escape, report.fresh)  # what fit has left to the model
+    new += map(re.escape, report.newly_initialized)  # by fit
 
-    for name in [n for n in state if n not in own and _match_any(unused, n)]:
+    unexpected = _excess(state, own, ignorable)
+    for name in [n for n in state if n not in own and n not in unexpected]:
         del state[name]
         report.dropped.append(report.mapped.pop(name))
-    report.fresh = [name for name in own if name not in state]
-    _check(module, own, state, fresh, report)
-    report.unknown = []  # they all were in the module, or expendable
+    report.newly_initialized = [name for name in own if name not in state]
+    _check(module, own, state, unexpected, _excess(own, state, new), report)
+    report.unknown = []  # all are in the module, or ignorable
     report.dropped += outside
     return state, report
 
 
-def _are_own(
-    state: Mapping[str, Tensor],
-    own: Mapping[str, Tensor],
-    unused: list[str | None],
-    fresh: list[str | None],
-) -> bool:
-    """Whether the names need no conversion."""
-    return all(name in own or _match_any(unused, name) for name in state) and all(
-        name in state or _match_any(fresh, name) for name in own
-    )
+def _declared(module: nn.Module, *attributes: str) -> list[str]:
+    """The regular expressions in those attributes that the module has."""
+    return [pattern for name in attributes if (pattern := getattr(module, name, None))]
+
+
+def _excess(names: Mapping, others: Mapping, optional: list[str]) -> list[str]:
+    """Names that are not among the others, although they are not optional."""
+    pattern = re.compile('|'.join(f'(?:{part})' for part in optional) or r'(?!)')
+    return [name for name in names if name not in others and not pattern.fullmatch(name)]
 
 
 def _check(
     module: nn.Module,
     own: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
-    fresh: list[str | None],
+    unexpected: list[str],
+    missing: list[str],
     report: Report,
 ) -> None:
-    unexpected = [report.mapped[name] for name in state if name not in own]
-    missing = [name for name in report.fresh if not _match_any(fresh, name)]
+    """Raise a ValueError that lists all names and shapes that do not fit, if there are any."""
     reshaped = [
-        f'{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}'
+        name
         for name in own
         if name in state and name not in report.grids and state[name].shape != own[name].shape
     ]
     if not (unexpected or missing or reshaped):
         return
+    unexpected = [report.mapped[name] for name in unexpected]
     origin = f'it was read as {report.origin}'
     if report.source is None:
         origin = f'its names are of no known source ({", ".join(SOURCES)}){_look_alike(unexpected)}'
     shared = sum(name in state for name in own)
+    shapes = [
+        f'{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}'
+        for name in reshaped
+    ]
+    lists = dict(zip(('names it should not have', 'names it lacks', 'other shapes'),
+                     (unexpected, missing, shapes), strict=True))  # fmt: skip
     raise ValueError(
         f'does not fit {type(module).__name__}; {origin} and has {shared} of its {len(own)} tensors'
-        f'{_list("names it should not have", unexpected)}'
-        f'{_list("names it lacks", missing)}'
-        f'{_list("other shapes", reshaped)}{_advise(reshaped, state, own)}'
+        + ''.join(
+            f'; {what}: {", ".join(shorten(names))}' for what, names in lists.items() if names
+        )
+        + _advise(reshaped, state, own)
     )
 
 
@@ -164,23 +170,11 @@ def _look_alike(names: list[str]) -> str:
 
 
 def _advise(reshaped: list[str], state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """The argument that other shapes call for, where one does."""
-    if len(reshaped) == 1 and reshaped[0].partition(' ')[0].endswith('pos_embed'):
+    """The argument to change, where one explains the shapes."""
+    if len(reshaped) == 1 and reshaped[0].endswith('pos_embed'):
         return '; its grid is no square: set img_size to (H, W) of the images it was trained on'
     if reshaped and all(
-        own[name].ndim == 4 and state[name].shape[1] != own[name].shape[1]
-        for name in (item.partition(' ')[0] for item in reshaped)
+        own[name].ndim == 4 and state[name].shape[1] != own[name].shape[1] for name in reshaped
     ):
         return '; set in_channels to that of the file'
     return ''
-
-
-def _match_any(patterns: Iterable[str | None], name: str) -> bool:
-    return any(matches(pattern, name) for pattern in patterns)
-
-
-def _list(what: str, items: list[str], limit: int = 8) -> str:
-    if not items:
-        return ''
-    more = f', and {len(items) - limit} more' if len(items) > limit else ''
-    return f'; {what}: {", ".join(items[:limit])}{more}'

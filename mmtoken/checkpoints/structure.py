@@ -1,7 +1,7 @@
-"""Give structured layers the weights of plain ones, so that a block starts as the plain one is.
+"""Initialize structured layers from plain ones, so that a block computes the same as the plain one.
 
 This is ours: SWAT (arXiv 2111.13677) trains from scratch. Its stem and its patch merging are other
-functions than the plain ones, and stay as they were initialised.
+functions than the plain ones, and stay newly initialized.
 """
 
 from torch import Tensor
@@ -10,17 +10,17 @@ from .report import Report
 
 State = dict[str, Tensor]
 
-# In float32 a larger one gains nothing, and every lift costs digits in half precision.
+# A larger one gains nothing in float32 and costs digits in half precision.
 LIFT = 8.0
 
 
 def structure_layers(state: State, own: State, report: Report) -> None:
-    """Turn plain layers in ``state`` into those that ``own`` has in their place.
+    """Convert plain layers in ``state`` to structured ones where ``own`` has those.
 
     Args:
-        state: Names and tensors of a file, by our names; brought to those of the model, in place.
-        own: Those of the model. Where it has no structured layers, nothing is done.
-        report: Is brought up to date.
+        state: Tensors of a file by our names; changed in place.
+        own: Those of the model.
+        report: Is updated.
     """
     _double_linear_layers(state, own, report)
     _pass_convolutions(state, own, report)
@@ -40,23 +40,23 @@ def _double_linear_layers(state: State, own: State, report: Report) -> None:
         state[linear] = 2 * state.pop(name)
         state[conv] = state[linear].new_zeros(own[conv].shape)
         report.mapped[linear] = report.mapped.pop(name)
-        report.neutral.append(conv)
+        report.identity_init.append(conv)
 
 
 def _pass_convolutions(state: State, own: State, report: Report) -> None:
-    """Pass hidden channels through the depth-wise convolution of an MLP, and one GELU of the two.
+    """Make the depth-wise convolution of an MLP, and one of its two GELUs, the identity.
 
-    A kernel with a single 1, in the middle, changes nothing. So that the GELU before it does not
-    either, the first layer's bias lifts all channels by 8, and the convolution's bias takes that
-    away again: ``gelu(gelu(h + 8) - 8)`` and ``gelu(h)`` differ by 7e-8 at most, for any ``h``.
-    From about -4 on ``h`` passes the inner one; below, the outer one gives zero, as it should.
+    A kernel with a single 1, in the middle, is the identity. So that the GELU before it is one too,
+    the bias of the first layer adds 8 to all channels, and the bias of the convolution subtracts
+    it: ``gelu(gelu(h + 8) - 8)`` and ``gelu(h)`` differ by 7e-8 at most, for any ``h``. For ``h``
+    above about -4 the inner GELU is the identity; below, the outer one gives zero, as it should.
 
-    To lift behind the first GELU, and let the second layer take it away, is exact too; but then
-    that layer's inputs are all of one sign, and Adam's first steps lead far away.
+    Adding 8 behind the first GELU, and subtracting it in the second layer, is exact too; but then
+    all inputs of that layer have one sign, and Adam's first steps are too large.
 
-    In half precision the sum costs digits: from 8 to 16 numbers are 1/16 apart in bfloat16 and
-    1/128 in float16. What an MLP adds to its input is 1 to 6 % off at the start with the former,
-    where 0.5 % is usual, and 0.1 to 0.7 % with the latter.
+    In half precision the sum costs digits: between 8 and 16 numbers are 1/16 apart in bfloat16 and
+    1/128 in float16. The output of an MLP has an error of 1 to 6 % at the start with the former,
+    where 0.5 % is usual, and of 0.1 to 0.7 % with the latter.
     """
     for name in own:
         mlp = name.removesuffix('dwconv.weight')
@@ -68,7 +68,7 @@ def _pass_convolutions(state: State, own: State, report: Report) -> None:
         state[name][:, :, shape[2] // 2, shape[3] // 2] = 1
         state[bias] = hidden.new_full(own[bias].shape, -LIFT)
         state[lifted] = (hidden.double() + LIFT).to(own[lifted].dtype)
-        report.neutral += [name, bias]
+        report.identity_init += [name, bias]
 
 
 def _leave_merging(state: State, own: State, report: Report) -> None:
@@ -81,4 +81,4 @@ def _leave_merging(state: State, own: State, report: Report) -> None:
             if part in state:
                 del state[part]
                 report.dropped.append(report.mapped.pop(part))
-            report.fresh.append(part)
+            report.newly_initialized.append(part)

@@ -1,4 +1,4 @@
-"""What MMEngine's runner takes from this package beside models."""
+"""Hooks and constructors for MMEngine's runner."""
 
 from .image_sizes import follow_image_sizes
 from .layer_decay import LayerDecayOptimWrapperConstructor

@@ -1,4 +1,4 @@
-"""How large the images of a batch are, from the data samples of OpenMMLab's models."""
+"""Sizes of the images in a batch without padding, from the data samples of OpenMMLab's models."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,30 +16,30 @@ Size = tuple[int, int]  # height and width, in pixels
 
 
 def follow_image_sizes(model: nn.Module) -> None:
-    """Let backbones inside a model know the sizes of images that the data samples tell.
+    """Pass the sizes of images from the data samples to the backbones inside a model.
 
-    :class:`mmtoken.TokenLossHook` does so under MMEngine's runner, in training, validation and
-    test. It is for models that run without one::
+    :class:`mmtoken.TokenLossHook` calls this under MMEngine's runner, in training, validation and
+    test. Call it for models that run without one::
 
         model = init_detector(config, checkpoint)
         mmtoken.follow_image_sizes(model)
 
-    Each time the model, or a model inside it (a student, what test-time augmentation wraps), is
-    called with images and their data samples, what :func:`sizes_of_samples` reads from these is
-    noted on the images, see :func:`mmtoken.set_image_sizes`. A :class:`mmtoken.GrainUnpoolNeck`
-    right behind the backbone learns of them too. To call it again does no harm.
+    Each time the model, or a model inside it (a student, or under test-time augmentation), is
+    called with images and their data samples, :func:`sizes_of_samples` is noted on the images, see
+    :func:`mmtoken.set_image_sizes`, and on the maps for a :class:`mmtoken.GrainUnpoolNeck` right
+    behind the backbone. A second call of this function changes nothing.
 
     Args:
-        model: A detector, segmentor, classifier or what wraps one.
+        model: A detector, segmentor, classifier, or a module that contains one.
 
     Raises:
-        TypeError: There is no model of MMEngine's kind inside.
+        TypeError: There is no ``BaseModel`` of MMEngine's inside.
     """
     models = [module for module in model.modules() if isinstance(module, BaseModel)]
     if not models:
         raise TypeError(
-            f'{type(model).__name__} is no model that MMEngine calls with data samples; note the '
-            'sizes yourself, by mmtoken.set_image_sizes(images, sizes)'
+            f'{type(model).__name__} has no BaseModel, which is called with data samples; set the '
+            'sizes by mmtoken.set_image_sizes(images, sizes)'
         )
     for part in models:
         if _note_sizes not in part._forward_pre_hooks.values():
@@ -50,18 +50,18 @@ def follow_image_sizes(model: nn.Module) -> None:
 
 
 def sizes_of_samples(images: Any, samples: Any, size_divisor: int = 1) -> Tensor | None:
-    """Sizes of the images of a batch, if their data samples tell.
+    """Sizes of the images of a batch, if their data samples have them.
 
-    ``img_shape`` is taken for the size of an image where all of it agrees with the shape of the
-    batch, which other entries (``batch_input_shape``, ``padding_size``, ``img_padding_size``) or
-    ``size_divisor`` tell. An image that was padded in its pipeline already, as in those of YOLOX
-    and RTMDet, has an ``img_shape`` that includes this padding: its content is as large as
-    ``ori_shape`` times ``scale_factor``, if all beyond is of one colour.
+    ``img_shape`` is the size of an image, if all of them are consistent with the shape of the
+    batch and with other entries (``batch_input_shape``, ``padding_size``, ``img_padding_size``) or
+    ``size_divisor``. An image that its pipeline has padded, as for YOLOX and RTMDet, has an
+    ``img_shape`` with padding: its content has the size ``ori_shape`` times ``scale_factor``, if
+    all pixels outside of it have one color.
 
     Args:
-        images: The batch, ``(B, C, H, W)``; all else has no sizes.
+        images: The batch, ``(B, C, H, W)``; anything else has no sizes.
         samples: B data samples.
-        size_divisor: What the data preprocessor pads the sides of a batch to multiples of.
+        size_divisor: The data preprocessor pads the sides of a batch to multiples of this.
 
     Returns:
         ``(B, 2)``, in pixels, or None.
@@ -84,7 +84,7 @@ def sizes_of_samples(images: Any, samples: Any, size_divisor: int = 1) -> Tensor
 
 
 def _note_sizes(model: BaseModel, args: tuple, kwargs: dict) -> None:
-    """Before a model is called with images and data samples, perhaps of several branches."""
+    """Before a call with images and data samples, of one or several branches."""
     given = dict(zip(('inputs', 'data_samples'), args, strict=False)) | kwargs
     inputs, samples = given.get('inputs'), given.get('data_samples')
     branches = [(inputs, samples)]
@@ -98,7 +98,7 @@ def _note_sizes(model: BaseModel, args: tuple, kwargs: dict) -> None:
 
 
 def _pass_sizes_on(backbone: nn.Module, args: tuple, maps: Any) -> None:
-    """Behind a backbone: the sizes noted on its images, in places of each of its maps."""
+    """Behind a backbone: note the sizes of images on its maps, in pixels of each map."""
     sizes = noted_sizes(args[0]) if args and isinstance(args[0], Tensor) else None
     if sizes is None or not isinstance(maps, Sequence):
         return
@@ -110,21 +110,21 @@ def _pass_sizes_on(backbone: nn.Module, args: tuple, maps: Any) -> None:
 
 
 def _starts_grained(neck: nn.Module | None) -> bool:
-    """Whether a neck is, or begins with, one whose choices depend on padding."""
+    """Whether a neck is, or begins with, a GrainUnpoolNeck, whose routing depends on padding."""
     if isinstance(neck, nn.Sequential) and len(neck):
         neck = neck[0]
     return isinstance(neck, GrainUnpoolNeck)
 
 
 def _pair(shape: Any) -> Size | None:
-    """Height and width of an ``img_shape``, which may have channels; None if it is none."""
+    """Height and width of an ``img_shape``, which may have channels; None for anything else."""
     if not isinstance(shape, Sequence) or len(shape) < 2:
         return None
     return int(shape[0]), int(shape[1])
 
 
 def _agree(shapes: list[Size], metas: list[dict], batch_shape: Size, size_divisor: int) -> bool:
-    """Whether images of these shapes, padded at the bottom and right, make up the batch."""
+    """Whether the batch can be images of these shapes, padded at the bottom and right."""
     height, width = batch_shape
     if not all(1 <= h <= height and 1 <= w <= width for h, w in shapes):
         return False
@@ -141,7 +141,7 @@ def _agree(shapes: list[Size], metas: list[dict], batch_shape: Size, size_diviso
 
 
 def _content(meta: dict, shape: Size) -> Size:
-    """How large an image can be at most without padding that its pipeline added."""
+    """The largest size that an image can have without the padding of its pipeline."""
     original, factors = _pair(meta.get('ori_shape')), meta.get('scale_factor')
     if original is None or factors is None:
         return shape
@@ -153,7 +153,7 @@ def _content(meta: dict, shape: Size) -> Size:
 
 
 def _is_plain(image: Tensor, inner: Size, outer: Size) -> Tensor:
-    """Whether all pixels inside of one size, but outside of another, are of one colour.
+    """Whether all pixels inside of one size, but outside of another, have one color.
 
     Args:
         image: ``(C, H, W)``.
@@ -163,6 +163,6 @@ def _is_plain(image: Tensor, inner: Size, outer: Size) -> Tensor:
         ``()``, bool.
     """
     (top, left), (bottom, right) = inner, outer
-    colour = image[:, bottom - 1, right - 1, None, None]
+    color = image[:, bottom - 1, right - 1, None, None]
     below, beside = image[:, top:bottom, :right], image[:, :top, left:right]
-    return (below == colour).all() & (beside == colour).all()
+    return (below == color).all() & (beside == color).all()

@@ -13,12 +13,12 @@ from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """MMEngine's default constructor, with learning rates that fall towards the stem.
+    """MMEngine's default constructor, with lower learning rates for layers near the input.
 
     Layer-wise decay as in BEiT (arXiv 2106.08254) and ViTDet (arXiv 2203.16527): the learning rate
-    that a parameter would have is multiplied by ``layer_decay_rate ** (num_layers - 1 - depth)``.
-    The backbone tells the two numbers, through ``get_layer_depth(name, prefix)``; all of ours have
-    it, and so do mmpretrain's. Necks and heads keep their learning rate. In a config::
+    of a parameter is multiplied by ``layer_decay_rate ** (num_layers - 1 - depth)``. Both numbers
+    come from ``get_layer_depth(name, prefix)`` of the backbone, which all of ours and mmpretrain's
+    have. Necks and heads keep their learning rate. In a config::
 
         optim_wrapper = dict(
             constructor='mmtoken.LayerDecayOptimWrapperConstructor',
@@ -30,10 +30,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             ),
         )
 
-    Any module inside the model may give depths, several side by side as well; where one holds
-    another, the outer one speaks for both. Parameters whose settings are equal share a group, in
-    the order of the model's parameters, and ``param_names`` of a group tells which they are. A
-    table of the learning rates is logged.
+    Several modules may have depths; if one contains another, the outer one is asked. Parameters
+    with equal settings share a group, in the order of the model's parameters; ``param_names`` of a
+    group has their names. A table of the learning rates is logged.
 
     Args:
         optim_wrapper_cfg: As in MMEngine; ``optimizer`` must have ``lr``.
@@ -41,14 +40,13 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     Raises:
         ValueError: ``layer_decay_rate`` is missing or out of range, or ``lr`` is missing. When
-            called: two modules share a parameter, and there is no ``bypass_duplicate=True``.
-        TypeError: When called: no module of the model gives depths.
+            called: two modules share a parameter without ``bypass_duplicate=True``.
+        TypeError: When called: no module of the model has ``get_layer_depth``.
     """
 
     def _validate_cfg(self) -> None:
         super()._validate_cfg()
-        # Without a default: mmdet and mmseg spell it `decay_rate`, and a config of theirs would
-        # train without any decay.
+        # No default: mmdet and mmseg spell it `decay_rate`, and such a config would have no decay.
         rate = self.paramwise_cfg.get('layer_decay_rate')
         if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 < rate <= 1:
             raise ValueError(
@@ -64,15 +62,15 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         prefix: str = '',
         is_dcn_module: int | float | None = None,
     ) -> None:
-        """MMEngine's groups, one per parameter; once all are there, decayed and merged."""
+        """MMEngine's groups, one per parameter; when all are added, decayed and merged."""
         super().add_params(params, module, prefix, is_dcn_module)
-        if not prefix:  # the call for the whole model; those within come through here too
+        if not prefix:  # the call for the whole model, not one of the recursive calls
             params[:] = self._decayed(params, module)
 
     def _decayed(self, groups: list[dict], model: nn.Module) -> list[dict]:
         layered = _layered_modules(model)
         rate = self.paramwise_cfg['layer_decay_rate']
-        # Of a shared parameter, this has the name that comes first, as the groups have.
+        # A shared parameter has its first name, here and in the groups.
         names = {parameter: name for name, parameter in model.named_parameters()}
         merged: list[dict] = []
         rows: dict[tuple[str | None, int], tuple[list[int], set[float]]] = {}
@@ -81,13 +79,12 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             [parameter] = group['params']
             name = names[parameter]
             if parameter in done:
-                # In groups of their own torch would refuse it, in a common one update it twice.
+                # torch refuses it in two groups, and updates it twice in one.
                 raise ValueError(
                     f'{name} is shared between modules; '
                     'set bypass_duplicate=True in paramwise_cfg if it should be'
                 )
             done.add(parameter)
-            # The first one is the outermost.
             start = next((start for start in layered if name.startswith(start)), None)
             depth, num_layers = 0, 1
             if start is not None:
@@ -103,7 +100,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
 
 def _layered_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that give depths, outer ones first, by what precedes their parameters' names.
+    """Modules with ``get_layer_depth``, outer ones first, by the prefix of their parameters.
 
     Raises:
         TypeError: There is none.
@@ -122,14 +119,14 @@ def _layered_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _gives_depths(module: nn.Module) -> bool:
-    # Of the class: a compiled module hands out its original's method, which does not know the
-    # names in between. With a prefix: mmpretrain's classifiers only pass on to their backbone.
+    # Of the class: a compiled module returns its original's method, which expects other names.
+    # With a prefix: that of mmpretrain's classifiers only calls their backbone's.
     method = getattr(type(module), 'get_layer_depth', None)
     return method is not None and 'prefix' in inspect.signature(method).parameters
 
 
 def _merge(groups: list[dict], new: dict) -> None:
-    """Put a group into the one with equal settings, or at the end."""
+    """Merge a group into the one with equal settings, or append it."""
     members = ('params', 'param_names')
     settings = {k: v for k, v in new.items() if k not in members}
     for group in groups:
@@ -141,7 +138,7 @@ def _merge(groups: list[dict], new: dict) -> None:
 
 
 def _table(rows: Mapping, starts: list[str], rate: float) -> str:
-    """One line per layer: its parameters and learning rates, several where custom keys say so."""
+    """One line per layer: its parameters and learning rates, several with custom keys."""
     lines = [('layer', 'parameters', 'lr')]
     order = [*starts, None]
     for start, depth in sorted(rows, key=lambda row: (order.index(row[0]), row[1])):

@@ -1,4 +1,4 @@
-"""What backbones of ours get from MMEngine's runner: their losses trained, sizes of images told."""
+"""A hook that trains the losses of backbones, and tells them the sizes of images."""
 
 from types import MethodType
 
@@ -11,39 +11,36 @@ from ..registry import HOOKS
 from ..runtime.aux_losses import token_losses
 from .image_sizes import follow_image_sizes
 
-_heard_any = False  # whether a model under this hook has published anything yet
-
 
 @HOOKS.register_module()
 class TokenLossHook(Hook):
-    """Adds what backbones publish to what ``model.loss()`` returns, during training.
+    """Adds the losses that backbones publish to what ``model.loss()`` returns, during training.
 
-    To all that follows (mixed precision, accumulation, distributed training, logging) these are
-    ordinary losses. In a config::
+    Mixed precision, accumulation, distributed training and logging then treat them as any loss. In
+    a config::
 
         default_hooks = dict(token_losses=dict(type='mmtoken.TokenLossHook'))
 
-    The name is free. MMEngine merges this dict with that of a base config, while a list
-    ``custom_hooks`` takes the place of the base's: RTMDet would train without its moving average.
+    The key is free. MMEngine merges this dict with that of a base config, while a list
+    ``custom_hooks`` would replace the base's: RTMDet would train without its moving average.
 
-    In training, validation and test, backbones also learn from data samples how large each image
-    is without the padding of its batch, see :func:`mmtoken.follow_image_sizes`.
+    ``model.loss`` is wrapped because MMEngine passes losses from a model to the optimizer inside
+    ``train_step``, where no hook is called, and our backbones serve models of any class.
 
-    The priority is of no consequence: other hooks see the model outside of ``loss``, and a copy
-    that one of them makes (``EMAHook``) has a ``loss`` of its own.
+    In training, validation and test, backbones also get the size of each image without the padding
+    of its batch from the data samples, see :func:`mmtoken.follow_image_sizes`.
+
+    The priority of the hook does not matter: other hooks call the model outside of ``loss``, and a
+    copy of the model (``EMAHook``) has its own ``loss``.
     """
 
-    def __init__(self) -> None:
-        self._checked = False
-
     def before_train(self, runner: Runner) -> None:
-        """Wrap ``loss`` of the model, and let it follow the sizes of images.
+        """Wrap ``loss`` of the model, and follow the sizes of images.
 
         Raises:
             TypeError: The model's class has no ``loss``.
             RuntimeError: The model already has another ``loss`` than its class.
         """
-        global _heard_any
         model = _unwrapped(runner.model)
         name = type(model).__name__
         if not callable(getattr(type(model), 'loss', None)):
@@ -55,25 +52,13 @@ class TokenLossHook(Hook):
             )
         # A bound method, which a deep copy of the model binds to the copy.
         model.loss = MethodType(_loss_with_tokens, model)
-        self._checked = _heard_any = False
         _follow(model)
 
     def before_val(self, runner: Runner) -> None:
-        """Let the model follow the sizes of images."""
+        """Follow the sizes of images."""
         _follow(runner.model)
 
-    def before_test(self, runner: Runner) -> None:
-        """Let the model follow the sizes of images."""
-        _follow(runner.model)
-
-    def after_train_iter(self, runner: Runner, *args, **kwargs) -> None:
-        """After the first iteration, say so if the hook is of no use."""
-        if not (self._checked or _heard_any):
-            runner.logger.warning(
-                'TokenLossHook found nothing to do: no module published a loss or a statistic in '
-                'the first training iteration'
-            )
-        self._checked = True
+    before_test = before_val
 
     def after_train(self, runner: Runner) -> None:
         """Give the model its own ``loss`` back."""
@@ -83,25 +68,22 @@ class TokenLossHook(Hook):
 
 
 def _loss_with_tokens(model: nn.Module, *args, **kwargs) -> dict[str, Tensor]:
-    """``loss()`` of the model's class, and what was published meanwhile.
+    """``loss()`` of the model's class, and what modules published during the call.
 
     Raises:
         ValueError: Both have values of the same name.
     """
-    global _heard_any
     with token_losses() as published:
         losses = type(model).loss(model, *args, **kwargs)
-    _heard_any = _heard_any or len(published) > 0
-    twice = sorted(losses.keys() & published.keys())
-    if twice:
+    if twice := sorted(losses.keys() & published.keys()):
         raise ValueError(
-            f'{", ".join(twice)}: both {type(model).__name__}.loss() and a module inside give this'
+            f'both {type(model).__name__}.loss() and a module inside it give {", ".join(twice)}'
         )
     return {**losses, **published}
 
 
 def _follow(model: nn.Module) -> None:
-    """Follow the sizes of images where the model is MMEngine's, which a runner does not demand."""
+    """Follow the sizes of images, if the model is MMEngine's; a runner takes any."""
     if any(isinstance(module, BaseModel) for module in model.modules()):
         follow_image_sizes(model)
 
@@ -113,5 +95,5 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _is_wrapped(model: nn.Module) -> bool:
-    """Whether ``loss`` is that of this hook, perhaps left over from a training that failed."""
+    """Whether ``loss`` is this hook's, perhaps from a training that failed."""
     return getattr(vars(model).get('loss'), '__func__', None) is _loss_with_tokens

@@ -9,6 +9,7 @@ training, GPUs, export and ``torch.compile`` run the forward of the layer itself
 import torch.nn as nn
 
 from ..layers.common.plain import know
+from . import dge, stem, swin  # noqa: F401 (they register tiled layers)
 from .tiling import TILED
 
 __all__ = ['optimize_for_cpu']

@@ -12,15 +12,15 @@ from .warm_up import WarmUpLoss
 class CoarseRatioLoss(WarmUpLoss):
     """``loss_weight * (rate - target_coarse_ratio)**2``, rate being the mean of the soft gate.
 
-    The mean is that over the regions of all GPUs. This is the simple alternative to
-    :class:`BatchShapingLoss`, a penalty in the manner of L0: it asks nothing of single regions, so
-    the gate is free to choose the same for every image.
+    The mean is over the regions of all GPUs. This is the simple alternative to
+    :class:`BatchShapingLoss`, a penalty like that of L0: it does not constrain single regions, so
+    the gate may choose the same for every image.
 
     Args:
         target_coarse_ratio: The share of coarse regions to aim for, above 0 and below 1.
         loss_weight: Factor of the loss.
-        warmup_iters: Over how many training passes the factor rises from 0 to ``loss_weight``.
-            They are counted in the buffer ``iterations``, which checkpoints keep.
+        warmup_iters: Number of training passes over which the factor rises from 0 to
+            ``loss_weight``. They are counted in the buffer ``iterations``, which checkpoints keep.
 
     Raises:
         ValueError: An argument outside its range.
@@ -36,15 +36,15 @@ class CoarseRatioLoss(WarmUpLoss):
         check_open_interval(target_coarse_ratio=target_coarse_ratio)
         self.target_coarse_ratio = target_coarse_ratio
 
-    def forward(self, coarse: Tensor, real: Tensor | None = None) -> Tensor:
+    def forward(self, coarse: Tensor, valid_mask: Tensor | None = None) -> Tensor:
         """Compare the rate of images with the target.
 
         In distributed training all processes must call it, each with its own images.
 
         Args:
             coarse: Probability that a region is coarse, ``(B, Hr, Wr)``.
-            real: Which regions count, bool, ``(B, Hr, Wr)``; None for all. Those that lie in the
-                padding of a batch should not.
+            valid_mask: Regions that count, bool, ``(B, Hr, Wr)``; None for all. Those that lie in
+                the padding of a batch should not.
 
         Returns:
             The loss, float32, ``()``; 0 if no region counts.
@@ -52,15 +52,15 @@ class CoarseRatioLoss(WarmUpLoss):
         Raises:
             ValueError: Shapes or types other than these.
         """
-        real = check_regions(coarse, real)
-        # Not float64, which some devices lack.
+        valid_mask = check_regions(coarse, valid_mask)
+        # Not float64, which some devices do not have.
         coarse = coarse.to(torch.promote_types(coarse.dtype, torch.float32))
-        own = coarse.masked_fill(~real, 0).sum()
-        sums = torch.stack([own.detach(), real.sum().to(own.dtype)])
+        own = coarse.masked_fill(~valid_mask, 0).sum()
+        sums = torch.stack([own.detach(), valid_mask.sum().to(own.dtype)])
         all_reduce(sums)
         total, count = sums[0], sums[1].clamp(min=1)
-        # The gradient comes from the regions here alone, but for all processes: DDP takes the mean
-        # over them, which makes it the sum again.
+        # The gradient comes from the local regions only, multiplied by the number of processes,
+        # since DDP averages over them.
         share = get_world_size() * own / count
         rate = total / count + (share - share.detach())
         excess = (rate - self.target_coarse_ratio) * (sums[1] > 0)
@@ -74,18 +74,18 @@ def check_open_interval(**values: float) -> None:
             raise ValueError(f'{name} must be above 0 and below 1, got {value}')
 
 
-def check_regions(coarse: Tensor, real: Tensor | None) -> Tensor:
-    """Which regions count, bool, ``(B, Hr, Wr)``; ValueError if the two do not fit together."""
+def check_regions(coarse: Tensor, valid_mask: Tensor | None) -> Tensor:
+    """Regions that count, bool, ``(B, Hr, Wr)``; ValueError if the two do not match."""
     if coarse.ndim != 3 or not coarse.is_floating_point():
         raise ValueError(
             'coarse must be floating point of shape (B, Hr, Wr), got '
             f'{coarse.dtype} of shape {tuple(coarse.shape)}'
         )
-    if real is None:
+    if valid_mask is None:
         return torch.ones_like(coarse, dtype=torch.bool)
-    if real.shape != coarse.shape or real.dtype != torch.bool:
+    if valid_mask.shape != coarse.shape or valid_mask.dtype != torch.bool:
         raise ValueError(
-            f'real must be torch.bool of the shape of coarse, {tuple(coarse.shape)}, got '
-            f'{real.dtype} of shape {tuple(real.shape)}'
+            f'valid_mask must be torch.bool of the shape of coarse, {tuple(coarse.shape)}, got '
+            f'{valid_mask.dtype} of shape {tuple(valid_mask.shape)}'
         )
-    return real
+    return valid_mask

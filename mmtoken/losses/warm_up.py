@@ -1,4 +1,4 @@
-"""The weight of a loss, and how it sets in."""
+"""The weight of a loss, with a linear warm-up."""
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,8 @@ class WarmUpLoss(nn.Module):
 
     Args:
         loss_weight: Factor of the loss.
-        warmup_iters: Over how many training passes the factor rises from 0 to ``loss_weight``.
-            They are counted in the buffer ``iterations``, which checkpoints keep.
+        warmup_iters: Number of training passes over which the factor rises from 0 to
+            ``loss_weight``. They are counted in the buffer ``iterations``, which checkpoints keep.
 
     Raises:
         ValueError: An argument below 0.
@@ -29,7 +29,7 @@ class WarmUpLoss(nn.Module):
             self.register_buffer('iterations', torch.zeros((), dtype=torch.int64))
 
     def _weight(self) -> Tensor | float:
-        """The factor in force; a training pass moves the warm-up on."""
+        """The current factor; a training pass advances the warm-up."""
         if not self.warmup_iters:
             return self.loss_weight
         weight = self.loss_weight * (self.iterations / self.warmup_iters).clamp(max=1)

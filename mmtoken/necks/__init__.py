@@ -1,8 +1,7 @@
 """Necks: they restore dense maps and build a feature pyramid.
 
 A neck that restores tokens declares in ``twin_type`` the neck for maps that replaces it in the
-dense twin of a config, and in ``restore_args`` which of its arguments that neck does not have. A
-neck that reduces tokens itself has ``twin_args``, like a backbone.
+dense twin of a config. A neck that reduces tokens itself has ``twin_args``, like a backbone.
 """
 
 from .grain_unpool import GrainUnpoolNeck

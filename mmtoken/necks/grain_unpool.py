@@ -1,6 +1,6 @@
 """Blocks of dynamic granularity behind any backbone.
 
-Source: DGE, arXiv 2301.03831; as a neck it is our own.
+Source: DGE, arXiv 2301.03831; its use as a neck is ours.
 """
 
 from collections.abc import Sequence
@@ -11,24 +11,25 @@ from torch import Tensor
 from ..arguments import as_tuple
 from ..checkpoints.module import CheckpointedModule
 from ..layers.common.padding import noted_sizes, padding_regions
-from ..layers.common.regions import make_region_layout
-from ..layers.common.utils import init_own, to_map
-from ..layers.dge.block import DynamicGranularityBlock, TrainMode
-from ..layers.dge.spatial_reduction import SpatialReductionAttention
-from ..losses.usage import BUDGET, build_budget, publish_usage, usage_wanted
+from ..layers.common.utils import check_heads, init_own, to_map
+from ..layers.dge.block import (
+    DynamicGranularityBlock,
+    SpatialReductionAttention,
+    TrainMode,
+    run_blocks,
+)
+from ..losses.budget import BUDGET, BlockWidths, build_budget, publish_budget
 from ..registry import MODELS
-from .simple_feature_pyramid import XAVIER, Norm, SimpleFeaturePyramid
-
-INIT = [dict(type='TruncNormal', layer='Linear', std=0.02), XAVIER]
+from .simple_feature_pyramid import TRANSFORMER_INIT, Norm, SimpleFeaturePyramid
 
 
 @MODELS.register_module()
 class GrainUnpoolNeck(CheckpointedModule):
-    """Refine maps by transformer blocks that choose, region by region, how finely they look.
+    """Refine maps by transformer blocks that select a token granularity for each region.
 
-    Queries are few, and what becomes of them is un-pooled onto the map, see
-    :class:`~mmtoken.layers.dge.block.DynamicGranularityBlock`. With one map, of stride 16, a pyramid follows;
-    with several, each is refined and goes on as it is, for example to an ``FPN``::
+    Queries are few, and their updates are un-pooled onto the map, see
+    :class:`~mmtoken.layers.dge.block.DynamicGranularityBlock`. One map, of stride 16, becomes a
+    pyramid; several maps keep their shapes and can go on to, for example, an ``FPN``::
 
         neck=[
             dict(type='mmtoken.GrainUnpoolNeck', in_channels=[256, 512, 1024, 2048],
@@ -36,10 +37,11 @@ class GrainUnpoolNeck(CheckpointedModule):
             dict(type='FPN', in_channels=[256, 512, 1024, 2048], out_channels=256, num_outs=5),
         ]
 
-    Padding: the neck sees no image. Behind a backbone in a model of OpenMMLab it learns from data
-    samples where images end, see :func:`mmtoken.follow_image_sizes`, and regions wholly beyond are
-    as coarse as can be and do not count. Otherwise, and behind another neck, padding counts like
-    anything else. In either case all tokens of a map are keys, those of padding too.
+    Padding: the neck does not see the image. Behind a backbone in a model of OpenMMLab it takes the
+    sizes of images from data samples, see :func:`mmtoken.follow_image_sizes`, and regions that lie
+    wholly beyond them get the coarsest granularity and are not counted. Otherwise, and behind
+    another neck, padding is treated as image. In both cases all tokens of a map are keys, also
+    those of padding.
 
     Args:
         in_channels: Channels of the one map, or of each of several.
@@ -48,21 +50,30 @@ class GrainUnpoolNeck(CheckpointedModule):
         sr_ratios: Side of the patch that becomes one key, in tokens, for all maps or for each.
         mlp_ratio: Hidden channels of an MLP over those of its map.
         granularities, region_size, train_mode: As for
-            :class:`~mmtoken.layers.dge.block.DynamicGranularityBlock`. ``(1,)`` gives the dense twin.
-        budget: Config of the loss that keeps the number of queries down; with it, training needs
-            :class:`mmtoken.TokenLossHook`. None leaves routers to the task's loss.
-        qkv_bias: Biases for queries, keys and values.
+            :class:`~mmtoken.layers.dge.block.DynamicGranularityBlock`. ``(1,)`` gives the dense
+            twin.
+        budget: Config of the loss that limits the number of queries; with it, training needs
+            :class:`mmtoken.TokenLossHook`. None leaves routers to the loss of the task.
+        qkv_bias: Biases of queries, keys and values.
         drop_path_rate: Stochastic depth of every block.
         with_cp: Recompute the activations of each block in backward.
-        out_channels, num_outs, norm: The pyramid behind one map, see
+        out_channels, num_outs, norm: The pyramid of one map, see
             :class:`mmtoken.SimpleFeaturePyramid`.
-        init_cfg: MMEngine's initialisation config. Routers start as they should in any case.
+        init_cfg: MMEngine's initialization config. Routers have an initialization of their own.
 
     Raises:
-        ValueError: Bad argument values; the message says what is allowed.
+        ValueError: Invalid argument values; the message says what is allowed.
+
+    Example:
+        >>> import torch
+        >>> neck = GrainUnpoolNeck(in_channels=[8, 16], num_heads=[1, 2], depth=1).eval()
+        >>> [tuple(m.shape) for m in neck([torch.zeros(1, 8, 12, 20), torch.zeros(1, 16, 6, 10)])]
+        [(1, 8, 12, 20), (1, 16, 6, 10)]
     """
 
+    ratio_name = DynamicGranularityBlock.ratio_name
     twin_args = dict(granularities=(1,), budget=None)
+    ratio_name = 'query_ratio'
 
     def __init__(
         self,
@@ -81,7 +92,7 @@ class GrainUnpoolNeck(CheckpointedModule):
         out_channels: int = 256,
         num_outs: int = 5,
         norm: Norm = 'LN',
-        init_cfg: dict | list[dict] | None = INIT,
+        init_cfg: dict | list[dict] | None = TRANSFORMER_INIT,
     ) -> None:
         super().__init__(init_cfg)
         granularities = as_tuple(granularities)
@@ -90,12 +101,12 @@ class GrainUnpoolNeck(CheckpointedModule):
         ratios = _for_each('sr_ratios', sr_ratios, len(widths))
         if depth < 1:
             raise ValueError(f'depth must be 1 or more, got {depth}')
-        for dims, count in zip(widths, heads, strict=True):
-            if dims % count:
-                raise ValueError(f'in_channels {dims} is no multiple of num_heads {count}')
         self.in_channels = widths
-        self.stages = nn.ModuleList(
-            nn.ModuleList(
+        self.with_cp = with_cp
+        self.stages = nn.ModuleList()
+        for dims, count, ratio in zip(widths, heads, ratios, strict=True):
+            check_heads(dims, count, 'in_channels: ')
+            blocks = (
                 DynamicGranularityBlock(
                     dims,
                     SpatialReductionAttention(dims, count, ratio, qkv_bias),
@@ -103,13 +114,12 @@ class GrainUnpoolNeck(CheckpointedModule):
                     granularities,
                     region_size,
                     train_mode,
-                    drop_path=drop_path_rate,
-                    with_cp=with_cp,
+                    drop_path_rate,
                 )
                 for _ in range(depth)
             )
-            for dims, count, ratio in zip(widths, heads, ratios, strict=True)
-        )
+            self.stages.append(nn.ModuleList(blocks))
+        self.block_widths = [BlockWidths.of(blocks[0]) for blocks in self.stages]
         self.budget = build_budget(budget, granularities)
         self.pyramid = None
         if isinstance(in_channels, int):
@@ -125,11 +135,11 @@ class GrainUnpoolNeck(CheckpointedModule):
         """Refine the maps.
 
         Args:
-            inputs: Maps ``(B, in_channels_i, H_i, W_i)``. Where there is one in ``in_channels``,
-                the last of them is used.
+            inputs: Maps ``(B, in_channels_i, H_i, W_i)``. If ``in_channels`` is one number, the
+                last of them is used.
 
         Returns:
-            Maps in the same shapes; behind one map, as :class:`mmtoken.SimpleFeaturePyramid`.
+            Maps in the same shapes; of one map, as :class:`mmtoken.SimpleFeaturePyramid`.
 
         Raises:
             ValueError: Another number of maps.
@@ -140,30 +150,17 @@ class GrainUnpoolNeck(CheckpointedModule):
             raise ValueError(
                 f'in_channels={self.in_channels} are of {len(self.stages)} maps, got {len(inputs)}'
             )
-        measured = usage_wanted(self.budget, self.training)
-        maps, usages = [], []
-        for x, blocks in zip(inputs, self.stages, strict=True):
-            grid = (x.shape[2], x.shape[3])
-            padding = self.find_padding(x, blocks[0])
-            tokens, used = x.flatten(2).transpose(1, 2).contiguous(), []
-            for block in blocks:
-                tokens, usage = block(tokens, grid, padding, measured)
-                used.append(usage)
+        maps, stages = [], []
+        for x, blocks, widths in zip(inputs, self.stages, self.block_widths, strict=True):
+            grid, sizes = (x.shape[2], x.shape[3]), noted_sizes(x)
+            layout = blocks[0].layout(grid, 0, x.device)
+            padding = None if sizes is None else padding_regions(sizes, 1, layout)
+            tokens = x.flatten(2).transpose(1, 2).contiguous()  # B, H * W, C
+            tokens, decisions = run_blocks(blocks, tokens, layout, padding, self.with_cp)
+            stages.append((widths, decisions))
             maps.append(to_map(tokens.unflatten(1, grid)))
-            usages.append(used)
-        if measured:
-            publish_usage(usages, 0.0, self.budget, prefix='neck_')
+        publish_budget(self.budget, stages, prefix='neck_')
         return tuple(maps) if self.pyramid is None else self.pyramid(maps)
-
-    def find_padding(self, x: Tensor, block: DynamicGranularityBlock) -> Tensor | None:
-        """Regions of a map that are padding, ``(B, Hr, Wr)``; None if nobody told."""
-        sizes = noted_sizes(x)
-        if sizes is None or block.router is None:
-            return None
-        regions = make_region_layout(
-            (x.shape[2], x.shape[3]), block.granularities, block.region_size, device=x.device
-        )
-        return padding_regions(sizes, 1, regions)
 
 
 def _for_each(name: str, value: int | Sequence[int], number: int) -> list[int]:

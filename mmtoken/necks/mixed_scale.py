@@ -35,8 +35,6 @@ class MixedScaleNeck(SparseFeaturePyramid):
         ValueError: Bad argument values; the message says what is allowed.
     """
 
-    restore_args = ('refine',)
-
     def __init__(
         self,
         in_channels: int | Sequence[int],

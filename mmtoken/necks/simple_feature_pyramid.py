@@ -21,6 +21,7 @@ from ..registry import MODELS
 Norm = Literal['LN', 'BN'] | None
 SCALES = (4.0, 2.0, 1.0, 0.5)
 XAVIER = dict(type='Xavier', layer='Conv2d', distribution='uniform')
+TRANSFORMER_INIT = [dict(type='TruncNormal', layer='Linear', std=0.02), XAVIER]
 
 
 @MODELS.register_module()

@@ -12,7 +12,7 @@ from .simple_feature_pyramid import SimpleFeaturePyramid
 class SparseFeaturePyramid(SimpleFeaturePyramid):
     """Restore tokens to maps, then build a pyramid from these.
 
-    Subclasses implement :meth:`restore` and list its arguments in ``restore_args``.
+    Subclasses implement :meth:`restore`.
     """
 
     twin_type = 'mmtoken.SimpleFeaturePyramid'

@@ -1,1 +1,1 @@
-"""Pictures of which tokens a network chooses."""
+"""Pictures of routing decisions."""

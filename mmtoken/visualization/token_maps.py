@@ -1,4 +1,4 @@
-"""How finely a network looks where: its routing decisions over the image."""
+"""Maps of routing decisions, drawn over the image."""
 
 import math
 from collections.abc import Sequence
@@ -18,30 +18,31 @@ from ..analysis.decisions import (
     ratio_unit,
     real_regions,
     split_stages,
+    stride_of,
 )
 from ..runtime.decisions import RoutingDecision
 
-COLOURS = 'viridis'
-OVERLAY = 0.7  # opacity of the colours over the picture
-FAINT = 0.45  # where thick borders tell cells apart
-PALEST = 0.35  # what black becomes in the picture below them, of white 1
+COLORS = 'viridis'
+OVERLAY = 0.7  # opacity of the colors over the picture
+FAINT = 0.45  # the same, under thick borders of cells
+BLACK = 0.35  # brightness of black in the picture below them, where white is 1
 MAX_COLUMNS = 6
-PANEL_AREA = 9.0  # square inches
+PANEL_AREA = 9.0  # in square inches
 THIN, THICK = 0.3, 0.8  # lines between cells, in points
-MIN_CELL = 2.0  # side of a cell on the page, in points, below which its border is left out
-INCH = 72  # points
+MIN_CELL = 2.0  # smallest cell with a border: side on the page, in points
+INCH = 72  # in points
 
 
 def draw_stages(
     picture: np.ndarray, decisions: Sequence[RoutingDecision], image: int = 0
 ) -> Figure:
-    """A panel for each stage: the mean over its blocks of queries per token, region by region.
+    """A panel for each stage: queries per token of each region, the mean over its blocks.
 
     Args:
-        picture: What the network saw, padding included, ``(H, W, 3)``, uint8.
-        decisions: Of all blocks, in their order, as
-            :func:`~mmtoken.runtime.decisions.record_routing` gives them.
-        image: Which of the batch.
+        picture: Input of the network, padding included, ``(H, W, 3)``, uint8.
+        decisions: Of all blocks in order, from
+            :func:`~mmtoken.runtime.decisions.record_routing`.
+        image: Index in the batch.
     """
     stages = split_stages(decisions)
     figure, axes = _make_figure(picture, 1 + len(stages))
@@ -56,10 +57,10 @@ def draw_stages(
 def draw_blocks(
     picture: np.ndarray, decisions: Sequence[RoutingDecision], image: int = 0
 ) -> Figure:
-    """A panel for each block: its cells, coloured by queries per token, and their borders.
+    """A panel for each block: its cells, colored by queries per token, and their borders.
 
     Args:
-        picture, decisions, image: As for :func:`draw_stages`.
+        picture, decisions, image: See :func:`draw_stages`.
     """
     figure, axes = _make_figure(picture, 1 + len(decisions))
     panels = iter(axes)
@@ -75,11 +76,11 @@ def draw_blocks(
 
 
 def draw_tokens(picture: np.ndarray, decision: RoutingDecision, image: int = 0) -> Figure:
-    """The tokens of a network that chooses once, such as MSViT: their borders over the image.
+    """Borders of the tokens of a network that chooses once, such as MSViT, over the image.
 
     Args:
-        picture, image: As for :func:`draw_stages`.
-        decision: The only one.
+        picture, image: See :func:`draw_stages`.
+        decision: The only decision of the network.
     """
     figure, (panel,) = _make_figure(picture, 2)
     stride = stride_of(picture.shape[:2], decision.grid)
@@ -92,28 +93,12 @@ def draw_tokens(picture: np.ndarray, decision: RoutingDecision, image: int = 0) 
     return figure
 
 
-def stride_of(shape: tuple[int, int], grid: tuple[int, int]) -> int:
-    """Side of a token in pixels, from the size of the image and of the grid that covers it.
-
-    Of several that fit a power of two is taken, or else the smallest.
-    """
-    largest = max(-(-side // tokens) for side, tokens in zip(shape, grid, strict=True))
-    strides = range(largest, 2 * largest + 1)
-    fitting = [
-        stride
-        for stride in strides
-        if all(-(-side // stride) == n for side, n in zip(shape, grid, strict=True))
-    ]
-    powers = [stride for stride in fitting if stride & (stride - 1) == 0]
-    return (powers or fitting or [largest])[0]
-
-
 def cell_borders(decision: RoutingDecision, image: int, level: int) -> np.ndarray:
     """Borders of the cells of one granularity in the regions that chose it.
 
     Args:
         decision: Of a block.
-        image: Which of the batch.
+        image: Index in the batch.
         level: Index of the granularity.
 
     Returns:
@@ -137,7 +122,7 @@ def cell_borders(decision: RoutingDecision, image: int, level: int) -> np.ndarra
 
 
 def _make_figure(picture: np.ndarray, number: int) -> tuple[Figure, list[Axes]]:
-    """Panels in rows, the first of which shows the picture; the others are returned."""
+    """Panels in rows. The first shows the picture; the others are returned."""
     height, width = picture.shape[:2]
     rows = math.ceil(number / MAX_COLUMNS)
     columns = math.ceil(number / rows)
@@ -162,13 +147,13 @@ def _draw_density(
     opacity: float = OVERLAY,
 ) -> None:
     height, width = picture.shape[:2]
-    grey = picture.mean(axis=-1) / 255 * (1 - PALEST) + PALEST
-    ax.imshow(grey, cmap='gray', vmin=0, vmax=1)
+    gray = picture.mean(axis=-1) / 255 * (1 - BLACK) + BLACK
+    ax.imshow(gray, cmap='gray', vmin=0, vmax=1)
     density = mean_density(blocks, image).numpy()
     padding = ~real_regions(blocks[0])[image].numpy()
     side = blocks[0].region_size * stride  # of a region, in pixels
     ax.imshow(
-        np.ma.array(density, mask=padding), cmap=COLOURS, norm=_norm(blocks), alpha=opacity,
+        np.ma.array(density, mask=padding), cmap=COLORS, norm=_norm(blocks), alpha=opacity,
         extent=(-0.5, density.shape[1] * side - 0.5, density.shape[0] * side - 0.5, -0.5),
         interpolation='nearest',
     )  # fmt: skip
@@ -190,7 +175,7 @@ def _draw_cells(
     stride: int,
     width: float = THIN,
 ) -> None:
-    """Borders of cells, ``width`` points wide, those of the finest cells brightest."""
+    """Draw borders of cells, ``width`` points wide, brightest for the finest cells."""
     points_per_pixel = math.sqrt(PANEL_AREA / math.prod(picture.shape[:2])) * INCH
     for level, side in reversed(list(enumerate(decision.granularities))):
         if side * stride * points_per_pixel >= MIN_CELL:
@@ -203,7 +188,7 @@ def _draw_scale(
     figure: Figure, axes: list[Axes], decisions: Sequence[RoutingDecision], opacity: float = OVERLAY
 ) -> None:
     sides = sorted({side for decision in decisions for side in decision.granularities})
-    mappable = ScalarMappable(_norm(decisions), COLOURS)
+    mappable = ScalarMappable(_norm(decisions), COLORS)
     bar = figure.colorbar(mappable, ax=axes, alpha=opacity, label=ratio_unit(decisions), shrink=0.8)
     bar.set_ticks([1 / side**2 for side in sides], minor=False)
     bar.set_ticks([], minor=True)
@@ -211,7 +196,7 @@ def _draw_scale(
 
 
 def _norm(decisions: Sequence[RoutingDecision]) -> LogNorm:
-    """The same for all images and stages: from the coarsest granularity alone to the finest."""
+    """The same scale for all images and stages, from the coarsest granularity to the finest."""
     coarsest = max(max(decision.granularities) for decision in decisions)
     return LogNorm(1 / max(coarsest, 2) ** 2, 1, clip=True)
 

@@ -11,6 +11,7 @@ from mmtoken.analysis.decisions import (
     ratio_unit,
     real_regions,
     split_stages,
+    stride_of,
 )
 from mmtoken.runtime.decisions import RoutingDecision
 
@@ -61,3 +62,16 @@ def test_density_is_the_mean_of_what_blocks_chose():
 def test_stages_are_layers_on_one_grid():
     a, b = decide([[0] * 3] * 2), decide([[2]], grid=(4, 4))
     assert [len(stage) for stage in split_stages([a, a, b, a])] == [2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    'shape, grid, stride',
+    [
+        ((160, 224), (40, 56), 4),
+        ((37, 50), (2, 2), 32),
+        ((30, 42), (3, 3), 14),
+        ((800, 1280), (25, 40), 32),
+    ],
+)
+def test_strides(shape, grid, stride):
+    assert stride_of(shape, grid) == stride

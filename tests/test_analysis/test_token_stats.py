@@ -6,8 +6,8 @@ from mmdet.structures.mask import BitmapMasks
 from mmengine.structures import InstanceData, PixelData
 from mmseg.structures import SegDataSample
 
+from mmtoken.analysis.recording import RecordedBatch
 from mmtoken.analysis.token_stats import annotated, collect, object_regions
-from mmtoken.analysis.watch import Watched
 from mmtoken.runtime.decisions import RoutingDecision
 
 IMAGES = torch.zeros(1, 3, 16, 24)  # 4 x 6 tokens of 4 pixels: one whole region and half of one
@@ -31,7 +31,7 @@ def test_statistics_by_stage_and_of_all():
     everything = torch.ones(1, 16, 16, dtype=torch.bool)
     images, one, two = torch.zeros(1, 3, 16, 16), (4, 4), (2, 2)
     object_, background = (
-        (Watched(images, [], [decide(c, grid=one), decide(1, grid=two)]), mask, everything)
+        (RecordedBatch(images, [], [decide(c, grid=one), decide(1, grid=two)]), mask, everything)
         for c, mask in ((0, everything), (1, ~everything))
     )
     stats = collect([object_, background])
@@ -59,8 +59,8 @@ def test_gates_that_choose_once():
 
     objects = torch.zeros(1, 16, 24, dtype=torch.bool)
     objects[:, :8] = True
-    half = Watched(IMAGES, [], [decide_once(0, 0, 1, 1, 1, 1)])
-    most = Watched(IMAGES, [], [decide_once(0, 1, 1, 1, 1, 1)])
+    half = RecordedBatch(IMAGES, [], [decide_once(0, 0, 1, 1, 1, 1)])
+    most = RecordedBatch(IMAGES, [], [decide_once(0, 1, 1, 1, 1, 1)])
     stats = collect((watched, objects, ~torch.zeros_like(objects)) for watched in (half, most))
     assert stats['unit'] == 'tokens per fine patch'
     assert stats['overall']['coarse_ratio'] == dict(all=5 / 8, objects=1 / 4, background=1.0)
@@ -79,17 +79,17 @@ def test_contrast_of_all_is_within_stages():
     fine, coarse = decide(0, grid=(4, 4)), decide(2, grid=(4, 4))
     stages = collect(
         [
-            (Watched(images, [], [fine, decide(0, grid=(2, 2))]), everything, everything),
-            (Watched(images, [], [fine, decide(0, grid=(2, 2))]), ~everything, everything),
+            (RecordedBatch(images, [], [fine, decide(0, grid=(2, 2))]), everything, everything),
+            (RecordedBatch(images, [], [fine, decide(0, grid=(2, 2))]), ~everything, everything),
         ]
     )
     assert stages['overall']['contrast'] == 1
     with pytest.raises(ValueError, match='chooses'):
-        collect([(Watched(images, [], []), everything, everything)])
+        collect([(RecordedBatch(images, [], []), everything, everything)])
     with pytest.raises(ValueError, match='no image'):
         collect([])
     assert (
-        collect([(Watched(images, [], [coarse]), everything, everything)])['per_image']['std']
+        collect([(RecordedBatch(images, [], [coarse]), everything, everything)])['per_image']['std']
         is None
     )
 
@@ -100,18 +100,18 @@ def test_objects_of_detectors():
     meta = dict(img_shape=(16, 16), ori_shape=(8, 8))
     sample = DetDataSample(metainfo=meta)
     sample.gt_instances = InstanceData(masks=BitmapMasks(masks, 8, 8))
-    objects, valid = annotated(Watched(IMAGES, [sample], []))
+    objects, valid = annotated(RecordedBatch(IMAGES, [sample], []))
     assert valid[0, :16, :16].all() and valid.sum() == 256
     assert objects[0, :8, :16].all() and objects.sum() == 128
     sample.gt_instances = InstanceData(bboxes=torch.tensor([[0.0, 0.0, 8.0, 4.0]]))
-    assert annotated(Watched(IMAGES, [sample], []))[0].equal(objects)
+    assert annotated(RecordedBatch(IMAGES, [sample], []))[0].equal(objects)
     with pytest.raises(ValueError, match='no annotations'):
-        annotated(Watched(IMAGES, [DetDataSample(metainfo=meta)], []))
+        annotated(RecordedBatch(IMAGES, [DetDataSample(metainfo=meta)], []))
 
 
 def test_objects_of_segmenters():
     labels = torch.tensor([[0, 0, 1, 255]]).repeat_interleave(4, 1).repeat(8, 1)
     sample = SegDataSample(metainfo=dict(img_shape=(16, 24)))
     sample.gt_sem_seg = PixelData(data=labels[None])
-    objects, valid = annotated(Watched(IMAGES, [sample], []), background=[0])
+    objects, valid = annotated(RecordedBatch(IMAGES, [sample], []), background=[0])
     assert valid.all() and objects.any(dim=1)[0].tolist() == [False] * 12 + [True] * 6 + [False] * 6

@@ -3,12 +3,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import force_granularity, stir_routers
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import mmtoken
 from mmtoken.backbones import DGEDeiT
-from mmtoken.layers.dge import block as grained
+from mmtoken.layers.common.regions import make_region_layout
+from mmtoken.losses.budget import block_complexity, constant_complexity, count_tokens
 from mmtoken.runtime.decisions import record_routing
 from mmtoken.runtime.routing_override import routing_override
 
@@ -19,37 +21,6 @@ LEGACY = dict(type='mmtoken.BudgetLoss', legacy=True, num_classes=1000)
 
 def make(**kwargs):
     return DGEDeiT(**{'arch': VIT, 'img_size': 80, **kwargs})
-
-
-def stir(model):
-    for name, parameter in model.named_parameters():
-        if name.endswith('router.gate.bias'):
-            nn.init.zeros_(parameter)
-        elif name.endswith(('router.gate.weight', 'pos_embed')):
-            nn.init.normal_(parameter)
-    return model
-
-
-def choose(model, level):
-    for module in model.modules():
-        if isinstance(module, grained.GranularityRouter):
-            with torch.no_grad():
-                module.gate.weight.zero_()
-                module.gate.bias.fill_(-100)[level] = 100
-    return model
-
-
-def timm_state(theirs):
-    """With queries apart from keys and values."""
-    state = {}
-    for name, value in theirs.state_dict().items():
-        if '.qkv.' in name:
-            q, k, v = value.chunk(3)
-            state[name.replace('qkv', 'q')] = q
-            state[name.replace('qkv', 'kv')] = torch.cat([k, v])
-        else:
-            state[name] = value
-    return state
 
 
 @pytest.mark.parametrize('cls_token', [False, True])
@@ -63,7 +34,8 @@ def test_twin_is_timms(cls_token, size):
         nn.init.normal_(parameter, std=0.3)
     twin = make(**DGEDeiT.twin_args, cls_token=cls_token, out_indices=(0, 2, 3)).eval()
     assert twin.budget is None
-    twin.load_state_dict(timm_state(theirs), strict=True)
+    assert twin.state_dict().keys() == theirs.state_dict().keys()
+    twin.load_state_dict(theirs.state_dict(), strict=True)
     image = torch.randn(2, 3, *size)
     outs = {}
     for out_type in ('avg_featmap', 'cls_token')[: 1 + cls_token]:
@@ -89,7 +61,7 @@ def test_twin_is_timms(cls_token, size):
 @pytest.mark.parametrize('size', [(128, 128), (100, 150)])
 def test_finest_everywhere_is_the_twin(cls_token, training, size):
     kwargs = dict(cls_token=cls_token, out_indices=(1, 3))
-    model = choose(stir(make(**kwargs)), 0).train(training)
+    model = force_granularity(stir_routers(make(**kwargs)), 0).train(training)
     twin = make(**DGEDeiT.twin_args, **kwargs).train(training)
     state = {k: v for k, v in model.state_dict().items() if 'router' not in k}
     twin.load_state_dict(state, strict=True)
@@ -103,12 +75,12 @@ def test_finest_everywhere_is_the_twin(cls_token, training, size):
 
 @pytest.mark.parametrize('cls_token', [False, True])
 def test_inference_and_training_are_the_same_function(cls_token):
-    model, outs = stir(make(cls_token=cls_token)), []
+    model, outs = stir_routers(make(cls_token=cls_token)), []
     image = torch.randn(2, 3, 100, 150)
     for train_mode in ('exact', 'dense', 'sparse', None):
         model.train(train_mode is not None)
         for block in model.blocks:
-            block.train_mode = train_mode
+            block.train_mode = train_mode or 'exact'
         with (
             torch.set_grad_enabled(model.training),
             mmtoken.token_losses(),
@@ -124,32 +96,48 @@ def test_released_budget():
     golden = np.load(DATA / 'dge_budget_full_models.npz')
     with torch.device('meta'):
         model = DGEDeiT('small', cls_token=True, img_size=256, budget=LEGACY)
-    regions = grained.make_region_layout((16, 16), (1, 2, 4), 4, num_prefix_tokens=1)
+    layout = make_region_layout((16, 16), (1, 2, 4), 4, num_prefix_tokens=1)
     for level, side in enumerate((1, 2, 4)):
-        static = dynamic = model.constant_complexity(torch.tensor([[256, 256]]))
         gates = nn.functional.one_hot(torch.full((1, 4, 4), level), 3)
-        for block in model.blocks:
-            usage = block.measure(gates, regions, None)
-            static, dynamic = static + usage.static, dynamic + usage.dynamic
-        assert static.item() == golden['deit_small_256.static']
-        assert dynamic.item() == golden[f'deit_small_256.dynamic_all_{side}']
+        static, dynamic = costs(model, (256, 256), gates, layout)
+        assert static == golden['deit_small_256.static']
+        assert dynamic == golden[f'deit_small_256.dynamic_all_{side}']
+
+
+def costs(model, size, gates, layout):
+    """Of an image in the full network, and with the same gates in all blocks."""
+    size = torch.tensor([size], dtype=torch.float64)
+    constant = constant_complexity(model.budget, [model.patch_widths], size)
+    tokens, queries = count_tokens(gates, layout, None)
+    return [
+        (constant + len(model.blocks) * block_complexity(model.block_widths, tokens, n)).item()
+        for n in (tokens, queries)
+    ]
 
 
 def test_budget_of_a_forward_pass_is_that_of_its_blocks():
-    model = choose(make(budget=LEGACY, cls_token=True), 1).train()
+    model = force_granularity(make(budget=LEGACY, cls_token=True), 1).train()
     asked = []
     model.budget.register_forward_hook(lambda module, args, out: asked.append(args))
     with mmtoken.token_losses() as published:
         model(torch.randn(2, 3, 128, 64))
     ((static, dynamic),) = asked
-    constant = model.constant_complexity(torch.tensor([[128, 64]]))
-    regions = grained.make_region_layout((8, 4), (1, 2, 4), 4, num_prefix_tokens=1)
+    layout = make_region_layout((8, 4), (1, 2, 4), 4, num_prefix_tokens=1)
     gates = nn.functional.one_hot(torch.ones(1, 2, 1, dtype=torch.long), 3)
-    usages = [block.measure(gates, regions, None) for block in model.blocks]
-    assert static.tolist() == [(constant + sum(u.static for u in usages)).item()] * 2
-    assert dynamic.tolist() == [(constant + sum(u.dynamic for u in usages)).item()] * 2
+    expected = costs(model, (128, 64), gates, layout)
+    assert [static.tolist(), dynamic.tolist()] == [[cost] * 2 for cost in expected]
     assert list(published) == ['loss_budget', 'budget_ratio', 'query_ratio_s0']
     assert published['query_ratio_s0'].item() == pytest.approx(9 / 33)
+
+
+def test_twin_and_routed_network_take_each_others_weights():
+    routed, twin = stir_routers(make()), make(**DGEDeiT.twin_args)
+    state = {k: v for k, v in routed.state_dict().items() if 'router' not in k}
+    twin.load_state_dict(state, strict=True)
+    other = make()
+    other.load_state_dict(twin.state_dict(), strict=False)
+    for name, value in state.items():
+        assert torch.equal(other.state_dict()[name], value), name
 
 
 def test_parameters():
@@ -163,7 +151,7 @@ def test_parameters():
 
 
 def test_padding_is_not_counted():
-    model = choose(make(cls_token=True), 1).train()
+    model = force_granularity(make(cls_token=True), 1).train()
     image, shares = torch.zeros(2, 3, 192, 256), []
     image[:, :, :100, :64] = torch.randn(2, 3, 100, 64)
     for height, width in ((128, 64), (192, 64), (192, 256)):
@@ -196,7 +184,7 @@ def test_routers_learn_from_both_losses(with_cp, monkeypatch):
         'add',
         lambda *args: added.append(args[1]) or add(*args),
     )
-    model = stir(make(with_cp=with_cp, drop_path_rate=0.0)).train()
+    model = stir_routers(make(with_cp=with_cp, drop_path_rate=0.0)).train()
     with mmtoken.token_losses() as published:
         (map_,) = model(torch.randn(2, 3, 128, 128))
         for loss in ((map_ * torch.randn_like(map_)).mean(), published.total()):
@@ -230,7 +218,7 @@ def test_new_routers_survive_initialisation(source, tmp_path):
 
 
 def test_granularities():
-    model = stir(make(granularities=[1, 2], region_size=2)).train()
+    model = stir_routers(make(granularities=[1, 2], region_size=2)).train()
     with mmtoken.token_losses(), record_routing() as record:
         model(torch.randn(2, 3, 100, 100))
     assert [decision.choice.shape for decision in record] == [(2, 4, 4)] * 4
@@ -244,7 +232,7 @@ def test_drop_path_rises_to_its_rate():
 
 def test_norm_only_where_it_is_used():
     assert not list(make(out_indices=(0, 2)).norm.parameters())
-    model = stir(make(out_indices=(1, 3), cls_token=True)).train()
+    model = stir_routers(make(out_indices=(1, 3), cls_token=True)).train()
     with mmtoken.token_losses() as published:
         maps = model(torch.randn(2, 3, 80, 80))
     (sum(m.square().sum() for m in maps) + published.total()).backward()

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import force_granularity, stir_routers
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -12,8 +13,11 @@ from torch.utils.checkpoint import checkpoint
 import mmtoken
 from mmtoken.backbones import DGEDPVT, DGEPVT
 from mmtoken.layers.common import routing
-from mmtoken.layers.dge import block as grained
+from mmtoken.layers.common.padding import padding_regions
+from mmtoken.layers.common.regions import make_region_layout
+from mmtoken.layers.dge.block import DynamicGranularityBlock, GranularityRouter
 from mmtoken.losses import BudgetLoss
+from mmtoken.losses.budget import block_complexity, constant_complexity, count_tokens
 from mmtoken.runtime.decisions import record_routing
 from mmtoken.runtime.routing_override import routing_override
 
@@ -31,26 +35,6 @@ KINDS = [(DGEPVT, TINY), (DGEDPVT, PYRAMID)]
 
 def make(cls=DGEPVT, arch=TINY, **kwargs):
     return cls(arch, **{'pretrain_img_size': 128, 'drop_path_rate': 0.0, **kwargs})
-
-
-def stir(model):
-    """Routers that like all granularities, positions that can be told apart."""
-    for name, parameter in model.named_parameters():
-        if name.endswith('router.gate.bias'):
-            nn.init.zeros_(parameter)
-        elif name.endswith(('router.gate.weight', 'pos_embed')):
-            nn.init.normal_(parameter)
-    return model
-
-
-def choose(model, level):
-    """Let all routers choose one granularity, whatever they see."""
-    for module in model.modules():
-        if isinstance(module, grained.GranularityRouter):
-            with torch.no_grad():
-                module.gate.weight.zero_()
-                module.gate.bias.fill_(-100)[level] = 100
-    return model
 
 
 def spy(model):
@@ -107,17 +91,16 @@ def test_released_budget(arch):
     golden = np.load(DATA / 'dge_budget_full_models.npz')
     with torch.device('meta'):
         model = DGEPVT(arch, cls_token=True, pretrain_img_size=256, budget=LEGACY)
-    size = torch.tensor([[256, 256]])
+    size = torch.tensor([[256.0, 256.0]], dtype=torch.float64)
     for level, side in enumerate((1, 2, 4)):
-        static = dynamic = model.constant_complexity(size)
-        for stage in model.layers:
-            grid = (256 // stage.stride,) * 2
-            extra = int(stage.cls_token is not None)
-            regions = grained.make_region_layout(grid, (1, 2, 4), 4, extra)
-            gates = nn.functional.one_hot(torch.full((1, *regions.shape), level), 3)
-            for block in stage.blocks:
-                usage = block.measure(gates, regions, None)
-                static, dynamic = static + usage.static, dynamic + usage.dynamic
+        static = dynamic = constant_complexity(model.budget, model.patch_widths, size)
+        for stage, widths in zip(model.layers, model.block_widths, strict=True):
+            grid, prefix = (256 // stage.stride,) * 2, int(stage.cls_token is not None)
+            layout = stage.blocks[0].layout(grid, prefix, 'cpu')
+            gates = nn.functional.one_hot(torch.full((1, *layout.shape), level), 3)
+            tokens, queries = count_tokens(gates, layout, None)
+            static = static + len(stage.blocks) * block_complexity(widths, tokens, tokens)
+            dynamic = dynamic + len(stage.blocks) * block_complexity(widths, tokens, queries)
         assert static.item() == golden[f'pvt_{arch}_256.static']
         assert dynamic.item() == golden[f'pvt_{arch}_256.dynamic_all_{side}']
 
@@ -157,7 +140,7 @@ def test_parameters_of_deformable_pvt():
 @pytest.mark.parametrize('training', [False, True])
 @pytest.mark.parametrize('size', [(128, 128), (100, 150)])
 def test_finest_everywhere_is_the_twin(cls, arch, training, size):
-    model = choose(stir(make(cls, arch)), 0).train(training)
+    model = force_granularity(stir_routers(make(cls, arch)), 0).train(training)
     twin = make(cls, arch, **cls.twin_args).train(training)
     assert twin.budget is None
     state = {k: v for k, v in model.state_dict().items() if 'router' not in k}
@@ -176,7 +159,7 @@ def test_finest_everywhere_is_the_twin(cls, arch, training, size):
     'granularities, size', [((1, 2), 4), ((1, 2), 2), ((1, 3), 3), ([1, 4], 8)]
 )
 def test_other_granularities(granularities, size):
-    model = stir(make(granularities=granularities, region_size=size)).train()
+    model = stir_routers(make(granularities=granularities, region_size=size)).train()
     image = torch.randn(2, 3, 130, 160)
     with mmtoken.token_losses() as published, record_routing() as record:
         loss = sum(map_.square().mean() for map_ in model(image))
@@ -192,12 +175,12 @@ def test_other_granularities(granularities, size):
 def test_inference_and_training_are_the_same_function():
     """For a given routing; and on borders that regions stick out of."""
     for cls, arch in KINDS:
-        model, image = stir(make(cls, arch)), torch.randn(2, 3, 100, 150)
+        model, image = stir_routers(make(cls, arch)), torch.randn(2, 3, 100, 150)
         outs = []
         for train_mode in ('exact', 'dense', 'sparse', None):
             model.train(train_mode is not None)
             for block in model.modules():
-                if isinstance(block, grained.DynamicGranularityBlock):
+                if isinstance(block, DynamicGranularityBlock) and train_mode:
                     block.train_mode = train_mode
             quiet = nullcontext() if train_mode else torch.no_grad()
             with quiet, mmtoken.token_losses(), routing_override(query_ratio=0.5):
@@ -209,9 +192,9 @@ def test_inference_and_training_are_the_same_function():
 
 @pytest.mark.parametrize('size', [(128, 128), (90, 128)])
 def test_padding_is_not_counted(size):
-    """Whole regions more of it, in every stage, change nothing that the budget sees."""
+    """More of it, whole regions in every stage, does not change what the budget compares."""
     for level in (1, 2):
-        model = choose(make(cls_token=True), level)
+        model = force_granularity(make(cls_token=True), level)
         asked, shares = spy(model), []
         image = torch.zeros(2, 3, 256, 384)
         image[:, :, : size[0], : size[1]] = torch.randn(2, 3, *size)
@@ -221,8 +204,10 @@ def test_padding_is_not_counted(size):
             shares.append({name: value.item() for name, value in published.items()})
             for decision in record:
                 assert torch.equal(decision.choice, torch.where(decision.padding, 2, level))
-                rows = -(-size[0] // (128 // (decision.grid[0] // (height // 128) // 4)))
-                assert (~decision.padding[0]).any(1).sum() == rows
+                layout = make_region_layout(decision.grid, (1, 2, 4), 4)
+                stride = height // decision.grid[0]
+                expected = padding_regions(torch.tensor([size] * 2), stride, layout)
+                assert torch.equal(decision.padding, expected)
         assert shares[0] == shares[1] == shares[2]
         for static, dynamic in asked:
             assert torch.equal(static, asked[0][0]) and torch.equal(dynamic, asked[0][1])
@@ -230,7 +215,7 @@ def test_padding_is_not_counted(size):
 
 
 def test_images_count_each_for_itself():
-    model = choose(make(cls_token=True), 1)
+    model = force_granularity(make(cls_token=True), 1)
     asked, images = spy(model), torch.zeros(3, 3, 256, 256)
     for image, (height, width) in zip(images, ((256, 256), (70, 250), (128, 128)), strict=True):
         image[:, :height, :width] = torch.randn(3, height, width)
@@ -245,7 +230,7 @@ def test_images_count_each_for_itself():
 
 
 def test_what_is_published():
-    model = stir(make(cls_token=True)).train()
+    model = stir_routers(make(cls_token=True)).train()
     image = torch.randn(3, 3, 128, 160)
     with mmtoken.token_losses() as published, record_routing() as record:
         model(image)
@@ -269,7 +254,7 @@ def test_published_once(with_cp, outside, monkeypatch):
         'add',
         lambda sink, name, value: added.append((name, value)),
     )
-    model = stir(make(with_cp=with_cp)).train()
+    model = stir_routers(make(with_cp=with_cp)).train()
     image = torch.randn(2, 3, 128, 128, requires_grad=True)
     with mmtoken.token_losses(), record_routing() as record:
         maps = checkpoint(model, image, use_reentrant=False) if outside else model(image)
@@ -284,7 +269,7 @@ def test_published_once(with_cp, outside, monkeypatch):
 
 
 def test_budget_alone_teaches_routers():
-    model = stir(make()).train()
+    model = stir_routers(make()).train()
     with mmtoken.token_losses() as published:
         model(torch.randn(2, 3, 128, 128))
     published.total().backward()
@@ -296,7 +281,7 @@ def test_budget_alone_teaches_routers():
 
 @pytest.mark.parametrize('train_mode', ['exact', 'dense', 'sparse'])
 def test_task_alone_teaches_routers(train_mode):
-    model = stir(make(budget=None, train_mode=train_mode)).train()
+    model = stir_routers(make(budget=None, train_mode=train_mode)).train()
     maps = model(torch.randn(2, 3, 128, 128))  # nobody needs to collect
     sum((m * torch.randn_like(m)).mean() for m in maps).backward()
     gates = [p for name, p in model.named_parameters() if 'router' in name]
@@ -316,14 +301,14 @@ def test_forgotten_hook():
 def test_budget_is_built_from_its_config():
     budget = dict(type='mmtoken.BudgetLoss', target=0.25, loss_weight=3.0)
     assert isinstance(make().budget, BudgetLoss) and make().budget.target == 0.5
-    model = choose(make(budget=budget), 0).train()
+    model = force_granularity(make(budget=budget), 0).train()
     with mmtoken.token_losses() as published:
         model(torch.randn(1, 3, 64, 64))
     assert published['loss_budget'].item() == pytest.approx(3 * 0.75**2)
 
 
 def assert_new_routers(model):
-    gates = [m.gate for m in model.modules() if isinstance(m, grained.GranularityRouter)]
+    gates = [m.gate for m in model.modules() if isinstance(m, GranularityRouter)]
     assert len(gates) == 5
     for gate in gates:
         assert gate.bias.tolist() == pytest.approx([1.8188, -1.8188, -1.8188], abs=1e-4)
@@ -343,7 +328,7 @@ def test_new_routers_survive_initialisation(cls, arch, init_cfg):
 
 @pytest.mark.parametrize('routed', [False, True])
 def test_routers_of_a_checkpoint(routed, tmp_path):
-    source = stir(make()) if routed else stir(make(**DGEPVT.twin_args))
+    source = stir_routers(make()) if routed else stir_routers(make(**DGEPVT.twin_args))
     torch.save(dict(state_dict=source.state_dict()), tmp_path / 'weights.pth')
     init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'weights.pth'))
     model = make(init_cfg=init_cfg)
@@ -358,7 +343,7 @@ def test_routers_of_a_checkpoint(routed, tmp_path):
 def test_vectors():
     image = torch.randn(2, 3, 96, 130)
     kwargs = dict(cls_token=True, out_indices=(3,))
-    maps = stir(make(**kwargs)).eval()
+    maps = stir_routers(make(**kwargs)).eval()
     outs = {}
     for out_type in ('cls_token', 'avg_featmap'):
         model = make(**kwargs, out_type=out_type).eval()
@@ -378,7 +363,7 @@ def test_vectors():
 
 def test_every_parameter_of_a_classifier_learns():
     for kwargs in (dict(out_type='cls_token', cls_token=True), dict(out_type='avg_featmap')):
-        model = stir(make(**kwargs, out_indices=(3,))).train()
+        model = stir_routers(make(**kwargs, out_indices=(3,))).train()
         with mmtoken.token_losses() as published:
             (out,) = model(torch.randn(2, 3, 128, 128))
         ((out * torch.randn_like(out)).sum() + published.total()).backward()
@@ -413,7 +398,7 @@ def test_arguments_reach_the_blocks():
     for stage in model.layers:
         for block in stage.blocks:
             assert block.attn.num_points == 2 and block.region_size == 8
-            assert block.train_mode == 'dense' and block.with_cp
+            assert block.train_mode == 'dense' and stage.with_cp
     model = make(in_channels=1, qkv_bias=False)
     assert model.layers[2].blocks[0].attn.kv.bias is None
     with torch.no_grad():
@@ -432,7 +417,7 @@ def test_arguments_reach_the_blocks():
         (dict(out_type='avg_featmap'), r'out_indices=\(3,\); got \(0, 1, 2, 3\)'),
         (dict(arch=dict(TINY, depths=(1, 1))), 'one value per stage'),
         (dict(arch={k: (*v, 8) for k, v in TINY.items()}), 'of 1 to 4 stages'),
-        (dict(arch=dict(TINY, num_heads=(1, 3, 5, 8))), 'embed_dims 32 is no multiple'),
+        (dict(arch=dict(TINY, num_heads=(1, 3, 5, 8))), 'embed_dims=32 is no multiple'),
         (dict(arch=dict(TINY, sr_ratios=(8, 4, 2, 2)), cls_token=True), 'sr_ratio 1.*got 2'),
         (dict(budget=dict(type='mmtoken.BudgetLoss', target=0)), 'target'),
     ],
@@ -443,7 +428,7 @@ def test_bad_arguments(bad, message):
 
 
 def test_deformable_pvt_has_no_class_token():
-    with pytest.raises(ValueError, match='has no class token'):
+    with pytest.raises(TypeError, match='DGEDPVT takes no cls_token'):
         make(DGEDPVT, PYRAMID, cls_token=True)
     with pytest.raises(ValueError, match="'medium'; known are"):
         DGEDPVT('medium')

@@ -315,16 +315,18 @@ def test_no_float64_in_other_losses_and_necks():
 
 
 @pytest.mark.parametrize('name', ['DGEPVT', 'DGEDeiT'])
-def test_nothing_is_measured_that_nobody_uses(name, monkeypatch):
+def test_nothing_is_counted_that_nobody_uses(name, monkeypatch):
     def fail(*_):
-        raise AssertionError
+        raise AssertionError('counted')
 
-    monkeypatch.setattr('mmtoken.layers.dge.block.GrainedBlock.measure', fail)
+    monkeypatch.setattr('mmtoken.losses.budget.count_tokens', fail)
     model = build(name)
     with torch.no_grad():
         model.eval()(IMAGE)
         model.train()(IMAGE)
     backbones.__dict__[name](**CONFIGS[name], budget=None).train()(IMAGE)
+    with mmtoken.token_losses(), pytest.raises(AssertionError, match='counted'):
+        model(IMAGE)
 
 
 class NoChance(TorchDispatchMode):

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import mmtoken
+from mmtoken.fast import tiling
 from mmtoken.layers.common import old_tiles as tiles
 from mmtoken.layers.dge.block import GranularityRouter
 from mmtoken.layers.msvit.gate import ScaleGate
@@ -78,6 +79,7 @@ IMAGE = (2 * IMAGE).repeat_interleave(8, 2).repeat_interleave(8, 3) + IMAGE.repe
 @pytest.fixture(autouse=True)
 def tiny_tiles(monkeypatch):
     monkeypatch.setattr(tiles, 'TILE_ELEMENTS', 800)
+    monkeypatch.setattr(tiling, 'TILE_ELEMENTS', 800)
 
 
 @pytest.fixture(params=NETWORKS)

@@ -84,8 +84,8 @@ def check(ours, weights, report):
     state = ours.state_dict()
     fresh = ('gate.', 'gate_loss.')
     derived = {name for name in state if name.startswith('patch_embed_coarse.')}
-    assert set(report.fresh) == set(state) - set(weights) - derived
-    assert all(name.startswith(fresh) for name in report.fresh)
+    assert set(report.newly_initialized) == set(state) - set(weights) - derived
+    assert all(name.startswith(fresh) for name in report.newly_initialized)
     assert all(torch.equal(state[name], tensor) for name, tensor in weights.items())
 
 

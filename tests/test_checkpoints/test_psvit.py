@@ -14,7 +14,7 @@ def test_dense_twin(save):
     twin, ours = PSViT(ARCH, sharing=None, **ARGS), PSViT(ARCH, **ARGS)
     dense = twin.state_dict()
     report = load_into(ours, save(dict(state_dict={f'backbone.{k}': v for k, v in dense.items()})))
-    assert report.source is None and report.fresh == report.dropped == []
+    assert report.source is None and report.newly_initialized == report.dropped == []
     followers = [(0, 1), (1, 2), (1, 3)]
     names = [f'layers.{i}.blocks.{j}.attn' for i, j in followers]
     assert report.split == [f'{name}.qkv.{kind}' for name in names for kind in ('weight', 'bias')]
@@ -58,5 +58,7 @@ def test_other_layout(save):
 def test_own_names_are_taken_as_they_are(save):
     theirs, ours = PSViT(ARCH, **ARGS), PSViT(ARCH, **ARGS)
     report = load_into(ours, save(theirs.state_dict()))
-    assert report.source is None and not (report.split or report.fresh or report.dropped)
+    assert report.source is None and not (
+        report.split or report.newly_initialized or report.dropped
+    )
     assert all(torch.equal(t, theirs.state_dict()[n]) for n, t in ours.state_dict().items())

@@ -93,7 +93,9 @@ def test_released_names():
     assert report.origin == 'pvt (official names)'
     assert set(report.dropped) == {'norm.weight', 'norm.bias', 'head.weight', 'head.bias'}
     assert not report.resized and not report.split
-    assert len(report.fresh) == 32 and all('.router.gate.' in name for name in report.fresh)
+    assert len(report.newly_initialized) == 32 and all(
+        '.router.gate.' in name for name in report.newly_initialized
+    )
     assert set(state) == set(plain.state_dict()) == set(report.mapped)
     for ours, theirs in report.mapped.items():
         assert torch.equal(state[ours], weights[theirs])
@@ -132,7 +134,7 @@ def test_mmdet(granularities, wrap, wake, save):
     ours = equal_eps(build(granularities=granularities)).eval()
     report = load_into(ours, save(dict(state_dict=state)))
     assert report.origin == 'pvt (mmdet names)' and not report.resized
-    assert set(report.fresh) == (ROUTERS if len(granularities) > 1 else set())
+    assert set(report.newly_initialized) == (ROUTERS if len(granularities) > 1 else set())
     assert len(report.split) == 2 * sum(DEPTHS)
     if len(granularities) > 1:
         for name, tensor in ours.state_dict().items():
@@ -185,7 +187,7 @@ def test_positions(kind, cls_token, old, new, save):
             assert torch.equal(first, wanted)
         torch.testing.assert_close(actual, expected)
     fresh = {'layers.3.cls_token'} if cls_token and kind != 'classifier' else set()
-    assert set(report.fresh) == ROUTERS | fresh
+    assert set(report.newly_initialized) == ROUTERS | fresh
     assert ('cls_token' in report.dropped) == (kind == 'classifier' and not cls_token)
 
 
@@ -217,7 +219,7 @@ def test_dense_twin_starts_a_grained_one(save):
     twin, ours = build(granularities=(1,), **image), build(**image)
     report = load_into(ours, save(twin.state_dict()))
     assert report.origin == 'pvt (mmtoken names)' and not report.resized
-    assert set(report.fresh) == ROUTERS
+    assert set(report.newly_initialized) == ROUTERS
     assert all(torch.equal(ours.state_dict()[name], t) for name, t in twin.state_dict().items())
 
 
@@ -226,7 +228,7 @@ def test_our_classifier_becomes_a_backbone(save):
     ours = build()
     state = {f'backbone.{name}': tensor for name, tensor in classifier.state_dict().items()}
     report = load_into(ours, save(dict(state_dict={**state, 'head.fc.weight': torch.zeros(1)})))
-    assert report.fresh == []
+    assert report.newly_initialized == []
     assert 'layers.3.cls_token' in report.dropped and 'norm.weight' in report.dropped
     assert torch.equal(ours.layers[3].pos_embed, classifier.layers[3].pos_embed[:, 1:])
 
@@ -259,7 +261,7 @@ def test_tool(monkeypatch, capsys, save, tmp_path):
     ours, direct = build(), build()
     load_into(direct, save(state))
     report = load_into(ours, tmp_path / 'new.pth')
-    assert set(report.fresh) == ROUTERS
+    assert set(report.newly_initialized) == ROUTERS
     assert torch.equal(ours.layers[3].pos_embed, direct.layers[3].pos_embed)
 
 
@@ -274,7 +276,7 @@ def test_tool_with_a_config(monkeypatch, capsys, save, tmp_path):
     for what in ('Read as pvt (mmdet names)', 'split', 'layers.0.pos_embed 16 x 16'):
         assert what in out
     report = load_into(build(pretrain_img_size=96), new)
-    assert set(report.fresh) == ROUTERS and not report.resized
+    assert set(report.newly_initialized) == ROUTERS and not report.resized
 
 
 # What it is not
@@ -289,7 +291,7 @@ def test_version_2_is_another(names, save):
         state = {name: t for name, t in official().items() if not name.startswith('pos_embed')}
         state['block1.0.mlp.dwconv.dwconv.weight'] = torch.zeros(32, 1, 3, 3)
         unknown = r'layers\.0\.blocks\.0\.mlp\.dwconv|block1\.0\.mlp\.dwconv'
-    with pytest.raises(ValueError, match=f'not supported, with .*({unknown})'):
+    with pytest.raises(ValueError, match=f'not supported; it has .*({unknown})'):
         convert(state, 'pvt')
     with pytest.raises(ValueError, match=r'does not fit DGEPVT; it was read as pvt .*pos_embed'):
         load_into(build(), save(state))

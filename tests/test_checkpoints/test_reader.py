@@ -8,9 +8,10 @@ import zipfile
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mmtoken.checkpoints import find_weights, read_checkpoint
-from mmtoken.checkpoints.inert_pickle import Inert
+from mmtoken.checkpoints.restricted_unpickler import KNOWN_NAMES, Inert, is_torchscript
 
 FORMATS = [{}, dict(_use_new_zipfile_serialization=False)]
 
@@ -60,19 +61,10 @@ def test_modules_and_parameters(kind, save):
 
 
 def test_safetensors(weights, tmp_path):
-    safetensors = pytest.importorskip('safetensors.torch')
     contiguous = {name: tensor.contiguous().clone() for name, tensor in weights.items()}
-    safetensors.save_file(contiguous, tmp_path / 'model.bin')
+    save_file(contiguous, tmp_path / 'model.bin')
     found = read_checkpoint(tmp_path / 'model.bin')
     assert_equal(dict(sorted(found.items())), dict(sorted(contiguous.items())))
-
-
-def test_safetensors_is_optional(tmp_path, monkeypatch):
-    safetensors = pytest.importorskip('safetensors.torch')
-    safetensors.save_file(dict(weight=torch.zeros(2)), tmp_path / 'file')
-    monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
-    with pytest.raises(ValueError, match='pip install safetensors'):
-        read_checkpoint(tmp_path / 'file')
 
 
 def test_objects_of_missing_packages(training_leftovers, kind, save):
@@ -81,7 +73,7 @@ def test_objects_of_missing_packages(training_leftovers, kind, save):
     found = read_checkpoint(file)
     assert 'oldconf' not in sys.modules
     assert found['epoch'] == 12 and torch.equal(found['model']['weight'], torch.ones(2))
-    assert found['args'].origin == 'argparse.Namespace'
+    assert type(found['args']).__name__ == 'argparse.Namespace'
     for name in ('args', 'config'):
         assert isinstance(found[name], Inert) and not vars(found[name])
 
@@ -152,17 +144,15 @@ TAMPERING = dict(
 
 @pytest.mark.parametrize('name', TAMPERING)
 def test_functions_and_classes_cannot_be_changed(name, save_pickle):
-    from mmtoken.checkpoints import inert_pickle
-
     before = torch._utils._rebuild_parameter.__defaults__
-    sealed = {key: type(value) for key, value in inert_pickle._ADMITTED.items()}
+    sealed = {key: type(value) for key, value in KNOWN_NAMES.items()}
     try:
         found = read_checkpoint(save_pickle(b'\x80\x04' + TAMPERING[name]))
     except ValueError:
         found = None
     assert torch._utils._rebuild_parameter.__defaults__ == before
-    assert not hasattr(os.path, '__defaults__') and not hasattr(found, '__defaults__')
-    assert sealed == {key: type(value) for key, value in inert_pickle._ADMITTED.items()}
+    assert not hasattr(os.path, '__defaults__') and not hasattr(type(found), '__defaults__')
+    assert sealed == {key: type(value) for key, value in KNOWN_NAMES.items()}
 
 
 def test_call_of_what_a_call_returned(save_pickle, tmp_path):
@@ -194,10 +184,13 @@ def test_length_beyond_the_record(save, tmp_path):
         read_checkpoint(tmp_path / '4096.pth')
 
 
-def test_torchscript_is_not_run(tmp_path):
+def test_torchscript_is_not_run(tmp_path, save):
     module = torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2))
     torch.jit.save(module, tmp_path / 'script.pt')
-    with pytest.raises(ValueError, match=r'script\.pt is a TorchScript archive.*state_dict\(\)'):
+    assert is_torchscript(tmp_path / 'script.pt') and not is_torchscript(save(dict(a=1)))
+    with pytest.raises(
+        ValueError, match=r'script\.pt is .* a TorchScript archive .*state_dict\(\)'
+    ):
         read_checkpoint(tmp_path / 'script.pt')
 
 
@@ -218,33 +211,32 @@ def test_tar_is_not_extracted(tmp_path):
 @pytest.mark.parametrize(
     'content, message',
     [
-        (b'', 'it is empty'),
-        (b'<!DOCTYPE html><html>404</html>', 'a web page; the download'),
-        (b'\n<html>', 'a web page'),
-        (b'version https://git-lfs.github.com/spec/v1\noid', 'git lfs pull'),
-        (b'\x1f\x8b\x08\x00', 'a compressed file; unpack it'),
-        (b'epoch,loss\n1,2', "begins with b'epoch,loss"),
-        (pickle.dumps(dict(weight=1)), 'no checkpoint'),
-        (b'PK\x03\x04' + b'x' * 50, 'damaged, incomplete or no checkpoint'),
+        (b'', "b''"),
+        (b'<!DOCTYPE html><html>404</html>', "b'<!DOCTYPE html>"),
+        (b'version https://git-lfs.github.com/spec/v1\noid', "b'version https://git-lfs"),
+        (b'epoch,loss\n1,2', "b'epoch,loss"),
+        (pickle.dumps(dict(weight=1)), r"b'\\x80"),
+        (b'PK\x03\x04' + b'x' * 50, r"b'PK\\x03"),
     ],
 )
-def test_other_files_are_named(content, message, tmp_path):
+def test_other_files_are_shown(content, message, tmp_path):
     (tmp_path / 'file.pth').write_bytes(content)
-    with pytest.raises(ValueError, match=f'file.pth is .*{message}'):
+    message = rf'file.pth is damaged or no checkpoint: .* \(it begins with {message}'
+    with pytest.raises(ValueError, match=message):
         read_checkpoint(tmp_path / 'file.pth')
 
 
 def test_other_zip(tmp_path):
     with zipfile.ZipFile(tmp_path / 'a.zip', 'w') as archive:
         archive.writestr('a/b.txt', 'text')
-    with pytest.raises(ValueError, match='a.zip is a zip archive that torch.save did not write'):
+    with pytest.raises(ValueError, match='a.zip is damaged or no checkpoint'):
         read_checkpoint(tmp_path / 'a.zip')
 
 
 def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r'none\.pth does not exist .*http\(s\) URL'):
+    with pytest.raises(FileNotFoundError, match=r'none\.pth'):
         read_checkpoint(tmp_path / 'none.pth')
-    with pytest.raises(ValueError, match='is a folder; give a file in it'):
+    with pytest.raises(IsADirectoryError, match=tmp_path.name):
         read_checkpoint(tmp_path)
 
 
@@ -254,7 +246,7 @@ def test_truncated_files(part, kind, save, tmp_path):
     with open(file, 'rb') as stream:
         whole = stream.read()
     (tmp_path / 'part.pth').write_bytes(whole[: int(part * len(whole))])
-    with pytest.raises(ValueError, match='part.pth is damaged, incomplete or no checkpoint: .'):
+    with pytest.raises(ValueError, match='part.pth is damaged or no checkpoint: .'):
         read_checkpoint(tmp_path / 'part.pth')
 
 
@@ -276,9 +268,9 @@ def test_damaged_files_raise_nothing_else(seed, kind, save, tmp_path):
     'content, message',
     [
         ([1, 2], 'holds no weights.* but a list'),
-        (dict(epoch=3, args=[1]), r"but a mapping with the keys \['epoch', 'args'\]"),
+        (dict(epoch=3, args=[1]), "but a mapping with the keys 'epoch', 'args'"),
         ({i: i for i in range(20)}, 'and 12 more'),
-        (torch.nn.Linear(2, 2), r'a pickled torch.nn.modules.linear.Linear.*state_dict\(\)'),
+        (torch.nn.Linear(2, 2), r'state_dict\(\) gives them, but a torch.nn.modules.linear.Linear'),
     ],
 )
 def test_no_weights(content, message, save):

@@ -23,7 +23,7 @@ def test_as_text():
         mapped={'layers.0.blocks.0.norm1.weight': 'layers.0.blocks.0.norm1.weight'},
         resized={f'blocks.{i}.table': ((225, 3), (169, 3)) for i in range(2)},
         dropped=['head.fc.weight'],
-        fresh=['norm0.weight', 'norm1.weight'],
+        newly_initialized=['norm0.weight', 'norm1.weight'],
     )
     text = str(report)
     assert text.startswith('Read as swin (timm names)\n')

@@ -97,9 +97,11 @@ def test_swin(names, save):
 
     left = STEM | STEM_NORMS | MERGING
     has_norms = names in ('OpenMMLab', 'own')
-    assert set(report.fresh) == (left if has_norms else left | OUTPUT_NORMS)
-    assert all(torch.equal(before[name], ours.state_dict()[name]) for name in report.fresh)
-    assert set(report.neutral) == {n for n in before if '.conv.' in n or '.dwconv.' in n}
+    assert set(report.newly_initialized) == (left if has_norms else left | OUTPUT_NORMS)
+    assert all(
+        torch.equal(before[name], ours.state_dict()[name]) for name in report.newly_initialized
+    )
+    assert set(report.identity_init) == {n for n in before if '.conv.' in n or '.dwconv.' in n}
     assert sum('downsample' in name for name in report.dropped) == 9
     assert sum(name.startswith('patch_embed.') for name in report.dropped) == 4
 
@@ -137,9 +139,11 @@ def test_vit(library, img_size, save):
     layout = 'timm' if library in ('distilled', 'own') else library
     assert report.origin == f'{"deit" if library == "distilled" else "vit"} ({layout} names)'
 
-    assert set(report.fresh) == STEM | {'patch_embed.plane_pos'}
-    assert all(torch.equal(before[name], ours.state_dict()[name]) for name in report.fresh)
-    assert set(report.neutral) == {n for n in before if '.conv.' in n or '.dwconv.' in n}
+    assert set(report.newly_initialized) == STEM | {'patch_embed.plane_pos'}
+    assert all(
+        torch.equal(before[name], ours.state_dict()[name]) for name in report.newly_initialized
+    )
+    assert set(report.identity_init) == {n for n in before if '.conv.' in n or '.dwconv.' in n}
     own_layer = 'projection' if library in ('mmpretrain', 'mmseg') else 'proj'
     assert f'patch_embed.{own_layer}.weight' in report.dropped
     assert ('cls_token' in report.dropped) == (library != 'own')
@@ -148,7 +152,8 @@ def test_vit(library, img_size, save):
     torch.manual_seed(0)
     for grid in ((4, 4), (7, 3)):
         for ours_block, block in zip(ours.blocks, twin.blocks, strict=True):
-            assert_same(ours_block, block, torch.randn(2, *grid, 32))
+            x = torch.randn(2, *grid, 32)
+            assert_same(ours_block, block, x, x.flatten(1, 2))
 
 
 def test_blocks_are_those_of_timm(save):
@@ -201,7 +206,7 @@ def test_without_bias(save):
     theirs = settle(TimmViT(64, embed_dim=32, depth=3, num_heads=2, mlp_ratio=2, qkv_bias=False))
     ours = swat_deit(qkv_bias=False)
     report = load_into(ours, save(theirs.state_dict()))
-    assert 'blocks.0.attn.qkv.conv.weight' in report.neutral
+    assert 'blocks.0.attn.qkv.conv.weight' in report.identity_init
     x = torch.randn(2, 4, 4, 32)
     assert_same(ours.blocks[1], theirs.blocks[1], x, x.flatten(1, 2))
 
@@ -237,7 +242,7 @@ def test_models_without_values_take_them_too():
         model = SWATDeiT(DEIT, plane_size=4, img_size=64)
     state, report = fit_to(model, settle(plain_vit('timm')).state_dict(), 'a.pth')
     assert not any(tensor.is_meta for tensor in state.values())
-    assert set(state) | set(report.fresh) == set(model.state_dict())
+    assert set(state) | set(report.newly_initialized) == set(model.state_dict())
 
 
 def test_plain_models_are_left_alone():

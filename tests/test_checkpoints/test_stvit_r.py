@@ -29,8 +29,8 @@ def test_backbones_take_released_files(size, task, official_checkpoint):
 
     own = model.state_dict()
     official = official_weights(size, task)
-    assert set(report.fresh) == (OUTPUT_NORMS if task == 'cls' else set())
-    assert set(state) == set(own) - set(report.fresh)
+    assert set(report.newly_initialized) == (OUTPUT_NORMS if task == 'cls' else set())
+    assert set(state) == set(own) - set(report.newly_initialized)
     for name, tensor in state.items():
         assert torch.equal(tensor, official[name]) and tensor.shape == own[name].shape
     dropped = {name.split('.')[0] for name in report.dropped if not name.startswith('layers.')}
@@ -65,7 +65,7 @@ def test_classifier_keeps_its_output_norm(official_checkpoint):
     model = build('small', form='classification', out_indices=(3,))
     state, report = fit_to(model, find_weights(read_checkpoint(file), file), file)
     assert torch.equal(state['norm3.weight'], official_weights('small', 'cls')['norm.weight'])
-    assert report.mapped['norm3.bias'] == 'norm.bias' and report.fresh == []
+    assert report.mapped['norm3.bias'] == 'norm.bias' and report.newly_initialized == []
 
 
 def test_some_maps_of_a_detector(official_checkpoint):

@@ -49,11 +49,11 @@ def test_swin_takes_the_released_file():
     state, report = fit_to(model, weights, 'a.pth')
     own = model.state_dict()
     assert report.origin == 'swat (official names)'
-    assert set(report.fresh) == OUTPUT_NORMS and set(state) == set(own) - OUTPUT_NORMS
+    assert set(report.newly_initialized) == OUTPUT_NORMS and set(state) == set(own) - OUTPUT_NORMS
     assert all(state[name].shape == own[name].shape for name in state)
     assert len(set(report.mapped.values())) == len(state)
     assert {name.split('.')[0] for name in report.dropped} == {'layers', 'norm', 'head'}
-    assert not (report.resized or report.split or report.neutral or report.unknown)
+    assert not (report.resized or report.split or report.identity_init or report.unknown)
 
 
 @pytest.mark.parametrize(
@@ -87,14 +87,17 @@ def test_layers_of_the_mlp_become_linear():
 def test_classifier_keeps_its_output_norm():
     weights = released_swin()
     state, report = fit_to(build(SWATSwin, 'tiny', out_indices=(3,)), weights, 'a.pth')
-    assert torch.equal(state['norm3.weight'], weights['norm.weight']) and report.fresh == []
+    assert (
+        torch.equal(state['norm3.weight'], weights['norm.weight'])
+        and report.newly_initialized == []
+    )
 
 
 def test_deit_computes_what_the_release_does(save):
     weights = released_deit()
     model = SWATDeiT('tiny').double().eval()
     report = load_into(model, save(dict(epoch=309, state_dict=weights)))
-    assert report.origin == 'swat (official names)' and report.fresh == []
+    assert report.origin == 'swat (official names)' and report.newly_initialized == []
     assert set(report.dropped) == {'head.weight', 'head.bias'}
     row, channel = torch.arange(224.0).double(), torch.arange(3.0).double()
     image = torch.sin(channel[:, None, None] + 0.05 * row[:, None] + 0.03 * row)[None]
@@ -124,7 +127,7 @@ def test_converted_files_load_too(kind):
     converted, _ = convert(weights, 'swat')
     assert detect_source(converted) == 'swat'
     state, report = fit_to(build(kind, 'tiny', out_indices=(0,)), converted, 'a.pth')
-    assert report.is_ours and not report.neutral and not report.resized
+    assert report.is_ours and not report.identity_init and not report.resized
     assert all(torch.equal(state[name], converted[name]) for name in state)
 
 
@@ -142,7 +145,7 @@ def test_mixers_are_refused(stem, mixer, save):
 
 def test_what_differs_is_refused():
     weights = released_swin()
-    with pytest.raises(ValueError, match=r'not supported, with layers\.0\.blocks\.0\.attn\.tau'):
+    with pytest.raises(ValueError, match=r'not supported; it has layers\.0\.blocks\.0\.attn\.tau'):
         convert({**weights, 'layers.0.blocks.0.attn.tau': torch.zeros(3)}, 'swat')
     with pytest.raises(ValueError, match=r'read as swat .*other shapes: .*\(169, 3\) instead of'):
         arch = dict(embed_dims=128, depths=(2, 2, 6, 2), num_heads=(4, 8, 16, 32))
@@ -171,5 +174,7 @@ def test_own_names_are_taken_as_they_are(kind, save):
     theirs, ours = kind(arch), kind(arch)
     report = load_into(ours, save(theirs.state_dict()))
     assert report.source is None
-    assert not (report.fresh or report.dropped or report.neutral or report.resized)
+    assert not (
+        report.newly_initialized or report.dropped or report.identity_init or report.resized
+    )
     assert all(torch.equal(t, theirs.state_dict()[name]) for name, t in ours.state_dict().items())

@@ -65,7 +65,7 @@ def test_openmmlab(library, wrap, wake, save):
     form = 'classification' if library == 'mmpretrain' else 'dense'
     ours = STViTRSwin(ARCH, form, **PLAIN).eval()
     report = load_into(ours, save(dict(state_dict=state)))
-    assert report.origin == 'swin (OpenMMLab names)' and report.fresh == []
+    assert report.origin == 'swin (OpenMMLab names)' and report.newly_initialized == []
     # mmpretrain refuses grids that are smaller than a window.
     for size in [(224, 224)] if library == 'mmpretrain' else [(224, 224), (97, 130), (20, 64)]:
         image = torch.randn(1, 3, *size)
@@ -83,7 +83,10 @@ def test_timm_and_microsoft(names, wake, save):
     ours = STViTRSwin(ARCH, 'classification', **PLAIN).eval()
     report = load_into(ours, save(dict(model=state, epoch=300)))
     assert report.origin == f'swin ({names} names)'
-    assert all(name.startswith('norm') for name in report.fresh) and len(report.fresh) == 8
+    assert (
+        all(name.startswith('norm') for name in report.newly_initialized)
+        and len(report.newly_initialized) == 8
+    )
     image = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         maps = theirs.forward_intermediates(image, intermediates_only=True)
@@ -93,7 +96,7 @@ def test_timm_and_microsoft(names, wake, save):
 def test_classifier_keeps_its_output_norm(wake, save):
     theirs = wake(timm_swin())
     ours = STViTRSwin(ARCH, 'classification', out_indices=(3,), **PLAIN).eval()
-    assert load_into(ours, save(theirs.state_dict())).fresh == []
+    assert load_into(ours, save(theirs.state_dict())).newly_initialized == []
     image = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         features = theirs.forward_features(image).permute(0, 3, 1, 2)
@@ -147,14 +150,16 @@ def test_semantic_backbone(form, stem, extras, save):
     before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
     report = load_into(ours, save(theirs))
 
-    fresh = {name.split('.')[-1] for name in report.fresh if name.startswith('layers.')}
+    fresh = {name.split('.')[-1] for name in report.newly_initialized if name.startswith('layers.')}
     assert fresh == {'layer_scale_1', 'layer_scale_2'} | (
         {'semantic_token2'} | {'weight', 'bias'} if extras else set()
     )
     assert {n for n in before if n.startswith('patch_embed.')} <= set(
-        report.fresh if stem == 'conv' else report.mapped
+        report.newly_initialized if stem == 'conv' else report.mapped
     )
-    assert all(torch.equal(before[name], ours.state_dict()[name]) for name in report.fresh)
+    assert all(
+        torch.equal(before[name], ours.state_dict()[name]) for name in report.newly_initialized
+    )
     assert len(report.split) == 10
     tables = [n for n in report.dropped if n.endswith('relative_position_bias_table')]
     assert tables == [f'layers.2.blocks.{i}.attn.relative_position_bias_table' for i in range(1, 6)]
@@ -211,7 +216,7 @@ def test_unsupported_variants(save):
     ).state_dict()
     absolute = dict(timm_swin().state_dict(), absolute_pos_embed=torch.zeros(1, 3136, 16))
     for state, part in ((version_2, 'logit_scale'), (absolute, 'absolute_pos_embed')):
-        with pytest.raises(ValueError, match=f'not supported, with .*{part}'):
+        with pytest.raises(ValueError, match=f'not supported; it has .*{part}'):
             convert(state, 'swin')
         with pytest.raises(ValueError, match=f'it should not have: .*{part}'):
             load_into(STViTRSwin(ARCH, **PLAIN), save(state))

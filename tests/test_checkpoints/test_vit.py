@@ -29,7 +29,7 @@ def test_mmpretrain(wake, save):
     ours = timm_vit().eval()
     report = load_into(ours, save(dict(state_dict={**state, 'head.fc.weight': torch.zeros(1)})))
     assert report.origin == 'vit (mmpretrain names)'
-    assert report.fresh == [] and report.dropped == ['head.fc.weight']
+    assert report.newly_initialized == [] and report.dropped == ['head.fc.weight']
     image = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(
@@ -46,7 +46,7 @@ def test_mmseg(wake, save):
     )  # fmt: skip
     ours = timm_vit().eval()
     report = load_into(ours, save(theirs.state_dict()))
-    assert report.origin == 'vit (mmseg names)' and report.fresh == []
+    assert report.origin == 'vit (mmseg names)' and report.newly_initialized == []
     image = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         tokens = ours.forward_features(image)[:, 1:]
@@ -100,9 +100,10 @@ def test_our_deit(kind, semantic, img_size, save, wake):
     assert 'cls_token' in report.dropped
     assert len(report.split) == (4 if semantic else 0)
     assert all(
-        n.startswith(('blocks.2.pool.', 'blocks.3.centers', 'recover.')) for n in report.fresh
+        n.startswith(('blocks.2.pool.', 'blocks.3.centers', 'recover.'))
+        for n in report.newly_initialized
     )
-    assert bool(report.fresh) == semantic
+    assert bool(report.newly_initialized) == semantic
     joint, at = convert(state, 'vit')[0], ours.blocks[3].attn
     for side in ('weight', 'bias'):
         expected = joint[f'blocks.3.attn.qkv.{side}']
@@ -115,7 +116,7 @@ def test_dense_twin_computes_the_same(save, wake):
         timm_vit(class_token=False, global_pool='avg', no_embed_class=True, fc_norm=False)
     )
     ours = STViTDeiT(ARCH, img_size=64, semantic_size=None).eval()
-    assert load_into(ours, save(theirs.state_dict())).fresh == []
+    assert load_into(ours, save(theirs.state_dict())).newly_initialized == []
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         tokens = ours(image)[0].flatten(2).transpose(1, 2)
@@ -142,14 +143,16 @@ def test_our_deit_of_dynamic_granularity(kind, cls_token, img_size, save):
         assert torch.equal(ours.cls_token, state['cls_token'])
     assert torch.equal(ours.pos_embed, position)
     assert ('cls_token' in report.dropped) != cls_token
-    assert len(report.fresh) == 12 and all('.router.gate.' in name for name in report.fresh)
+    assert len(report.newly_initialized) == 12 and all(
+        '.router.gate.' in name for name in report.newly_initialized
+    )
     assert len(report.split) == 12
 
 
 def test_dense_deit_computes_the_same(save, wake):
     theirs = wake(timm_vit())
     ours = DGEDeiT(ARCH, (1,), img_size=64, cls_token=True, out_type='cls_token').eval()
-    assert load_into(ours, save(theirs.state_dict())).fresh == []
+    assert load_into(ours, save(theirs.state_dict())).newly_initialized == []
     image = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = theirs.forward_features(image)[:, 0]
@@ -269,7 +272,7 @@ def test_mae(full, cls_token, save, wake):
     assert detect_source(state) == 'vit'
     ours = DGEDeiT(ARCH, (1,), img_size=64, cls_token=cls_token)
     report = load_into(ours, save(dict(model=state)))
-    assert report.origin == 'vit (timm names)' and report.fresh == []
+    assert report.origin == 'vit (timm names)' and report.newly_initialized == []
     assert set(report.dropped) == decoder | (set() if cls_token else {'cls_token'})
     assert torch.equal(ours.pos_embed, weights['pos_embed'][:, 0 if cls_token else 1 :])
     assert convert(state, 'vit')[0].keys() == weights.keys()
@@ -287,7 +290,7 @@ def test_fine_tuned_mae(save):
     assert 'fc_norm.weight' in state and 'norm.weight' not in state
     ours = STViTDeiT(ARCH, img_size=64, semantic_size=None)
     report = load_into(ours, save(dict(model=state)))
-    assert report.fresh == ['norm.weight', 'norm.bias']
+    assert report.newly_initialized == ['norm.weight', 'norm.bias']
     assert {'fc_norm.weight', 'head.weight'} <= set(report.dropped)
     del state['blocks.1.norm1.weight']
     with pytest.raises(ValueError, match=r'names it lacks: blocks\.1\.norm1\.weight$'):
@@ -308,7 +311,7 @@ def test_mae_of_mmpretrain(stage, save, wake):
     ours = DGEDeiT(ARCH, (1,), img_size=64)
     report = load_into(ours, save(dict(state_dict=file)))
     assert report.origin == 'vit (mmpretrain names)'
-    assert report.fresh == ([] if neck else ['norm.weight', 'norm.bias'])
+    assert report.newly_initialized == ([] if neck else ['norm.weight', 'norm.bias'])
     assert torch.equal(ours.pos_embed, state['pos_embed'][:, 1:])
     if neck:
         assert state['pos_embed'].std() > 0.1 and 'neck.mask_token' in report.dropped

@@ -35,11 +35,11 @@ def test_backbones_take_released_files(model):
 
     own = ours.state_dict()
     assert report.origin == f'vtpack ({"DeiT" if model == "deit-dge" else "PVT"} names)'
-    assert set(state) == set(own) - set(report.fresh)
+    assert set(state) == set(own) - set(report.newly_initialized)
     for name, tensor in state.items():
         assert torch.equal(tensor, weights[report.mapped[name]])
         assert tensor.shape == own[name].shape
-    fresh = {name.split('.', 4)[-1] for name in report.fresh}
+    fresh = {name.split('.', 4)[-1] for name in report.newly_initialized}
     assert fresh == ({'router.gate.weight', 'router.gate.bias'} if model == 'dpvt' else set())
     unused = {'head.weight', 'head.bias'} | {n for n in weights if n.endswith('.dge.splits')}
     if model != 'deit-dge':
@@ -88,7 +88,7 @@ def test_detectors_of_other_sizes(model):
         expected = weights[report.mapped[name]].flatten()[0]
         torch.testing.assert_close(state[name], expected.expand_as(state[name]))
     assert any(name.endswith('cls_token') for name in report.dropped)
-    assert report.fresh == []
+    assert report.newly_initialized == []
 
 
 def test_distilled():
@@ -116,7 +116,7 @@ def test_file_of_a_training_run(save):
     content['block1.0.dge.splits'] = content['block2.0.dge.splits'] = torch.tensor([4, 2, 1])
     file = save(dict(model=content, optimizer={}, epoch=3, args=argparse.Namespace(lr=1)))
     report = load_into(ours, file)
-    assert report.source == 'vtpack' and report.fresh == []
+    assert report.source == 'vtpack' and report.newly_initialized == []
     for name, theirs in report.mapped.items():
         assert torch.equal(ours.state_dict()[name], content[theirs])
 

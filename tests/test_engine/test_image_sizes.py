@@ -186,7 +186,7 @@ def test_models_inside_models_follow():
 
 
 def test_models_that_cannot_follow():
-    with pytest.raises(TypeError, match='Linear is no model .* mmtoken.set_image_sizes'):
+    with pytest.raises(TypeError, match='Linear has no BaseModel.* mmtoken.set_image_sizes'):
         mmtoken.follow_image_sizes(nn.Linear(1, 1))
 
 

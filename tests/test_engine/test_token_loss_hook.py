@@ -51,13 +51,6 @@ class Model(BaseModel):
         return dict(loss_task=(self.backbone(inputs) - 1).square().mean())
 
 
-class Mute(Model):
-    """Publishes nothing."""
-
-    def loss(self, inputs):
-        return dict(loss_task=(self.backbone.kept - 1).square())
-
-
 class Metric(BaseMetric):
     def process(self, data_batch, data_samples):
         self.results += data_samples
@@ -258,21 +251,12 @@ def test_an_interrupted_training_can_be_started_again(tmp_path):
     assert set(published) == {'loss_budget', 'cost_ratio'}
 
 
-@pytest.mark.parametrize('model, warnings', [(Mute, 1), (Model, 0)])
-def test_one_warning_if_nothing_is_published(model, warnings, tmp_path, monkeypatch):
-    runner = make_runner(tmp_path, model=model())
-    said = []
-    monkeypatch.setattr(runner.logger, 'warning', said.append)
-    runner.train()
-    assert len([text for text in said if 'TokenLossHook found nothing to do' in text]) == warnings
-
-
 def test_names_must_not_collide(tmp_path):
     class Colliding(Model):
         def loss(self, inputs):
             return dict(super().loss(inputs), cost_ratio=torch.tensor(1.0))
 
-    with pytest.raises(ValueError, match=r'cost_ratio: both Colliding.loss\(\) and a module'):
+    with pytest.raises(ValueError, match=r'both Colliding.loss\(\) and a module .* cost_ratio'):
         make_runner(tmp_path, model=Colliding()).train()
 
 

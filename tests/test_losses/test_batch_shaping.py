@@ -359,7 +359,7 @@ def test_bad_arguments(argument, value, allowed):
 def test_bad_input():
     with pytest.raises(ValueError, match='coarse must be'):
         BatchShapingLoss()(torch.rand(3, 4))
-    with pytest.raises(ValueError, match='real must be'):
+    with pytest.raises(ValueError, match='valid_mask must be'):
         BatchShapingLoss()(torch.rand(2, 3, 4), torch.ones(2, 3, 4))
 
 

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from mmtoken.losses import BudgetLoss
+from mmtoken.losses.budget import BlockWidths, block_complexity
 
 STATIC = torch.tensor([100.0, 300.0, 50.0, 150.0, 400.0], dtype=torch.float64)
 INPUTS = torch.arange(10, dtype=torch.float32).view(5, 2) / 10
@@ -105,6 +106,26 @@ def test_built_from_a_config_of_any_library():
     built = MODELS.build(dict(type='mmtoken.BudgetLoss', target=0.4, num_classes=1000, legacy=True))
     assert isinstance(built, BudgetLoss)
     assert built.target == 0.4 and built.num_classes == 1000 and built.legacy
+
+
+TEN = torch.tensor([10.0])
+ZERO = torch.tensor([0.0])
+
+
+@pytest.mark.parametrize('sr_ratio', [1, 2])
+def test_products_are_counted_once_or_twice(sr_ratio):
+    once, twice = (BlockWidths(16, 24, 2, sr_ratio=sr_ratio, attn_products=n) for n in (1, 2))
+    tokens, queries = torch.tensor([64.0, 64.0]), torch.tensor([64.0, 10.0])
+    more = block_complexity(twice, tokens, queries) - block_complexity(once, tokens, queries)
+    assert torch.equal(more, queries * tokens / sr_ratio**2 * 16)
+
+
+def test_complexity_of_deformable_attention_is_that_of_its_parts():
+    widths = BlockWidths(8, 24, 2, num_points=3)
+    values, router = 10 * 8 * 8, 10 / 16 * 8 * 4
+    assert block_complexity(widths, TEN, ZERO).item() == 2 * 10 * 8 + values + router
+    projections, mlp = 8 * 8 + 8 * (2 * 3 * 2) + 8 * (2 * 3), 2 * 8 * 24 + 24
+    assert block_complexity(widths, ZERO, TEN).item() == 10 * (projections + 5 * 8 * 3 + mlp)
 
 
 class Routed(nn.Module):

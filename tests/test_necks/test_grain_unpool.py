@@ -1,5 +1,6 @@
 import pytest
 import torch
+from helpers import stir_routers
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.utils import import_modules_from_strings
@@ -16,16 +17,8 @@ def maps(*shapes):
     return tuple(torch.randn(2, *shape) for shape in shapes)
 
 
-def stir(neck):
-    """Let regions differ in what they choose."""
-    for name, parameter in neck.named_parameters():
-        if 'router' in name:
-            torch.nn.init.normal_(parameter, std=2)
-    return neck
-
-
 def test_one_map_becomes_a_pyramid():
-    neck = stir(GrainUnpoolNeck(**ONE)).eval()
+    neck = stir_routers(GrainUnpoolNeck(**ONE)).eval()
     outs = neck(maps((4, 9, 9), (16, 7, 10)))
     assert [tuple(o.shape[1:]) for o in outs] == [
         (8, 28, 40), (8, 14, 20), (8, 7, 10), (8, 4, 5), (8, 2, 3)
@@ -33,7 +26,7 @@ def test_one_map_becomes_a_pyramid():
 
 
 def test_several_maps_keep_their_shapes():
-    neck = stir(GrainUnpoolNeck(**SEVERAL)).eval()
+    neck = stir_routers(GrainUnpoolNeck(**SEVERAL)).eval()
     inputs = maps((8, 14, 11), (16, 7, 6))
     outs = neck(inputs)
     assert [o.shape for o in outs] == [x.shape for x in inputs]
@@ -58,7 +51,7 @@ def test_finest_everywhere_is_the_dense_twin():
 
 
 def test_budget_is_published():
-    neck = stir(GrainUnpoolNeck(**SEVERAL))
+    neck = stir_routers(GrainUnpoolNeck(**SEVERAL))
     inputs = maps((8, 14, 11), (16, 7, 6))
     with pytest.raises(RuntimeError, match='TokenLossHook'):
         neck(inputs)
@@ -84,7 +77,7 @@ def test_routers_start_at_the_finest():
 @pytest.mark.parametrize(
     'bad, message',
     [
-        (dict(num_heads=3), 'in_channels 16 is no multiple of num_heads 3'),
+        (dict(num_heads=3), 'in_channels: embed_dims=16 is no multiple of num_heads=3'),
         (dict(sr_ratios=[1, 2]), 'sr_ratios must be one number or 1'),
         (dict(depth=0), 'depth must be 1 or more, got 0'),
         (dict(granularities=(2, 4)), r'must rise from 1'),
@@ -138,7 +131,7 @@ def test_behind_a_backbone_of_the_libraries(library):
 
 
 def test_a_checkpoint_has_the_last_word(tmp_path):
-    source = stir(GrainUnpoolNeck(**ONE))
+    source = stir_routers(GrainUnpoolNeck(**ONE))
     torch.save(source.state_dict(), tmp_path / 'neck.pth')
     init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'neck.pth'))
     neck = GrainUnpoolNeck(**ONE, init_cfg=init_cfg)

@@ -1,5 +1,3 @@
-import inspect
-
 import pytest
 import torch
 from mmengine.config import ConfigDict
@@ -160,13 +158,6 @@ def test_gradients_reach_every_parameter(train_mode):
         assert parameter.grad is not None, name
         if not name.endswith('qkv.bias'):
             assert parameter.grad.abs().sum() > 0, name
-
-
-def test_twin_is_built_from_the_remaining_arguments():
-    own, plain = (
-        set(inspect.signature(cls).parameters) for cls in (MixedScaleNeck, SimpleFeaturePyramid)
-    )
-    assert own - plain == set(MixedScaleNeck.restore_args)
 
 
 @pytest.mark.parametrize('refine', [False, True])

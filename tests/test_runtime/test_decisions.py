@@ -1,8 +1,11 @@
 import pytest
 import torch
 
-from mmtoken.layers.dge.block import DynamicGranularityBlock
-from mmtoken.layers.dge.spatial_reduction import SpatialReductionAttention
+from mmtoken.layers.dge.block import (
+    DynamicGranularityBlock,
+    SpatialReductionAttention,
+    run_blocks,
+)
 from mmtoken.runtime.decisions import RoutingDecision, record_decision, record_routing
 from mmtoken.runtime.routing_override import routing_override
 
@@ -41,16 +44,15 @@ def test_records_close_when_something_fails():
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('with_cp', [True, False])
 def test_blocks_note_what_they_chose(training, with_cp):
-    block = DynamicGranularityBlock(8, SpatialReductionAttention(8, 2), 16, with_cp=with_cp).train(
-        training
-    )
+    block = DynamicGranularityBlock(8, SpatialReductionAttention(8, 2), 16).train(training)
+    layout = block.layout((6, 9), 0, 'cpu')
     x = torch.randn(2, 6 * 9, 8, requires_grad=True)
     padding = torch.zeros(2, 2, 3, dtype=torch.bool)
     padding[1, :, 2] = True
     with record_routing() as record, routing_override(query_ratio=0.4):
-        out, usage = block(x, (6, 9), padding)
+        out, _ = run_blocks([block], x, layout, padding, with_cp)
         out.sum().backward()
-        block(x, (6, 9))
+        run_blocks([block], x, layout, None, with_cp)
     noted, unpadded = record
     assert noted.granularities == (1, 2, 4) and noted.region_size == 4 and noted.grid == (6, 9)
     assert noted.padding is padding and unpadded.padding is None
@@ -61,5 +63,5 @@ def test_blocks_note_what_they_chose(training, with_cp):
 def test_plain_blocks_note_nothing():
     block = DynamicGranularityBlock(8, SpatialReductionAttention(8, 2), 16, granularities=(1,))
     with record_routing() as record:
-        block(torch.randn(1, 16, 8), (4, 4))
+        run_blocks([block], torch.randn(1, 16, 8), block.layout((4, 4), 0, 'cpu'), None)
     assert not record

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli import routing_line, routing_words
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHAPES = ROOT / 'configs' / 'shapes'
@@ -15,20 +16,21 @@ DETECTOR = SHAPES / 'mask-rcnn_stvit-r-swin-nano_fpn_1xb8-7e_shapes.py'
 (ROUTED,) = SHAPES.glob('fpn_dge-pvt-nano_1xb16-*.py')
 
 
-def run(tool, *args):
-    command = [sys.executable, ROOT / 'tools' / 'analysis' / f'{tool}.py', *args]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True)
+@pytest.fixture
+def run_json(run, tmp_path):
+    """Run a tool; its results and its output."""
+
+    def call(tool, *args):
+        file = tmp_path / 'out' / 'results.json'
+        result = run(tool, *args, '--json', file)
+        assert result.returncode == 0, result.stderr
+        return json.loads(file.read_text()), result.stdout
+
+    return call
 
 
-def run_json(tool, tmp_path, *args):
-    file = tmp_path / 'out' / 'results.json'
-    result = run(tool, *args, '--json', file)
-    assert result.returncode == 0, result.stderr
-    return json.loads(file.read_text()), result.stdout
-
-
-def test_flops(tmp_path):
-    results, out = run_json('flops', tmp_path, DETECTOR)
+def test_flops(run_json):
+    results, out = run_json('flops', DETECTOR)
     assert results['shape'] == [160, 224] and '160 x 224' in out
     for side in (results['sparse'], results['dense']):
         assert side['macs'] == sum(side['kinds'].values())
@@ -40,32 +42,23 @@ def test_flops(tmp_path):
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_flops_at_a_query_ratio(tmp_path):
-    results, out = run_json('flops', tmp_path, ROUTED, '--query-ratio', 0.4)
+def test_flops_at_a_query_ratio(run_json):
+    results, out = run_json('flops', ROUTED, '--query-ratio', 0.4)
     sparse, dense = results['sparse'], results['dense']
-    assert results['query_ratio'] == 0.4 and results['coarse_ratio'] is None
-    assert sparse['query_ratio'] == pytest.approx(0.4, abs=0.02) and dense['query_ratio'] is None
+    assert results['query_ratio'] == 0.4 and 'coarse_ratio' not in results
+    assert sparse['ratios']['query_ratio'] == pytest.approx(0.4, abs=0.02) and not dense['ratios']
     assert sparse['macs'] == sum(sum(kinds.values()) for kinds in sparse['stages'].values())
     assert sparse['macs'] == sparse['executed']
     assert results['mac_ratio'] > 1.7
-    assert f'Regions choose at random: {sparse["query_ratio"]:.3f}' in out
+    assert f'Random token layouts: query ratio {sparse["ratios"]["query_ratio"]:.3f}' in out
 
 
-def test_who_chose_is_said(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'tools' / 'analysis'))
-    from cli import routing_line
-
-    assert 'untrained routers chose 0.998' in routing_line({}, 0.998, 0.0)
-    assert 'at random: 0.399' in routing_line(dict(query_ratio=0.4), 0.399, 0.2)
-    line = routing_line(dict(coarse_ratio=[0.5]), 0.625, 0.499)
-    assert 'at random: 0.499 of them coarse, 0.625' in line
-    assert routing_line({}, None, None) is None
-
-
-def test_ratios_in_words(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'tools' / 'analysis'))
-    from cli import routing_words
-
+def test_ratios_in_words():
+    measured = dict(query_ratio=0.399, coarse_ratio=0.2)
+    drawn = routing_line(dict(query_ratio=0.4), measured)
+    assert drawn == 'Random token layouts: query ratio 0.399, coarse ratio 0.200.'
+    assert routing_line({}, measured).startswith('Token layouts of the untrained routers: query')
+    assert routing_line({}, {}) is None
     assert routing_words(dict(query_ratio=0.436, coarse_ratio=None)) == ['query ratio 0.436']
     assert routing_words(dict(coarse_ratio=[0.5])) == ['coarse ratio 0.5']
     assert routing_words(dict(coarse_ratio=[0.25, 1.0, 0.0])) == ['coarse ratio .25/1/0']
@@ -83,17 +76,17 @@ model = dict(backbone=dict(type='mmtoken.MSViT', arch=arch))
     return path
 
 
-def test_coarse_ratios_of_several_images(mixed, tmp_path):
-    args = (mixed, '--shape', 64, 64, '--coarse-ratio', 0.25, 1)
-    results, out = run_json('flops', tmp_path, *args)
-    assert results['coarse_ratio'] == [0.25, 1.0] and results['query_ratio'] is None
-    assert results['sparse']['coarse_ratio'] == 0.625
+def test_coarse_ratios_of_several_images(mixed, run, run_json, tmp_path):
+    args = (mixed, '--shape', 64, 64, '--ratio', 0.25, 1)
+    results, out = run_json('flops', *args)
+    assert results['coarse_ratio'] == [0.25, 1.0] and 'query_ratio' not in results
+    assert results['sparse']['ratios']['coarse_ratio'] == 0.625
     assert 'mean of 2 images of 64 x 64, coarse ratio .25/1' in ' '.join(out.split())
-    assert 'at random: 0.625 of them coarse, 0.531 tokens per fine patch' in out
+    assert 'Random token layouts: query ratio 0.531, coarse ratio 0.625.' in out
     result = run('benchmark', *args, '--batch-size', 3)
     assert result.returncode == 1 and 'must be a multiple of 2, got 3' in result.stderr
     counted = results['sparse']['macs']
-    results, out = run_json('benchmark', tmp_path, *args, '--batch-size', 2, '--rounds', 1)
+    results, out = run_json('benchmark', *args, '--batch-size', 2, '--rounds', 1)
     assert results['macs_sparse'] == counted
     assert results['coarse_ratio'] == [0.25, 1.0] and results['coarse_ratio_measured'] == 0.625
     assert results['peer'] == 'mmpretrain.VisionTransformer'
@@ -102,9 +95,9 @@ def test_coarse_ratios_of_several_images(mixed, tmp_path):
     assert result.returncode == 0 and '.25/1' in result.stdout
 
 
-def test_benchmark(tmp_path):
+def test_benchmark(run_json):
     args = (ROUTED, '--rounds', 2, '--shape', 64, 64, '--query-ratio', 0.5, '--against', DETECTOR)
-    results, out = run_json('benchmark', tmp_path, *args)
+    results, out = run_json('benchmark', *args)
     assert results['mac_ratio'] == results['macs_dense'] / results['macs_sparse']
     assert results['realised'] == pytest.approx(results['speedup'] / results['mac_ratio'])
     executed = results['executed']
@@ -126,27 +119,27 @@ def test_benchmark(tmp_path):
     assert environment['torch'] == torch.__version__ and 'mmdet' in environment
     assert re.fullmatch(r'\d+\.\d+\.\d+', environment['mmtoken'])
     assert 'realised' in out and 'dense twin' in out and 'PyramidVisionTransformer' in out
-    assert 'Regions choose at random' in out
+    assert 'Random token layouts' in out
     assert max(map(len, out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(
     'tool, words',
     [
-        ('flops', ['examples:', '--shape H W', 'default: backbone', 'executed']),
-        ('benchmark', ['examples:', '--against', 'default: float32', 'realised', '--train']),
+        ('flops', ['examples:', '--shape H W', 'default: backbone', 'reference path']),
+        ('benchmark', ['examples:', '--against', 'default: float32', 'realised', '--ratio']),
         ('compare', ['examples:', '--pair CFG TWIN', 'seed by seed', 'output.log', '--jobs']),
         ('token_maps', ['examples:', '[CKPT] IMAGE', 'queries per token', '--per-block']),
         ('token_stats', ['examples:', '--background', 'at least half of its pixels']),
     ],
 )
-def test_help_teaches(tool, words):
+def test_help_teaches(tool, words, run):
     result = run(tool, '--help')
     assert result.returncode == 0
     assert all(word in result.stdout for word in words)
 
 
-def test_errors_are_one_line(tmp_path):
+def test_errors_are_one_line(run, tmp_path):
     config = tmp_path / 'config.py'
     result = run('flops', config)
     assert result.returncode == 1 and result.stderr == f'flops: no config file {config}\n'
@@ -156,21 +149,21 @@ def test_errors_are_one_line(tmp_path):
     assert "only 'ResNet'; known are" in result.stderr and 'mmtoken.STViTRSwin' in result.stderr
 
 
-def test_ratios_that_make_no_sense():
+def test_ratios_that_make_no_sense(run):
     result = run('flops', ROUTED, '--shape', 64, 64, '--coarse-ratio', 0.5)
     assert result.returncode == 1 and result.stderr.strip().count('\n') == 0
-    assert 'in force, but this network has a query_ratio' in result.stderr
+    assert 'DGEPVT takes a query_ratio, got a coarse_ratio' in result.stderr
     result = run('benchmark', ROUTED, '--query-ratio', 0.5, '--coarse-ratio', 0.5)
-    assert result.returncode == 2 and 'not allowed with' in result.stderr
+    assert result.returncode == 2 and 'give one ratio' in result.stderr
 
 
-def test_shapes_are_positive():
+def test_shapes_are_positive(run):
     result = run('flops', DETECTOR, '--shape', 0, 64)
     assert result.returncode == 2 and 'must be 1 or more, got 0' in result.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
-def test_no_gpu():
+def test_no_gpu(run):
     result = run('benchmark', DETECTOR, '--device', 'cuda')
     assert result.returncode == 1
     assert result.stderr == (
@@ -178,7 +171,7 @@ def test_no_gpu():
     )
 
 
-def test_summary_is_of_medians_over_runs(tmp_path):
+def test_summary_is_of_medians_over_runs(run, tmp_path):
     setting = dict(
         config='mask-rcnn_nano_fpn.py', part='backbone', shape=[64, 96], batch_size=2,
         device='cpu', dtype='float32', threads=1, train=False, compile=False,
@@ -191,7 +184,10 @@ def test_summary_is_of_medians_over_runs(tmp_path):
         (tmp_path / f'{i}.json').write_text(
             json.dumps(setting | figures | dict(sparse_ms=sparse_ms))
         )
-    for i, other in ((3, dict(train=True)), (4, dict(query_ratio=0.43))):
+    for i, other in (
+        (3, dict(train=True)),
+        (4, dict(query_ratio=0.43, query_ratio_measured=0.429)),
+    ):
         (tmp_path / f'{i}.json').write_text(
             json.dumps(setting | figures | dict(sparse_ms=7.0) | other)
         )
@@ -202,7 +198,13 @@ def test_summary_is_of_medians_over_runs(tmp_path):
     assert '200' in rows[0] and '1.50' in rows[0]
 
 
-def test_summary_refuses_other_files(tmp_path):
+def test_summary_refuses_other_files(run, tmp_path):
     (tmp_path / 'a.json').write_text('{"config": 1}')
     result = run('summary', tmp_path / 'a.json')
     assert result.returncode == 1 and 'no result of benchmark.py' in result.stderr
+
+
+def test_as_a_command():
+    command = [sys.executable, ROOT / 'tools' / 'analysis' / 'flops.py', 'none.py']
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr == 'flops: no config file none.py\n'

@@ -1,23 +1,13 @@
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-TOOL = ROOT / 'tools' / 'analysis' / 'benchmark_sharing.py'
-
-
-def run(*args):
-    return subprocess.run([sys.executable, TOOL, *map(str, args)], capture_output=True, text=True)
-
 
 @pytest.mark.parametrize('train', [False, True])
-def test_figures_agree(train, tmp_path):
+def test_figures_agree(train, run, tmp_path):
     file = tmp_path / 'out' / 'sharing.json'
     args = ('--tokens', 9, 520, '--channels', 64, '--rounds', 2, '--json', file)
-    result = run(*args, *['--train'] * train)
+    result = run('benchmark_sharing', *args, *['--train'] * train)
     assert result.returncode == 0, result.stderr
     results = json.loads(file.read_text())
     assert results['train'] == train and results['heads'] == 1 and 'torch' in results['environment']
@@ -38,8 +28,8 @@ def test_figures_agree(train, tmp_path):
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
-def test_help_teaches():
-    result = run('--help')
+def test_help_teaches(run):
+    result = run('benchmark_sharing', '--help')
     assert result.returncode == 0
     assert 'MAC bound' in result.stdout and '--tokens 196 4096' in result.stdout
 
@@ -51,6 +41,6 @@ def test_help_teaches():
         (('--tokens', 0), 'must be 1 or more, got 0'),
     ],
 )
-def test_bad_arguments(args, message):
-    result = run(*args)
+def test_bad_arguments(args, message, run):
+    result = run('benchmark_sharing', *args)
     assert result.returncode and message in result.stderr

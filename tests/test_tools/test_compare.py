@@ -22,17 +22,13 @@ records = [dict(loss=2.0, iter=25), {'coco/bbox_mAP': 0.1}, {'coco/bbox_mAP': sc
 @pytest.fixture
 def compare(monkeypatch, tmp_path):
     """A function from arguments to the exit status."""
-    from pathlib import Path
-
-    root = Path(__file__).resolve().parent.parent.parent
-    monkeypatch.syspath_prepend(str(root / 'tools' / 'analysis'))
     import compare as tool
 
     (tmp_path / 'train.py').write_text(FAKE_TRAINER)
     for name in ('net', 'net-dense', 'broken'):
         (tmp_path / f'{name}.py').touch()
     monkeypatch.setattr(tool, 'TRAINER', tmp_path / 'train.py')
-    monkeypatch.setattr(tool, 'SECONDS_BETWEEN_LOOKS', 0.01)
+    monkeypatch.setattr(tool, 'POLL_SECONDS', 0.01)
 
     def run(*args):
         common = ['--work-dir', tmp_path / 'runs', '--cfg-options', 'a=1']

@@ -11,18 +11,12 @@ import numpy as np
 import pytest
 from pycocotools import mask as rle_tools
 from pycocotools.coco import COCO
+from shapes import CLASS_IDS, UNLABELLED_ID, WALL_ID, make_dataset
+from shapes import build as build_module
+from shapes.coco import to_polygons, to_run_lengths
+from shapes.difficulty import MAX_COLOUR_ACCURACY, MIN_OVERLAPPED_SHARE, MIN_SMALL_SHARE
 
 TOOLS = Path(__file__).parents[2] / 'tools' / 'datasets'
-sys.path.insert(0, str(TOOLS))
-
-from shapes import CLASS_IDS, UNLABELLED_ID, WALL_ID, make_dataset  # noqa: E402
-from shapes import build as build_module  # noqa: E402
-from shapes.coco import to_polygons, to_run_lengths  # noqa: E402
-from shapes.difficulty import (  # noqa: E402
-    MAX_COLOUR_ACCURACY,
-    MIN_OVERLAPPED_SHARE,
-    MIN_SMALL_SHARE,
-)
 
 NUM_TRAIN, NUM_VAL = 200, 60
 SPLITS = [

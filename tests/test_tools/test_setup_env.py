@@ -10,14 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 REPO = Path(__file__).parents[2]
-COMMANDS = 'awk bash cat cksum dirname env flock grep head mkdir mktemp mv rm sed sleep tail uname'
+COMMANDS = 'bash cat cksum dirname env flock grep head mkdir mktemp mv rm sed sort tail tr uname'
 WHEEL = 'onedl_mmcv-2.3.6-py3-none-any.whl'
 
 
@@ -34,7 +32,6 @@ class World:
                 (self.bin / command).symlink_to(path)
         (self.bin / 'python3').symlink_to(sys._base_executable)
         self.add_command('c++')
-        self.set_free_space(99)
         (root / 'Python.h').touch()
         self.version = '{}.{}'.format(*sys.version_info)
         self.cache = root / 'cache'
@@ -43,18 +40,15 @@ class World:
             'PATH': str(self.bin),
             'HOME': str(root),
             'MMTOKEN_CACHE': str(self.cache),
-            'PIP_CONFIG_FILE': os.devnull,
             'PYTHONPATH': str(Path(__file__).with_name('fakes')),
-            'TMPDIR': str(self._folder('tmp')),
             'FAKE_BASE': f'{self.version} {self.bin / "python3"}',
             'FAKE_HEADERS': str(root),
             'FAKE_LOG': str(self.log),
-            'FAKE_PIP': sys.executable,
             'FAKE_WHEEL': WHEEL,
         }
 
     def add_clone(self, name: str) -> Path:
-        clone = self._folder(name)
+        clone = self.root / name
         shutil.copytree(REPO / 'requirements', clone / 'requirements')
         for file in ('tools/setup_env.sh', 'setup.py', 'pyproject.toml'):
             (clone / file).parent.mkdir(exist_ok=True)
@@ -65,21 +59,11 @@ class World:
         (self.bin / name).write_text(f'#!{shutil.which("bash")}\n{text}\n')
         (self.bin / name).chmod(0o755)
 
-    def set_free_space(self, gigabytes: int) -> None:
-        """Let every folder be on one file system with so much free space."""
-        row = f'disk 0 0 {gigabytes * 2**20} 0% /'
-        self.add_command('df', f'printf "%s\\n" header "{row}"')
+    def add_gpu(self, *capabilities: str) -> None:
+        self.add_command('nvidia-smi', f'printf "%s\\n" {" ".join(capabilities)}')
 
-    def offer_wheel(self, *members: str) -> None:
-        """Put a wheel of mmcv with these members where pip is told to look."""
-        folder = self._folder('offers')
-        self.environment['PIP_FIND_LINKS'] = str(folder)
-        metadata = 'Metadata-Version: 2.1\nName: onedl-mmcv\nVersion: 2.3.6\n'
-        with zipfile.ZipFile(folder / WHEEL, 'w') as wheel:
-            for member in members:
-                wheel.writestr(member, '')
-            wheel.writestr('onedl_mmcv-2.3.6.dist-info/METADATA', metadata)
-            wheel.writestr('onedl_mmcv-2.3.6.dist-info/WHEEL', 'Wheel-Version: 1.0\n')
+    def add_nvcc(self, version: str = '13.0') -> None:
+        self.add_command('nvcc', f'echo "Cuda tools, release {version}, V{version}.88"')
 
     def start(self, *arguments: str, clone: Path | None = None) -> subprocess.Popen:
         self.log.write_text('')
@@ -90,8 +74,7 @@ class World:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            # Bash cannot trap a signal that was ignored at its start, as in a background job.
-            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+            start_new_session=True,
         )
 
     def run(self, *arguments: str, code: int = 0, clone: Path | None = None) -> tuple[str, str]:
@@ -101,24 +84,26 @@ class World:
         assert process.returncode == code, out + err
         return out, err
 
-    def refusal(self, *arguments: str, code: int = 1) -> str:
-        """The one line with which a set-up refuses to start."""
-        _, err = self.run(*arguments, code=code)
-        assert 'install' not in self.log.read_text()
-        assert err.startswith('setup_env: ') and err.count('\n') == 1, err
-        return err
+    def refusal(self, *arguments: str) -> str:
+        """The last line of a set-up that does not install the stack."""
+        _, err = self.run(*arguments, code=1)
+        assert '--editable' not in self.log.read_text()
+        *_, line = err.splitlines()
+        assert line.startswith('setup_env: '), err
+        return line
 
     def wheels(self) -> list[Path]:
-        """All that is in the cache, half-done things included, but folders and logs."""
-        return [path for path in self.cache.glob('wheels/**/*') if path.is_file()]
+        """All files in the cache, half-done ones included."""
+        return [path for path in self.cache.rglob('*') if path.is_file()]
+
+    def variants(self) -> list[str]:
+        return sorted(wheel.parent.name.split('-', 2)[2] for wheel in self.wheels())
 
     def was_built(self) -> bool:
         return '-m pip wheel' in self.log.read_text()
 
-    def _folder(self, name: str) -> Path:
-        folder = self.root / name
-        folder.mkdir()
-        return folder
+    def was_installed(self) -> bool:
+        return '--editable' in self.log.read_text()
 
 
 @pytest.fixture
@@ -126,36 +111,29 @@ def world(tmp_path):
     return World(tmp_path)
 
 
+def change_requirements(world):
+    with (world.clone / 'requirements/tests.txt').open('a') as file:
+        file.write('# more\n')
+
+
 @pytest.mark.parametrize(
     'missing, complaint, package',
     [
-        ('venv', 'cannot create virtual environments', 'python{}-venv'),
-        ('headers', 'there is no /nowhere/Python.h', 'python{}-dev'),
-        ('libGL.so.1', 'OpenCV needs the system library libGL.so.1', 'libgl1'),
-        ('libgthread-2.0.so.0', 'OpenCV needs the system library libgthread', 'libglib2.0-0'),
+        ('headers', 'c++ and /nowhere/Python.h', 'g++ python{}-dev'),
+        ('libGL.so.1', 'OpenCV needs libGL.so.1', 'libgl1'),
+        ('libgthread-2.0.so.0', 'OpenCV needs libgthread', 'libglib2.0-0'),
     ],
 )
-def test_missing_part_of_python_or_system(world, missing, complaint, package):
+def test_missing_system_package(world, missing, complaint, package):
     world.environment['FAKE_MISSING'] = missing
     refusal = world.refusal()
     assert complaint in refusal
-    assert refusal.endswith(f'; run: apt-get install {package.format(world.version)}\n')
+    assert refusal.endswith(f'; run: apt-get install {package.format(world.version)}')
 
 
 def test_missing_compiler(world):
     (world.bin / 'c++').unlink()
-    assert world.refusal().endswith('there is no c++; run: apt-get install g++\n')
-
-
-def test_all_that_is_missing_is_told_at_once(world):
-    (world.bin / 'c++').unlink()
-    world.environment['FAKE_MISSING'] = 'libGL.so.1 headers'
-    _, err = world.run(code=1)
-    assert [line.split()[-1] for line in err.splitlines()] == [
-        'libgl1',
-        'g++',
-        f'python{world.version}-dev',
-    ]
+    assert 'run: apt-get install g++' in world.refusal()
 
 
 @pytest.mark.parametrize(
@@ -163,24 +141,16 @@ def test_all_that_is_missing_is_told_at_once(world):
 )
 def test_unsupported_python(world, stack, version):
     world.environment['FAKE_VERSION'] = version
-    refusal = world.refusal(stack)
-    assert f'the {stack} stack needs Python 3.10 or 3.11' in refusal
-    assert f'but python3 is {version}; run: apt-get install python3.11' in refusal
+    assert f'the {stack} stack needs Python 3.10 or 3.11' in world.refusal(stack)
 
 
 def test_absent_python(world):
     world.environment['PYTHON'] = 'python4'
-    assert 'but there is no python4; run: apt-get install' in world.refusal()
-
-
-def test_too_little_disk_space(world):
-    world.set_free_space(10)
-    refusal = world.refusal()
-    assert '11 GB are needed on /' in refusal and 'but 10 GB are free' in refusal
+    assert 'which python4 are not; set PYTHON' in world.refusal()
 
 
 def test_unknown_stack(world):
-    assert "no stack 'onedI'" in world.refusal('onedI', code=2)
+    assert "no stack 'onedI'" in world.refusal('onedI')
 
 
 def test_help(world):
@@ -191,200 +161,125 @@ def test_help(world):
 
 def test_set_up_once(world):
     out, _ = world.run()
-    assert "==> Compiling mmcv's ops" in out
-    assert [wheel.name for wheel in world.wheels()] == [WHEEL]
-    installations = [line for line in world.log.read_text().splitlines() if 'pip install' in line]
-    assert len(installations) == 5
+    assert "==> Compiling mmcv's ops for cpu" in out and 'run on the CPU only' in out
+    assert [wheel.name for wheel in world.wheels()] == [WHEEL] and world.variants() == ['cpu']
+    installations = [line for line in world.log.read_text().splitlines() if '--python' in line]
+    assert world.was_installed() and len(installations) == 4
     assert all('constraints-onedl.txt' in line for line in installations)  # torch stays pinned
     stamp = world.clone / '.venv/.stamp'
     written = stamp.stat().st_mtime_ns
 
     started = time.monotonic()
-    out, _ = world.run()
+    out, err = world.run()
     assert time.monotonic() - started < 2
-    assert out.count('\n') == 1 and 'is ready' in out
+    assert out.count('\n') == 1 and 'is ready' in out and not err
     assert 'pip' not in world.log.read_text()
     assert stamp.stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize(
-    'cuda, nvcc, variant, force_cuda',
-    [
-        ('13.0 sm80-sm90', '13.0', 'cu130-sm80-sm90', 1),
-        ('13.0 sm90', '12.4', 'cpu', 0),
-        ('13.0 sm90', None, 'cpu', 0),
-    ],
+    'nvcc, variant, force_cuda',
+    [('13.0', 'cuda13-8.0-9.0', 1), ('12.4', 'cpu', 0), (None, 'cpu', 0)],
 )
-def test_ops_for_the_gpu_need_a_gpu_and_its_compiler(world, cuda, nvcc, variant, force_cuda):
-    world.environment['FAKE_CUDA'] = cuda
+def test_ops_for_the_gpu_need_a_gpu_and_its_compiler(world, nvcc, variant, force_cuda):
+    world.add_gpu('9.0', '8.0', '9.0')
     if nvcc:
-        add_nvcc(world, nvcc)
-    _, err = world.run()
+        world.add_nvcc(nvcc)
+    out, _ = world.run()
     (wheel,) = world.wheels()
     assert wheel.parent.name == f'2.11.0-cp{world.version.replace(".", "")}-{variant}'
     assert f'FORCE_CUDA={force_cuda}' in world.log.read_text()
-    assert ('on the CPU only' in err) == (variant == 'cpu')
-
-
-NO_GPU = "mmcv's ops will run on the CPU only, so detectors fail on a GPU: torch sees no GPU here"
-
-
-def add_nvcc(world, version='13.0'):
-    world.add_command('nvcc', f'echo "Cuda compilation tools, release {version}, V{version}.88"')
-
-
-def variants(world):
-    return sorted(wheel.parent.name.split('-', 2)[2] for wheel in world.wheels())
+    assert ('CPU only' in out) == (variant == 'cpu')
 
 
 def test_ops_are_compiled_anew_when_a_gpu_has_come(world):
-    _, err = world.run()
-    assert NO_GPU in err and 'set up again' in err
-    world.environment['FAKE_CUDA'] = '13.0 sm90'
-    add_nvcc(world)
-    _, err = world.run()
-    assert world.was_built() and variants(world) == ['cpu', 'cu130-sm90'] and not err
-
-    out, err = world.run()
-    assert out.count('\n') == 1 and not err
-    assert 'torch' not in world.log.read_text()  # which takes seconds to import
-
-
-def test_login_node_with_nvcc_looks_for_a_gpu_once(world):
-    add_nvcc(world)
-    _, err = world.run()
-    assert NO_GPU in err and variants(world) == ['cpu']
     world.run()
-    assert 'torch' not in world.log.read_text()
+    world.add_gpu('9.0')
+    world.add_nvcc()
+    world.run()
+    assert world.was_built() and world.variants() == ['cpu', 'cuda13-9.0']
+    world.run()
+    assert not world.was_installed()
 
 
 def test_ops_for_cuda_stay_where_there_is_no_gpu(world):
-    world.environment['FAKE_CUDA'] = '13.0 sm90'
-    add_nvcc(world)
+    world.add_gpu('9.0')
+    world.add_nvcc()
     world.run()
-    del world.environment['FAKE_CUDA']
+    (world.bin / 'nvidia-smi').unlink()
     (world.bin / 'nvcc').unlink()
     world.run()
-    assert '-m pip install' not in world.log.read_text()
+    assert not world.was_installed()
 
-    with (world.clone / 'requirements/tests.txt').open('a') as file:
-        file.write('# more\n')
-    _, err = world.run()
-    assert f'cu130-sm90/{WHEEL}' in world.log.read_text()
-    assert not world.was_built() and not err
+    change_requirements(world)
+    world.run()
+    assert world.was_installed() and not world.was_built() and world.variants() == ['cuda13-9.0']
 
 
 @pytest.mark.parametrize(
     'architectures, variant',
-    [
-        ('9.0', 'cu130-sm90'),
-        ('8.0;9.0', 'cu130-sm80-sm90'),
-        ('8.6 12.0+PTX', 'cu130-sm86-sm120+PTX'),
-    ],
+    [('9.0', 'cuda13-9.0'), ('8.0;9.0', 'cuda13-8.0-9.0'), ('8.6 12.0+PTX', 'cuda13-8.6-12.0+PTX')],
 )
 def test_ops_for_another_machines_gpu(world, architectures, variant):
     world.run()
-    add_nvcc(world)
-    world.environment |= {'FORCE_CUDA': '1', 'TORCH_CUDA_ARCH_LIST': architectures}
-    _, err = world.run()
-    assert variants(world) == ['cpu', variant] and not err
+    world.add_nvcc()
+    world.environment['TORCH_CUDA_ARCH_LIST'] = architectures
+    world.run()
+    assert world.variants() == ['cpu', variant]
     assert 'FORCE_CUDA=1' in world.log.read_text()
+
+    del world.environment['TORCH_CUDA_ARCH_LIST']
     world.run()
-    assert 'torch' not in world.log.read_text()
-
-    del world.environment['FORCE_CUDA'], world.environment['TORCH_CUDA_ARCH_LIST']
-    world.environment['FAKE_CUDA'] = f'13.0 {variant.partition("-")[2]}'
-    world.run()
-    assert not world.was_built()
-
-
-def test_forced_cuda_for_other_gpus(world):
-    add_nvcc(world)
-    world.environment |= {'FORCE_CUDA': '1', 'TORCH_CUDA_ARCH_LIST': '8.0'}
-    world.run()
-    world.environment['TORCH_CUDA_ARCH_LIST'] = '9.0'
-    world.run()
-    assert variants(world) == ['cu130-sm80', 'cu130-sm90']
-
-    (world.bin / 'nvcc').unlink()  # on a node of the cluster that has no compiler
-    world.run()
-    assert not world.log.read_text().count('-m pip')
-
-
-@pytest.mark.skipif(any(Path('/dev').glob('nvidia[0-9]*')), reason='there is a GPU')
-def test_forced_cuda_needs_a_compiler_and_a_target(world):
-    world.environment['FORCE_CUDA'] = '1'
-    _, err = world.run(code=1)
-    assert [line.split(' needs ')[0] for line in err.splitlines()] == [
-        'setup_env: FORCE_CUDA=1',
-        'setup_env: FORCE_CUDA=1 without a GPU',
-    ]
-    world.environment['TORCH_CUDA_ARCH_LIST'] = '9.0'
-    assert 'FORCE_CUDA=1 needs nvcc on PATH' in world.refusal()
-
-
-def test_offered_wheel_without_ops_for_the_gpu(world):
-    world.offer_wheel('mmcv/_ext.cpython.so')
-    world.environment |= {'FAKE_CUDA': '13.0 sm90', 'FAKE_COMPILED_CUDA': 'not available'}
-    add_nvcc(world)
-    _, err = world.run(code=1)
-    assert f'no ops for it are in {WHEEL} of PIP_FIND_LINKS; take it out of there' in err
+    assert not world.was_installed()
 
 
 def test_second_clone_takes_the_cached_wheel_without_a_compiler(world):
     world.run()
     (world.bin / 'c++').unlink()
     world.run(clone=world.add_clone('second'))
-    assert not world.was_built()
+    assert world.was_installed() and not world.was_built()
 
 
 def test_offered_wheel_spares_the_compiler(world):
     (world.bin / 'c++').unlink()
-    world.offer_wheel('mmcv/_ext.cpython.so')
+    (world.root / WHEEL).touch()
+    world.environment['UV_FIND_LINKS'] = str(world.root)
     world.run()
-    assert not world.was_built() and not world.wheels()
-    assert WHEEL in world.log.read_text()
+    assert world.was_installed() and not world.was_built() and not world.wheels()
 
 
-def test_offered_wheel_without_ops_is_passed_over(world):
-    world.offer_wheel('mmcv/__init__.py')
-    out, _ = world.run()
-    assert out.count(f'Passing over the {WHEEL}') == 1
-    assert world.was_built()
-
-
-def test_offered_wheel_for_another_torch(world):
-    world.offer_wheel('mmcv/_ext.cpython.so')
+def test_wheel_for_another_torch(world):
     world.environment['FAKE_FAILURE'] = 'import torch, mmcv._ext'
     _, err = world.run(code=1)
-    assert f'torch 2.11.0 cannot load {WHEEL} of PIP_FIND_LINKS; take it out of there' in err
+    assert 'if it is mmcv, remove its wheel' in err
+    world.run(code=1)
+    assert world.was_installed()  # it is tried again: there is no stamp
 
 
-def test_failed_build_shows_the_end_of_its_log(world):
+def test_failed_build_shows_its_output(world):
     world.environment['FAKE_BUILD'] = 'fail'
     _, err = world.run(code=1)
-    assert '    | fatal error: out of cheese\n' in err
-    assert "failed: Compiling mmcv's ops" in err and str(world.cache / 'logs') in err
-    assert not world.wheels()
+    assert 'fatal error: out of cheese\n' in err
+    assert not world.wheels() and not world.was_installed()
 
 
-@pytest.mark.parametrize('signum, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_build_leaves_nothing(world, signum, code):
+@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_build(world, signum):
+    """As by Ctrl-C: the signal goes to all processes of the set-up."""
     world.environment['FAKE_BUILD'] = 'hang'
     process = world.start()
     deadline = time.monotonic() + 20
     while len(world.wheels()) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert len(world.wheels()) == 2, 'the build did not start'
-    process.send_signal(signum)
-    process.communicate(timeout=10)  # returns once nobody holds the pipes: the build ended, too
-    assert process.returncode == code
-    assert not world.wheels() and not list(world.cache.glob('wheels/*/.build*'))
-    assert not list(Path(world.environment['TMPDIR']).iterdir())
+    os.killpg(process.pid, signum)
+    process.communicate(timeout=10)
+    assert process.returncode
 
     del world.environment['FAKE_BUILD']
     world.run()
     assert [wheel.name for wheel in world.wheels()] == [WHEEL]
+    assert not list(world.cache.glob('wheels/*/.build*'))
 
 
 def test_two_set_ups_at_once_build_once(world):
@@ -409,12 +304,9 @@ def test_changed_requirements_update_in_place(world):
     world.run()
     extra = world.clone / '.venv/extra'
     extra.touch()
-    with (world.clone / 'requirements/tests.txt').open('a') as file:
-        file.write('# more\n')
-    world.set_free_space(0)
+    change_requirements(world)
     world.run()
-    assert '-m pip install' in world.log.read_text()
-    assert extra.exists()
+    assert world.was_installed() and extra.exists()
 
 
 def test_broken_environment_is_remade(world):
@@ -423,7 +315,7 @@ def test_broken_environment_is_remade(world):
     python.unlink()
     python.symlink_to('/nowhere/python')
     world.run()
-    assert '-m pip install' in world.log.read_text()
+    assert world.was_installed()
 
 
 def test_another_python_remakes_the_environment(world):

@@ -1,8 +1,6 @@
 """The command lines that look at what a network chooses."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +14,6 @@ DENSE = SHAPES / 'mask-rcnn_stvit-r-swin-nano_fpn_1xb8-7e_shapes.py'
 (SEGMENTER,) = SHAPES.glob('fpn_dge-pvt-nano_1xb16-*.py')
 
 
-def run(tool, *args, cwd=None):
-    command = [sys.executable, ROOT / 'tools' / 'analysis' / f'{tool}.py', *args]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=cwd)
-
-
 @pytest.fixture(scope='module')
 def image(tmp_path_factory):
     path = tmp_path_factory.mktemp('images') / 'noise.png'
@@ -29,7 +22,7 @@ def image(tmp_path_factory):
     return path
 
 
-def test_maps_are_drawn(image, tmp_path):
+def test_maps_are_drawn(image, run, tmp_path):
     out, ratios = tmp_path / 'maps', tmp_path / 'ratios.json'
     args = (DETECTOR, image, '--out', out, '--json', ratios, '--dpi', 40)
     result = run('token_maps', *args)
@@ -42,7 +35,7 @@ def test_maps_are_drawn(image, tmp_path):
     assert result.returncode == 1 and '--force' in result.stderr
 
 
-def test_maps_of_a_network_that_chooses_once(image, tmp_path):
+def test_maps_of_a_network_that_chooses_once(image, run, tmp_path):
     config, ratios = tmp_path / 'msvit.py', tmp_path / 'ratios.json'
     config.write_text(f"""
 _base_ = '{SEGMENTER}'
@@ -57,8 +50,7 @@ model = dict(backbone=dict(_delete_=True, type='mmtoken.MSViT', arch=arch), neck
     assert ratios == dict(query_ratio=1.0, coarse_ratio=0.0, stages=[1.0])
 
 
-def test_tables_of_statistics(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / 'tools' / 'analysis'))
+def test_tables_of_statistics(capsys):
     from token_stats import report
 
     spread = dict(mean=0.5, std=0.125, min=0.25, max=0.75)
@@ -80,7 +72,7 @@ def test_tables_of_statistics(monkeypatch, capsys):
     assert '0.500 ± 0.111, from 0.250 to 0.750' in out
 
 
-def test_nothing_to_draw(image, tmp_path):
+def test_nothing_to_draw(image, run, tmp_path):
     result = run('token_maps', DENSE, image, '--out', tmp_path)
     assert result.returncode == 1
     assert f'no part of the model in {DENSE} chooses its tokens' in result.stderr
@@ -96,8 +88,8 @@ def test_nothing_to_draw(image, tmp_path):
         ([__file__, __file__], 'several images have the same name'),
     ],
 )
-def test_errors_are_one_line(files, message, tmp_path):
-    result = run('token_maps', DETECTOR, *files, '--out', tmp_path, cwd=tmp_path)
+def test_errors_are_one_line(files, message, run, tmp_path):
+    result = run('token_maps', DETECTOR, *files, '--out', tmp_path)
     assert result.returncode == 1
     assert result.stderr.startswith(f'token_maps: {message}') and result.stderr.count('\n') == 1
 
@@ -105,9 +97,9 @@ def test_errors_are_one_line(files, message, tmp_path):
 def test_statistics_over_a_validation_set(shapes_root, tmp_path):
     from mmengine.config import Config
 
-    from mmtoken.analysis.subject import load_config
+    from mmtoken.analysis.configs import load_config
+    from mmtoken.analysis.recording import load_model, record_batch, val_dataloader
     from mmtoken.analysis.token_stats import annotated, collect
-    from mmtoken.analysis.watch import load_model, val_dataloader, watch
 
     roots = (shapes_root / 'coco', shapes_root / 'ade' / 'ADEChallengeData2016')
     shares = []
@@ -118,10 +110,10 @@ def test_statistics_over_a_validation_set(shapes_root, tmp_path):
 
         def batches(cfg=cfg, model=model, objects=objects):
             for batch in val_dataloader(cfg):
-                watched = watch(model, batch)
-                on_object, valid = annotated(watched, background=[0])
+                recorded = record_batch(model, batch)
+                on_object, valid = annotated(recorded, background=[0])
                 objects.append((on_object.sum() / valid.sum()).item())
-                yield watched, on_object, valid
+                yield recorded, on_object, valid
 
         stats = collect(batches())
         assert stats['images'] == 4 and len(stats['stages']) == 4
@@ -132,6 +124,6 @@ def test_statistics_over_a_validation_set(shapes_root, tmp_path):
     assert shares[0] == pytest.approx(shares[1], rel=0.3) and 0.05 < shares[0] < 0.7
 
 
-def test_statistics_need_a_background(tmp_path):
+def test_statistics_need_a_checkpoint(run, tmp_path):
     result = run('token_stats', SEGMENTER, tmp_path / 'none.pth')
     assert result.returncode == 1 and 'no checkpoint' in result.stderr

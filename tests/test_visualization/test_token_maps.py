@@ -1,7 +1,6 @@
 import io
 
 import numpy as np
-import pytest
 import torch
 
 from mmtoken.runtime.decisions import RoutingDecision
@@ -10,7 +9,6 @@ from mmtoken.visualization.token_maps import (
     draw_blocks,
     draw_stages,
     draw_tokens,
-    stride_of,
 )
 
 PICTURE = np.zeros((32, 40, 3), np.uint8)
@@ -20,19 +18,6 @@ def decide(grid, region_columns, choice, padding=None):
     shape = (2, -(-grid[0] // 4), region_columns)
     choice = torch.full(shape, choice)
     return RoutingDecision(choice, (1, 2, 4), 4, grid, padding)
-
-
-@pytest.mark.parametrize(
-    'shape, grid, stride',
-    [
-        ((160, 224), (40, 56), 4),
-        ((37, 50), (2, 2), 32),
-        ((30, 42), (3, 3), 14),
-        ((800, 1280), (25, 40), 32),
-    ],
-)
-def test_strides(shape, grid, stride):
-    assert stride_of(shape, grid) == stride
 
 
 def test_borders_of_cells():

@@ -1,27 +1,27 @@
-"""Time of two ViT blocks that share an attention map beside two that do not."""
+"""Time of two ViT blocks that share an attention map, relative to two that do not."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from cli import HelpFormatter, fail, figure, positive, quieten, write_json
+from cli import HelpFormatter, fail, figure, positive, progress_bar, quieten, write_json
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 DESCRIPTION = """\
-Time a pair of blocks of PSViT, of which the second uses the first one's attention map, and a pair
-of ordinary blocks with fused attention, MLPs included, for one image of some numbers of tokens.
+Time a pair of PSViT blocks, the second of which uses the attention map of the first, and a pair of
+ordinary blocks with fused attention. MLPs are included. There is one image, with several numbers of
+tokens.
 
-A map is shared in two ways. `map` keeps it: least arithmetic, but a map of N tokens has heads x N x
-N numbers. `query_key` keeps what it is made of, and fused attention makes it again in each block.
+Maps are shared in two ways. `map` stores the map: least arithmetic, but heads x N x N numbers for N
+tokens. `query_key` stores queries and keys, and fused attention recomputes the map in each block.
 `auto`, the default of mmtoken.PSViT, takes one of them by the number of tokens.
 
-All run in one process and in turn, in each round in the opposite order of the one before. A
-speed-up is the median of the ratios within rounds; no more than the MAC bound, the ratio of
-multiply-accumulates, is to be had from arithmetic alone. Weights are random and tokens are noise,
-on which time does not depend. It runs on the CPU, in float32.
+All run in turn in one process, in each round in the opposite order of the round before. A speed-up
+is the median of the ratios within rounds. The MAC bound, the ratio of multiply-accumulates, is the
+speed-up that arithmetic alone allows. Weights are random and tokens are noise, on which time does
+not depend. It runs on the CPU, in float32.
 """
 EXAMPLES = """\
 examples:
@@ -46,16 +46,11 @@ def main() -> int:
         )
     quieten()
     import torch  # after the arguments are known to be good
-
-    from mmtoken.analysis.environment import describe_environment
+    from benchmarking.environment import describe_environment
 
     torch.set_num_threads(args.threads)
-    columns = (
-        TextColumn('{task.description}'), BarColumn(), TextColumn('{task.percentage:3.0f}%'),
-        TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
     rows = []
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with progress_bar() as progress:
         total = len(args.tokens) * (len(WAYS) + 1) * (args.rounds + 1)
         task = progress.add_task('measuring', total=total)
         for tokens in args.tokens:
@@ -95,11 +90,12 @@ def parse_args() -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace, tokens: int, advance) -> dict:
-    """The figures of pairs of blocks for one number of tokens."""
+    """Results for one number of tokens."""
     import torch
+    from benchmarking.timing import ratios, time_in_turn
 
     from mmtoken.analysis.macs import count_macs
-    from mmtoken.analysis.timing import Spread, ratios, time_in_turn
+    from mmtoken.analysis.spread import spread
     from mmtoken.runtime.reference import reference_path
 
     torch.manual_seed(0)
@@ -116,8 +112,8 @@ def measure(args: argparse.Namespace, tokens: int, advance) -> dict:
     return dict(
         tokens=tokens,
         mac_bound=macs['dense'] / macs['map'],
-        dense_ms=Spread.of(times['dense']).median,
-        speedup={way: Spread.of(ratios(times['dense'], times[way]))._asdict() for way in WAYS},
+        dense_ms=spread(times['dense'])['median'],
+        speedup={way: spread(ratios(times['dense'], times[way])) for way in WAYS},
         map_mib=pairs['map'].map_bytes((1, tokens)) / 2**20,
         auto_keeps_map=pairs['auto'].map_bytes((1, tokens), training=args.train) > 0,
         round_ms=times,
@@ -125,7 +121,7 @@ def measure(args: argparse.Namespace, tokens: int, advance) -> dict:
 
 
 def make_pair(args: argparse.Namespace, groups: tuple[int, ...], sharing: str):
-    """Two blocks, in groups."""
+    """Two blocks in groups."""
     from mmtoken.layers.psvit.stage import SharingStage
 
     return SharingStage(
@@ -139,7 +135,7 @@ def make_pair(args: argparse.Namespace, groups: tuple[int, ...], sharing: str):
 
 
 def make_step(pair, image, train: bool):
-    """What is timed."""
+    """The function that is timed."""
     import torch
 
     def infer() -> None:
@@ -174,7 +170,7 @@ def report(results: dict) -> None:
             figure(row['map_mib']),
         )
     console.print(table)
-    console.print('Speed-ups over two ordinary blocks; in brackets what auto keeps.')
+    console.print('Speed-ups over two ordinary blocks; in brackets what auto stores.')
     environment = results['environment']
     console.print(
         f'{environment["device"]}, torch {environment["torch"]}, threads: {results["threads"]}, '

@@ -1,4 +1,4 @@
-"""Token losses and the gradients of routers in mixed precision beside those in float32."""
+"""Compare token losses and gradients of routers in mixed precision with those in float32."""
 
 import argparse
 import copy
@@ -10,61 +10,47 @@ from functools import partial
 from pathlib import Path
 
 from cli import HelpFormatter, fail, positive, quieten, write_json
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 DESCRIPTION = """\
-Run the first training iterations of a config twice through MMEngine's runner, in float32 and in
-mixed precision, and compare what its tokens publish and the gradients of its routers. On CUDA mixed
+Run the first training iterations of a config twice with MMEngine's runner, in float32 and in mixed
+precision, and compare the published token losses and the gradients of the routers. On CUDA mixed
 precision is AmpOptimWrapper with a dynamic loss scale, on a CPU bfloat16 without one.
 
-The learning rate is 0 and random numbers start anew in each iteration, so that both runs see the
-same weights, images and noise. Iterations whose scaled gradients overflow, which the scaler skips,
-are counted but not compared. The data set of the config must be there.
-"""
-EXAMPLES = """\
-examples:
-  python tools/analysis/check_amp_gpu.py CFG --json amp.json
-  python tools/analysis/check_amp_gpu.py CFG --device cpu --iters 2
+The learning rate is 0 and each iteration has its own seed, so both runs see the same weights,
+images and noise. Iterations whose scaled gradients overflow, which the scaler skips, are not
+compared. The data set of the config is needed.
 """
 PUBLISHED = re.compile('budget|ratio|shaping')
 ROUTERS = re.compile('router|gate')
-LOOP_PARTS = ('cfg', 'dataloader', 'evaluator')
 TOLERANCES = dict(value=0.02, gradient=0.1)  # relative; values below 0.1 count as 0.1
 
 
 def main() -> int:
-    """Compare, print a table; return 0 if all agrees, 1 if not or if nothing could be run."""
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION, epilog=EXAMPLES, formatter_class=HelpFormatter
-    )
+    """Compare and print; return 0 if all agrees, otherwise 1."""
+    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=HelpFormatter)
     parser.add_argument('config', metavar='CFG', help='config of mmdet, mmseg or mmpretrain')
     parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda', help='where to run')
     parser.add_argument('--iters', type=positive, default=8, metavar='N', help='iterations')
-    parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures here as well')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write the results here as well')
     args = parser.parse_args()
     quieten()
     if args.device == 'cpu':
-        os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the runner takes a GPU where it sees one
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the runner takes a GPU if it sees one
     import torch  # after the arguments are known to be good
+    from benchmarking.environment import describe_environment
     from mmengine.config import Config
 
-    from mmtoken.analysis.environment import describe_environment
-
     if args.device == 'cuda' and not torch.cuda.is_available():
-        return fail('torch sees no CUDA device here; --device cpu checks bfloat16 without a scaler')
+        return fail('torch sees no CUDA device; --device cpu checks bfloat16 without a scaler')
     try:
         cfg = Config.fromfile(args.config)
         rows, skipped = compare(*(run(cfg, args.iters, args.device, m) for m in (False, True)))
     except (OSError, ValueError) as error:
         return fail(error)
-    table = Table(title='Mixed precision beside float32', box=SIMPLE_HEAD, pad_edge=False)
-    for column in ('', 'greatest difference', 'allowed', 'good'):
-        table.add_column(column, justify='right' if column else 'left')
-    for name, difference, allowed, good in (row.values() for row in rows):
-        table.add_row(name, f'{difference:.2g}', f'{allowed:g}', 'yes' if good else 'NO')
-    Console().print(table, f'{args.iters} iterations, {skipped} of them overflowed and left out.')
+    for row in rows:
+        verdict = 'good' if row['good'] else 'BAD'
+        print(f'{row["name"]}: differs by {row["difference"]:.2g} of {row["allowed"]:g}, {verdict}')
+    print(f'{args.iters} iterations, {skipped} of them overflowed.')
     results = dict(config=Path(args.config).name, iters=args.iters, skipped=skipped, compared=rows)
     environment = describe_environment(torch.device(args.device))
     write_json(args.json, results | dict(environment=environment))
@@ -72,10 +58,10 @@ def main() -> int:
 
 
 def run(cfg, iters: int, device: str, mixed: bool) -> list[dict]:
-    """What is published in each iteration, and ``'gradient'``: of all routers, flat, unscaled.
+    """Published values of each iteration and, as ``'gradient'``, unscaled gradients of all routers.
 
     Raises:
-        ValueError: There is nothing to compare.
+        ValueError: The model publishes nothing, or no router has a gradient.
     """
     import torch
     from mmengine.hooks import Hook
@@ -84,18 +70,18 @@ def run(cfg, iters: int, device: str, mixed: bool) -> list[dict]:
     from mmengine.runner import Runner
 
     @OPTIM_WRAPPERS.register_module(force=True)
-    class CpuAmpOptimWrapper(OptimWrapper):  # MMEngine's refuses to work without a GPU
+    class CpuAmpOptimWrapper(OptimWrapper):  # MMEngine's needs a GPU
         def optim_context(self, model):
             return torch.autocast('cpu', torch.bfloat16)
 
-    seen, gradients = [], {}
+    iterations, gradients = [], {}
 
-    class Watch(Hook):
+    class Record(Hook):
         def before_train(self, runner):
-            # The optimiser's wrapper releases gradients before any hook of the runner is called.
+            # The optimizer's wrapper releases gradients before it calls any hook of the runner.
             for name, parameter in runner.model.named_parameters():
                 if parameter.requires_grad and ROUTERS.search(name):
-                    parameter.register_hook(partial(keep, name))
+                    parameter.register_hook(partial(store, name))
 
         def before_train_iter(self, runner, *args, **kwargs):
             torch.manual_seed(runner.iter)
@@ -105,16 +91,17 @@ def run(cfg, iters: int, device: str, mixed: bool) -> list[dict]:
         def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
             values = {name: float(v) for name, v in outputs.items() if PUBLISHED.search(name)}
             if not values or not gradients:
-                raise ValueError('this model publishes nothing, or no router got a gradient')
-            flat = [grad.flatten() for _, grad in sorted(gradients.items())]
-            seen.append(values | dict(gradient=torch.cat(flat) / self.scale))
+                raise ValueError('the model publishes nothing, or no router has a gradient')
+            flat = torch.cat([grad.flatten() for _, grad in sorted(gradients.items())])
+            iterations.append(values | dict(gradient=flat / self.scale))
             gradients.clear()
 
-    def keep(name, grad):
+    def store(name, grad):
         gradients[name] = grad.double().cpu()
 
     cfg = copy.deepcopy(cfg)
-    cfg.update({f'{s}_{p}': None for s in ('val', 'test') for p in LOOP_PARTS})
+    for part in ('cfg', 'dataloader', 'evaluator'):
+        cfg[f'val_{part}'] = cfg[f'test_{part}'] = None
     cfg.train_cfg = dict(by_epoch=False, max_iters=iters)
     cfg.param_scheduler = None
     cfg.randomness = dict(seed=0)
@@ -130,16 +117,16 @@ def run(cfg, iters: int, device: str, mixed: bool) -> list[dict]:
     cfg.optim_wrapper = wrapper
     with tempfile.TemporaryDirectory() as cfg.work_dir:
         runner = Runner.from_cfg(cfg)
-        runner.register_hook(Watch())
+        runner.register_hook(Record())
         runner.train()
-    return seen
+    return iterations
 
 
 def compare(full: list[dict], mixed: list[dict]) -> tuple[list[dict], int]:
-    """One row for each value and for the gradients, and how many iterations overflowed.
+    """The greatest relative difference of each value, and the number of skipped iterations.
 
     Raises:
-        ValueError: All of them.
+        ValueError: All iterations overflowed.
     """
     pairs = [(a, b) for a, b in zip(full, mixed, strict=True) if b['gradient'].isfinite().all()]
     if not pairs:

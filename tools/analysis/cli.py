@@ -1,4 +1,4 @@
-"""What the analysis tools share: arguments, errors, the file for results."""
+"""Arguments, messages and result files of the analysis tools."""
 
 import argparse
 import json
@@ -7,6 +7,9 @@ import sys
 import warnings
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -18,8 +21,19 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action)
 
 
+class StoreRatio(argparse.Action):
+    """Stores ratios, and in ``ratio_name`` the name that ``--query-ratio`` and the like give."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if namespace.ratio is not None:
+            parser.error('give one ratio: networks take one kind')
+        namespace.ratio = values if len(values) > 1 else values[0]
+        name = option_string.removeprefix('--').replace('-', '_')
+        namespace.ratio_name = None if name == 'ratio' else name
+
+
 def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
-    """A parser with the arguments that all analysis tools take."""
+    """A parser with the arguments of ``flops.py`` and ``benchmark.py``."""
     parser = argparse.ArgumentParser(
         description=description, epilog=examples, formatter_class=HelpFormatter
     )
@@ -38,35 +52,30 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
         default='backbone',
         help='the backbone alone, or the model up to the raw outputs of its heads',
     )
-    ratio = parser.add_mutually_exclusive_group()
-    ratio.add_argument(
-        '--query-ratio',
-        type=float,
-        metavar='R',
-        help='queries over tokens, in (0, 1], in a random layout, where regions choose their '
-        'granularity (DGE); without it the untrained routers choose, nearly always the finest',
-    )
-    ratio.add_argument(
-        '--coarse-ratio',
+    parser.add_argument(
+        '--ratio', '--query-ratio', '--coarse-ratio',
+        action=StoreRatio,
         type=float,
         nargs='+',
         metavar='R',
-        help='coarse regions over regions, in [0, 1], in a random layout, where regions are one '
-        'coarse token or several fine ones (MSViT); several numbers go to the images of a batch '
-        'in turn, as in --coarse-ratio 0.2 0.4 0.6 0.8',
-    )
-    parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures here as well')
+        help='draw random token layouts with this ratio, for networks with routers: queries over '
+        'tokens for DGE (query ratio, 0 < R <= 1), coarse regions over regions for MSViT (coarse '
+        'ratio, 0 <= R <= 1). Several ratios are given to the images of a batch in turn, as in '
+        '--ratio 0.2 0.4 0.6 0.8. Without it the untrained routers choose, nearly always the '
+        'finest granularity',
+    )  # fmt: skip
+    parser.set_defaults(ratio_name=None)
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write the results here as well')
     return parser
 
 
-def routing_of(args: argparse.Namespace) -> dict[str, float | list[float]]:
-    """What to override routers with: the one kind of ratio that is given, if any."""
-    ratios = dict(query_ratio=args.query_ratio, coarse_ratio=args.coarse_ratio)
-    return {name: ratio for name, ratio in ratios.items() if ratio is not None}
+def num_ratios(ratio: float | list[float] | None) -> int:
+    """Images that get a ratio each; 1 without ratios."""
+    return len(ratio) if isinstance(ratio, list) else 1
 
 
 def routing_words(routing: dict[str, float | list[float] | None]) -> list[str]:
-    """``['coarse ratio 0.5']``, or of several ``['coarse ratio .2/.4']``, as in titles."""
+    """``['coarse ratio 0.5']``, or for several ``['coarse ratio .2/.4']``, as in titles."""
     words = []
     for name, given in routing.items():
         if isinstance(given, list) and len(given) > 1:
@@ -78,28 +87,19 @@ def routing_words(routing: dict[str, float | list[float] | None]) -> list[str]:
     return words
 
 
-def routing_line(routing: dict, query_ratio: float | None, coarse_ratio: float) -> str | None:
-    """Say who chose the tokens; None of a network that does not choose.
+def routing_line(routing: dict, measured: dict[str, float]) -> str | None:
+    """One line on the token layouts; None for a network without routers.
 
     Args:
-        routing: From :func:`routing_of`.
-        query_ratio: Queries over tokens, as measured; for MSViT, tokens over fine ones.
-        coarse_ratio: Regions that are as coarse as can be over regions, likewise.
+        routing: The override, if any.
+        measured: Ratios by name, from :func:`mmtoken.analysis.decisions.measured_ratios`.
     """
-    if query_ratio is None:
+    if not measured:
         return None
-    if 'coarse_ratio' in routing:
-        return (
-            f'Regions choose at random: {coarse_ratio:.3f} of them coarse, '
-            f'{query_ratio:.3f} tokens per fine patch.'
-        )
+    ratios = ', '.join(f'{name.replace("_", " ")} {value:.3f}' for name, value in measured.items())
     if routing:
-        return f'Regions choose at random: {query_ratio:.3f} queries per token.'
-    return (
-        f'The untrained routers chose {query_ratio:.3f} of the tokens there can be '
-        f'({coarse_ratio:.3f} of the regions coarsest); give a --query-ratio (DGE) or '
-        "--coarse-ratio (MSViT) for a trained one's."
-    )
+        return f'Random token layouts: {ratios}.'
+    return f'Token layouts of the untrained routers: {ratios}. Give a --ratio for others.'
 
 
 def positive(text: str) -> int:
@@ -116,20 +116,29 @@ def figure(number: float) -> str:
     return f'{number:.{decimals}f}'
 
 
+def progress_bar() -> Progress:
+    """A progress bar on stderr that disappears at the end."""
+    columns = (
+        TextColumn('{task.description}'), BarColumn(), TextColumn('{task.percentage:3.0f}%'),
+        TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
 def fail(error: Any) -> int:
-    """Say in one line what went wrong; return the exit status."""
+    """Print an error in one line; return the exit status."""
     print(f'{Path(sys.argv[0]).stem}: {" ".join(str(error).split())}', file=sys.stderr)
     return 1
 
 
 def quieten() -> None:
-    """Keep the libraries' warnings and logs off the screen."""
+    """Hide the libraries' warnings and logs."""
     warnings.filterwarnings('ignore')
     logging.disable(logging.WARNING)
 
 
 def write_json(path: Path | None, results: dict) -> None:
-    """Write results for other programs, if a file is asked for."""
+    """Write results to a file, if one is given."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=2) + '\n')

@@ -7,9 +7,9 @@ from cli import (
     fail,
     figure,
     make_parser,
+    num_ratios,
     quieten,
     routing_line,
-    routing_of,
     routing_words,
     write_json,
 )
@@ -22,23 +22,21 @@ Count the multiply-accumulates (MACs) of a sparse network and of its dense twin,
 model and kind of work: linear layers, convolutions, and attention (scores and weighted sums). A
 MAC is two of the operations that torch's flop counter counts.
 
-Counted is the reference path, which computes what the method says and no more. `executed` is what
-the fast path does instead: more where it computes pairs of tokens that a mask hides, less where it
-leaves padding out.
+Counted is the reference path, which computes exactly what the method defines. `executed` is the
+count of the fast path: higher where it computes pairs of tokens that a mask hides, lower where it
+skips padding.
 
-Figures are of one image. With several coarse ratios there are as many images, and figures are
-their mean.
+Counts are per image. With several ratios there is one image for each, and counts are the mean.
 """
 EXAMPLES = """\
 examples:
   python tools/analysis/flops.py configs/stvit_r/mask-rcnn_stvit-r-swin-s_fpn_8xb2-1x_coco.py
   python tools/analysis/flops.py CFG --shape 1024 1024 --json flops.json
   python tools/analysis/flops.py CFG --part model
-  python tools/analysis/flops.py configs/dge/mask-rcnn_dge-pvt-s_fpn_8xb2-1x_coco.py \\
-      --query-ratio 0.43
-  python tools/analysis/flops.py MSVIT_CFG --coarse-ratio 0.2 0.4 0.6 0.8
+  python tools/analysis/flops.py configs/dge/mask-rcnn_dge-pvt-s_fpn_8xb2-1x_coco.py --ratio 0.43
+  python tools/analysis/flops.py MSVIT_CFG --ratio 0.2 0.4 0.6 0.8
 
-With --part model, the work of heads on proposals depends on how many an untrained detector makes.
+With --part model, the work of a detector's heads depends on how many proposals it makes untrained.
 """
 
 
@@ -47,39 +45,25 @@ def main() -> int:
     args = make_parser(DESCRIPTION, EXAMPLES).parse_args()
     quieten()
     import torch  # after the arguments are known to be good
+    from benchmarking.targets import build_target, dense_target
 
-    from mmtoken.analysis import measure_cost
-    from mmtoken.analysis.compare import check_routing
-    from mmtoken.analysis.step import make_images
-    from mmtoken.analysis.subject import default_shape, load_config, make_subject, twin_of
+    from mmtoken.analysis.configs import default_shape, load_config
 
+    batch_size, costs = num_ratios(args.ratio), {}
     try:
         cfg = load_config(args.config)
-        sparse = make_subject(cfg, args.part, routing_of(args))
-        with sparse.overriding():  # is the ratio in its range?
-            pass
+        shape = tuple(args.shape or default_shape(cfg))
+        sparse = build_target(cfg, args.part, args.ratio, args.ratio_name)
+        with Console(stderr=True).status('counting'):
+            for name, target in (('sparse', sparse), ('dense', dense_target(sparse))):
+                images = torch.zeros(batch_size, target.in_channels, *shape)
+                costs[name] = target.measure_cost(target.build(), images)
     except (OSError, ValueError) as error:
         return fail(error)
-    shape = tuple(args.shape or default_shape(cfg))
-    batch_size = len(args.coarse_ratio or (None,))
-    images = make_images(batch_size, shape, torch.float32, torch.device('cpu'), sparse.in_channels)
-    costs = {}
-    try:
-        with Console(stderr=True).status('counting'):
-            for name, subject in (('sparse', sparse), ('dense', twin_of(sparse))):
-                network = subject.build()
-                root = network.model if args.part == 'model' else network
-                costs[name] = measure_cost(
-                    network, images, root=root, batch_size=batch_size, inside=subject.overriding
-                )
-                check_routing(subject, costs[name])
-    except ValueError as error:  # a model that cannot be built, another kind of ratio
-        return fail(error)
     number = 'one image' if batch_size == 1 else f'mean of {batch_size} images'
-    what = ', '.join([f'{number} of {shape[0]} x {shape[1]}', *routing_words(sparse.routing)])
-    report(sparse.name, args.part, what, **costs)
-    cost = costs['sparse']
-    line = routing_line(sparse.routing, cost.query_ratio, cost.coarse_ratio)
+    title = ', '.join([f'{number} of {shape[0]} x {shape[1]}', *routing_words(sparse.routing)])
+    report(sparse.name, args.part, title, **costs)
+    line = routing_line(sparse.routing, costs['sparse'].ratios)
     if line:
         Console().print(line)
     write_json(
@@ -89,24 +73,23 @@ def main() -> int:
             part=args.part,
             shape=list(shape),
             batch_size=batch_size,
-            query_ratio=args.query_ratio,
-            coarse_ratio=args.coarse_ratio,
             mac_ratio=costs['dense'].macs / costs['sparse'].macs,
+            **sparse.routing,
             **{name: cost.to_dict() for name, cost in costs.items()},
         ),
     )
     return 0
 
 
-def report(name: str, part: str, what: str, sparse, dense) -> None:
-    """Print the table; ``what`` was counted."""
+def report(name: str, part: str, title: str, sparse, dense) -> None:
+    """Print the table; ``title`` says for which images."""
     from mmtoken.analysis.cost import KINDS
 
     console = Console()
     unit, scale = ('G', 1e9) if dense.macs >= 1e10 else ('M', 1e6)
     whole = name if part == 'backbone' else f'Model with {name}'
     table = Table(
-        title=f'{whole} / dense twin: {unit} MACs, {what}',
+        title=f'{whole} / dense twin: {unit} MACs, {title}',
         box=SIMPLE_HEAD,
         pad_edge=False,
     )
@@ -122,17 +105,17 @@ def report(name: str, part: str, what: str, sparse, dense) -> None:
     table.add_section()
     table.add_row('all', *_cells(sparse.by_kind(), dense.by_kind(), scale), style='bold')
     console.print(table)
-    for title, cost in ((whole, sparse), ('dense twin', dense)):
+    for network, cost in ((whole, sparse), ('dense twin', dense)):
         extra = cost.to_dict()['executed_extra']
         console.print(
-            f'{title}: {cost.macs / scale:.2f} {unit} MACs '
+            f'{network}: {cost.macs / scale:.2f} {unit} MACs '
             f'(executed {cost.executed / scale:.2f} {unit}, {extra / cost.macs:+.1%}), '
             f'{cost.parameters / 1e6:.2f} M params'
         )
 
 
 def _cells(sparse: dict[str, int], dense: dict[str, int], scale: float) -> list[str]:
-    """Sparse and dense MACs of each kind, of all, and their ratio."""
+    """Sparse and dense MACs of each kind and of all, and their ratio."""
     pairs = [(sparse[kind], dense[kind]) for kind in sparse]
     pairs.append((sum(sparse.values()), sum(dense.values())))
     ratio = f'{pairs[-1][1] / pairs[-1][0]:.2f}' if all(pairs[-1]) else ''

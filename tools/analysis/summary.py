@@ -23,7 +23,7 @@ examples:
 FIELDS = (
     'sparse_ms', 'dense_ms', 'speedup', 'speedup_vs_peer', 'peak_mb_sparse', 'peak_mb_dense',
 )  # fmt: skip
-# What makes runs repetitions of each other
+# Runs that agree in these, and in their ratios, are repetitions of each other.
 SETTING = (
     'config',
     'part',
@@ -35,7 +35,6 @@ SETTING = (
     'train',
     'compile',
 )
-RATIOS = ('query_ratio', 'coarse_ratio')  # of networks that choose; older results lack them
 
 
 def main() -> int:
@@ -50,7 +49,7 @@ def main() -> int:
     for path in args.files:
         try:
             run = json.loads(path.read_text())
-            key = json.dumps([run[field] for field in SETTING] + [run.get(r) for r in RATIOS])
+            key = json.dumps([*(run[field] for field in SETTING), routing_of(run)])
         except (OSError, ValueError, KeyError) as error:
             return fail(f'{path} is no result of benchmark.py ({type(error).__name__}: {error})')
         runs.setdefault(key, []).append(run)
@@ -97,6 +96,12 @@ def middle(group: list[dict], field: str) -> float | None:
     return median(values) if values else None
 
 
+def routing_of(run: dict) -> dict:
+    """The ratios that token layouts were drawn with, by name."""
+    names = [name for name in run if f'{name}_measured' in run]
+    return {name: run[name] for name in names if run[name] is not None}
+
+
 def describe(run: dict) -> str:
     """What was run, in short."""
     height, width = run['shape']
@@ -107,7 +112,7 @@ def describe(run: dict) -> str:
         words = [f'{head}_{others[0]}' if run['part'] == 'model' else others[0]]
     words += [f'{run["batch_size"]}x{height}x{width}'] + ['training'] * run['train']
     words += ['compiled'] * run['compile']
-    words += routing_words({name: run.get(name) for name in RATIOS})
+    words += routing_words(routing_of(run))
     if run['device'] != 'cpu' or run['dtype'] != 'float32':
         words += [run['device'], run['dtype']]
     return ', '.join(words)

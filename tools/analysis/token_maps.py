@@ -1,4 +1,4 @@
-"""Draw where a network looks finely: the granularity of its tokens, over images."""
+"""Draw the granularity of a network's tokens over images."""
 
 import argparse
 import sys
@@ -9,22 +9,22 @@ from rich.console import Console
 from rich.progress import track
 
 DESCRIPTION = """\
-Draw how finely a network whose regions choose their granularity looks at images: the input, and
-beside it a panel for each stage, with the mean over its blocks of queries per token. 1 is the
-finest, where every token is a query. With --per-block, a panel for each block, with the borders
-of its cells. Hatched is padding.
+Draw the routing decisions of a network over images: the input, and a panel for each stage with the
+queries per token of each region, the mean over the blocks of the stage. At 1, the finest, every
+token is a query. With --per-block there is a panel for each block, with the borders of its cells.
+Padding is hatched.
 
 A network that chooses once, before its first block (MSViT), has one panel, with the borders of its
-tokens: of a whole region where that is coarse, of its patches where not.
+tokens: one token per coarse region, one token per patch elsewhere.
 
-Images go through the config's test pipeline, and are drawn as the network sees them.
+Images go through the config's test pipeline and are drawn as the network sees them.
 """
 EXAMPLES = """\
 examples:
   python tools/analysis/token_maps.py CFG work_dirs/NAME/epoch_12.pth a.jpg b.jpg --out maps
   python tools/analysis/token_maps.py CFG CKPT *.jpg --out maps --per-block --json ratios.json
   python tools/analysis/token_maps.py MSVIT_CFG work_dirs/NAME/epoch_12.pth a.jpg --out maps
-  python tools/analysis/token_maps.py CFG a.jpg --out maps      random weights: to try it out
+  python tools/analysis/token_maps.py CFG a.jpg --out maps      random weights, as a trial
 """
 CHECKPOINTS = ('.pth', '.pt')
 
@@ -39,26 +39,22 @@ def main() -> int:
     if error:
         return fail(error)
     quieten()
-    from mmtoken.analysis.subject import load_config
-
-    try:
-        cfg = load_config(args.config)
-    except (OSError, ValueError) as bad:
-        return fail(bad)
-    from mmtoken.analysis.decisions import coarse_ratio, query_ratio, ratio_unit, split_stages
-    from mmtoken.analysis.watch import (
+    from mmtoken.analysis.configs import load_config
+    from mmtoken.analysis.decisions import measured_ratios, query_ratio, ratio_unit, split_stages
+    from mmtoken.analysis.recording import (
         check_channels,
         image_pipeline,
         load_image,
         load_model,
+        record_batch,
         to_picture,
-        watch,
     )
     from mmtoken.visualization.token_maps import draw_blocks, draw_stages, draw_tokens
 
     if checkpoint is None:
         print('No checkpoint is given: weights are random, and the pictures mean nothing.')
     try:
+        cfg = load_config(args.config)
         model, pipeline = load_model(cfg, checkpoint, args.device), image_pipeline(cfg)
     except (OSError, ValueError) as bad:
         return fail(bad)
@@ -74,23 +70,22 @@ def main() -> int:
             check_channels(cfg, batch)
         except (OSError, ValueError) as bad:
             return fail(f'{path}: {bad}')
-        watched = watch(model, batch)
-        if not watched.decisions:
+        images, _, decisions = record_batch(model, batch)
+        if not decisions:
             return fail(f'no part of the model in {args.config} chooses its tokens')
-        picture = to_picture(watched.images[0], model.data_preprocessor)
-        if watched.decisions[0].once:
-            figure = draw_tokens(picture, *watched.decisions)
+        picture = to_picture(images[0], model.data_preprocessor)
+        if decisions[0].per_network:
+            figure = draw_tokens(picture, *decisions)
         else:
-            figure = draw(picture, watched.decisions)
+            figure = draw(picture, decisions)
         figure.savefig(target, dpi=args.dpi)
         ratios[str(path)] = one = dict(
-            query_ratio=query_ratio(watched.decisions),
-            coarse_ratio=coarse_ratio(watched.decisions),
-            stages=[query_ratio(stage) for stage in split_stages(watched.decisions)],
+            measured_ratios(decisions),
+            stages=[query_ratio(stage) for stage in split_stages(decisions)],
         )
         stages = ' '.join(f'{ratio:.2f}' for ratio in one['stages'])
         console.print(
-            f'{target}: {one["query_ratio"]:.2f} {ratio_unit(watched.decisions)}'
+            f'{target}: {one["query_ratio"]:.2f} {ratio_unit(decisions)}'
             + f' (by stage: {stages})' * (len(one['stages']) > 1)
             + f', {one["coarse_ratio"]:.2f} of the regions coarse',
             highlight=False,
@@ -107,20 +102,20 @@ def parse_args():
     parser.add_argument('config', metavar='CFG', help='config of mmdet, mmseg or mmpretrain')
     parser.add_argument(
         'files', nargs='+', type=Path, metavar='[CKPT] IMAGE',
-        help='checkpoint (.pth) of a training with this config, then images',
+        help='a checkpoint (.pth) trained with this config, then images',
     )  # fmt: skip
     parser.add_argument('--out', type=Path, required=True, metavar='DIR', help='for the pictures')
     parser.add_argument(
-        '--per-block', action='store_true', help='a panel for each block, where several choose'
+        '--per-block', action='store_true', help='a panel for each block instead of each stage'
     )
-    parser.add_argument('--force', action='store_true', help='overwrite pictures that are there')
+    parser.add_argument('--force', action='store_true', help='overwrite existing pictures')
     parser.add_argument('--device', default='cpu', help='where to run')
     parser.add_argument('--dpi', type=int, default=150, metavar='N', help='dots per inch')
     parser.add_argument(
         '--json',
         type=Path,
         metavar='FILE',
-        help='write queries per token here, by image and stage, and shares of coarse regions',
+        help='write the ratios here, by image and stage',
     )
     return parser.parse_args()
 
@@ -128,7 +123,7 @@ def parse_args():
 def find_error(
     force: bool, checkpoint: Path | None, images: list[Path], pictures: list[Path]
 ) -> str | None:
-    """What is wrong with the files, if anything."""
+    """The first problem with the files, if any."""
     if checkpoint is not None and not checkpoint.is_file():
         return f'no checkpoint {checkpoint}'
     if not images:

@@ -1,4 +1,4 @@
-"""Count where a trained network spends its queries: on objects or on background."""
+"""Count the queries that a trained network spends on objects and on background."""
 
 import argparse
 import sys
@@ -11,20 +11,19 @@ from rich.progress import track
 from rich.table import Table
 
 DESCRIPTION = """\
-Run a trained network whose regions choose their granularity over its validation set, and count
-queries per token: of each stage, on objects and on background. Of a network that chooses once,
-before its first block (MSViT), that is tokens per fine patch. A second table has the share of
-regions that are as coarse as can be, by image too: where it hardly differs between images, routers
-choose by place and not by what they see.
+Run a trained network with routers over its validation set and count queries per token in each
+stage, on objects and on background; for a network that chooses once, before its first block
+(MSViT), tokens per fine patch. A second table shows the share of regions of the coarsest
+granularity, and how it differs between images: if it hardly does, routers choose by position and
+not by content.
 
 A region is on an object if at least half of its pixels are; otherwise it is background. Coarse
 stages have large regions, in which small objects count as background. Objects are the instances
-of mmdet, by masks where the test pipeline loads them, else by boxes; for mmseg all that has a label
-other than those given with --background. Regions that a border cuts off are counted under `all`
-only, and padding nowhere.
+of mmdet, by masks if the test pipeline loads them, else by boxes; for mmseg, all labels but those
+given with --background. Regions that a border cuts off count in `all` only. Padding is not counted.
 
-`objects / background` of all stages together compares objects with background's ratio of the same
-stage, since objects have other shares of the tokens in other stages.
+For all stages together, `objects / background` compares within stages, since the share of objects
+differs between stages.
 """
 EXAMPLES = """\
 examples:
@@ -40,9 +39,9 @@ def main() -> int:
     if not args.checkpoint.is_file():
         return fail(f'no checkpoint {args.checkpoint}')
     quieten()
-    from mmtoken.analysis.subject import load_config
+    from mmtoken.analysis.configs import load_config
+    from mmtoken.analysis.recording import check_channels, load_model, record_batch, val_dataloader
     from mmtoken.analysis.token_stats import annotated, collect
-    from mmtoken.analysis.watch import check_channels, load_model, val_dataloader, watch
 
     try:
         cfg = load_config(args.config)
@@ -62,8 +61,8 @@ def main() -> int:
     def batches():
         for batch in track(loader, 'running', console=console, transient=True):
             check_channels(cfg, batch)
-            watched = watch(model, batch)
-            yield watched, *annotated(watched, args.background)
+            recorded = record_batch(model, batch)
+            yield recorded, *annotated(recorded, args.background)
 
     try:
         stats = collect(batches())
@@ -79,18 +78,18 @@ def parse_args():
         description=DESCRIPTION, epilog=EXAMPLES, formatter_class=HelpFormatter
     )
     parser.add_argument('config', metavar='CFG', help='config of mmdet or mmseg')
-    parser.add_argument('checkpoint', type=Path, metavar='CKPT', help='of a training with it')
+    parser.add_argument('checkpoint', type=Path, metavar='CKPT', help='trained with this config')
     parser.add_argument(
         '--background', type=int, nargs='+', default=[], metavar='N',
-        help='labels that are no objects, for mmseg; 0 for the embedded data set',
+        help='labels that are no objects, for mmseg (0 for the embedded data set)',
     )  # fmt: skip
     parser.add_argument('--device', default='cpu', help='where to run')
-    parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures here as well')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write the results here as well')
     return parser.parse_args()
 
 
 def report(stats: dict) -> None:
-    """Print the tables: of queries per token, and of the share of coarse regions."""
+    """Print the tables of queries per token and of the share of coarse regions."""
     stages, images = stats['stages'], stats['images']
     rows = [(str(i), stage) for i, stage in enumerate(stages, start=1)]
     if len(stages) > 1:
@@ -101,12 +100,12 @@ def report(stats: dict) -> None:
     _print_table(f'{unit}, images: {images}', queries, rows, stats['per_image'])
     coarse = [(name, row | row['coarse_ratio']) for name, row in rows]
     keys = {'all': 'all', 'objects': 'on objects', 'background': 'on background'}
-    title = 'Share of regions that are as coarse as can be'
+    title = 'Share of regions of the coarsest granularity'
     _print_table(title, keys, coarse, stats['per_image']['coarse_ratio'])
 
 
 def _print_table(title: str, keys: dict[str, str], rows: list[tuple], spread: dict) -> None:
-    """A row for each stage, a column for each of ``keys``, and how images differ."""
+    """Print a row for each stage, a column for each of ``keys``, and the spread over images."""
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
     table.add_column('stage')
     for column in ('stride', *keys.values()):

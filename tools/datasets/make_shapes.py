@@ -1,4 +1,4 @@
-"""Command line of Shapes, the small drawn data set; see ``README.md`` beside this file."""
+"""Command line of Shapes, a small synthetic data set; see ``README.md`` in this folder."""
 
 import argparse
 import os
@@ -66,17 +66,17 @@ def _make_parser() -> argparse.ArgumentParser:
         default=[128, 176],
         help='height and width in pixels, exchanged in about half the images',
     )
-    parser.add_argument('--seed', type=int, default=0, help='draws another set of the same kind')
+    parser.add_argument('--seed', type=int, default=0, help='of the data set')
     parser.add_argument(
         '--workers',
         type=int,
         default=os.cpu_count() or 1,
-        help='processes that draw; their number does not change the result',
+        help='parallel processes; their number does not change the result',
     )
     parser.add_argument(
         '--force',
         action='store_true',
-        help='replace OUT and all in it, if this tool made it',
+        help='replace OUT if this tool made it',
     )
     return parser
 

@@ -65,11 +65,11 @@ def parse_args() -> argparse.Namespace:
 
 def chosen(photograph: np.ndarray, config: str, checkpoint: str) -> np.ndarray:
     """The token of each pixel in a trained MSViT."""
-    from mmtoken.analysis.subject import load_config
-    from mmtoken.analysis.watch import load_model, watch
+    from mmtoken.analysis.configs import load_config
+    from mmtoken.analysis.recording import load_model, record_batch
 
     cfg = load_config(config)
-    (decision,) = watch(load_model(cfg, checkpoint), load(photograph, cfg)).decisions
+    (decision,) = record_batch(load_model(cfg, checkpoint), load(photograph, cfg)).decisions
     tokens = np.arange(SIZE) * decision.grid[0] // SIZE  # of each row of pixels, and column
     regions = tokens // decision.region_size
     sides = np.array(decision.granularities)[decision.choice[0].numpy()]
@@ -81,8 +81,8 @@ def merged(photograph: np.ndarray, config: str, checkpoint: str) -> np.ndarray:
     """The token of each pixel in a MergeViT with the weights of a trained ViT."""
     import torch
 
-    from mmtoken.analysis.subject import load_config
-    from mmtoken.analysis.watch import load_model
+    from mmtoken.analysis.configs import load_config
+    from mmtoken.analysis.recording import load_model
     from mmtoken.backbones import MergeViT
 
     class Watched(MergeViT):
@@ -107,7 +107,7 @@ def merged(photograph: np.ndarray, config: str, checkpoint: str) -> np.ndarray:
 
 def load(photograph: np.ndarray, cfg) -> dict:
     """A batch of the photograph, INPUT pixels wide, by the test pipeline of a config."""
-    from mmtoken.analysis.watch import image_pipeline, load_image
+    from mmtoken.analysis.recording import image_pipeline, load_image
 
     for step in cfg.test_dataloader.dataset.pipeline:
         if step.type == 'Resize':

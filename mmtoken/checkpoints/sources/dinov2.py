@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..sources import vit
+from . import vit
 from .source import Layout, Rename, Renamed, Source, rename_with
 
 PATCHES = r'patch_embed\.proj\.weight'
@@ -64,8 +64,8 @@ DINOV2 = Source(
             without_swiglu(vit.openmmlab),
         ),
     ),
-    names=vit.NAMES,
-    unused='cls_token',
-    fresh=(*vit.GRAINED, *vit.MIXED),
+    known_keys=vit.NAMES,
+    ignorable_keys='cls_token',
+    newly_initialized_keys=(*vit.GRAINED, *vit.MIXED),
     check=vit.check_arguments,
 )

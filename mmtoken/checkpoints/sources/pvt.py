@@ -81,7 +81,7 @@ PVT = Source(
         # Converted before, or of a dense twin
         Layout(OURS, (r'layers\.0\.patch_embed\.proj\.weight',), rename_with()),
     ),
-    names=NAMES,
-    unused=CLASSIFIER,
-    fresh=(CLASS_TOKEN, *GRAINED),  # detectors and mmdet have no class token
+    known_keys=NAMES,
+    ignorable_keys=CLASSIFIER,
+    newly_initialized_keys=(CLASS_TOKEN, *GRAINED),  # detectors and mmdet have no class token
 )

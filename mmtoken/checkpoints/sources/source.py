@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -18,17 +18,17 @@ class Layout:
 
     Attributes:
         name: Whose names these are.
-        marks: Regular expressions; the layout is recognised where each matches some name.
+        signature_keys: Regular expressions, each of which must match a name.
         rename: Whole state dict to ours.
     """
 
     name: str
-    marks: tuple[str, ...]
+    signature_keys: tuple[str, ...]
     rename: Rename
 
-    def fits(self, names: Iterable[str]) -> bool:
-        names = list(names)
-        return all(any(matches(mark, name) for name in names) for mark in self.marks)
+    def matches(self, names: Collection[str]) -> bool:
+        """Whether names are of this layout."""
+        return all(matches_any(key, names) for key in self.signature_keys)
 
 
 @dataclass(frozen=True)
@@ -37,42 +37,40 @@ class Source:
 
     Attributes:
         name: As given to :func:`mmtoken.checkpoints.convert`.
-        layouts: Whose names its files may have, the most telling first.
-        names: What such files hold. Anything else is from a variant that we do not have.
-        unused: What a model of ours may have no place for.
-        fresh: What a model of ours has beyond what such files hold, in groups: a file may lack all
-            of a group, not some of it.
-        sign: What a file has that is taken for this family unasked; by default nothing beyond the
-            marks of a layout.
-        check: Raises a ValueError if names and tensors of a file, as they are there, are not for a
-            model, in a way that names and shapes do not tell.
+        layouts: Whose names its files may have, the most specific first.
+        known_keys: What such files hold. Anything else is from a variant that is not supported.
+        ignorable_keys: What a model of ours may have no parameter for.
+        newly_initialized_keys: What a model of ours has beyond such files, in groups: a file may
+            lack all keys of a group, but not only some.
+        key_signature: A key that a file must have to be detected as of this family, beside those of
+            a layout. It is not asked for where the user names the source.
+        check: Raises a ValueError where the arguments of a model do not suit the names and tensors
+            of a file, as they are in the file, although names and shapes fit.
     """
 
     name: str
     layouts: tuple[Layout, ...]
-    names: str
-    unused: str | None = None
-    fresh: tuple[str, ...] = ()
-    sign: str | None = None
+    known_keys: str
+    ignorable_keys: str | None = None
+    newly_initialized_keys: tuple[str, ...] = ()
+    key_signature: str | None = None
     check: Callable[[Mapping[str, Tensor], nn.Module], None] | None = None
 
-    def layout_of(self, names: Iterable[str]) -> Layout | None:
+    def layout_of(self, names: Collection[str]) -> Layout | None:
         """The layout that these names have, if any of this source."""
-        names = list(names)
-        return next((layout for layout in self.layouts if layout.fits(names)), None)
+        return next((layout for layout in self.layouts if layout.matches(names)), None)
 
-    def claims(self, names: Iterable[str]) -> bool:
-        """Whether a file with these names is taken for this family unasked."""
-        names = list(names)
-        signed = self.sign is None or any(matches(self.sign, name) for name in names)
+    def matches(self, names: Collection[str]) -> bool:
+        """Whether a file with these names is detected as of this family."""
+        signed = self.key_signature is None or matches_any(self.key_signature, names)
         return signed and self.layout_of(names) is not None
 
 
 def rename_with(*rules: Rule) -> Rename:
     """Make a ``rename`` from (regular expression, replacement); None drops the name.
 
-    The first rule that matches the beginning of a name is applied; a name that none matches stays.
-    A replacement is one of :func:`re.sub`.
+    The first rule that matches the beginning of a name applies; other names stay. Replacements are
+    those of :func:`re.sub`.
     """
 
     def rename(state: Mapping[str, Tensor]) -> Renamed:
@@ -88,9 +86,9 @@ def rename_with(*rules: Rule) -> Rename:
     return rename
 
 
-def matches(pattern: str | None, name: str) -> bool:
-    """Whether there is a pattern and it describes the whole name."""
-    return pattern is not None and re.fullmatch(pattern, name) is not None
+def matches_any(pattern: str, names: Iterable[str]) -> bool:
+    """Whether a pattern describes one of the names as a whole."""
+    return any(re.fullmatch(pattern, name) for name in names)
 
 
 def is_square(number: int) -> bool:

@@ -4,7 +4,7 @@ Our names are the official ones. Source: github.com/changsn/STViT-R,
 github.com/changsn/STViT-R-Object-Detection (MIT).
 """
 
-from ..sources import swin
+from . import swin
 from .source import Layout, Source
 
 CROSS = rf'layers\.\d+\.blocks\.\d+\.attn\.(q|kv){swin.PARAM}'
@@ -18,6 +18,6 @@ STVIT_R = Source(
             swin.microsoft,
         ),
     ),
-    names=f'{swin.NAMES}|{CROSS}|{swin.CONV_STEM}|{swin.SEMANTIC}',
-    unused=swin.OUTPUT_NORMS,
+    known_keys=f'{swin.NAMES}|{CROSS}|{swin.CONV_STEM}|{swin.SEMANTIC}',
+    ignorable_keys=swin.OUTPUT_NORMS,
 )

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..report import OURS
-from ..sources import swin, vit
+from . import swin, vit
 from .source import Layout, Renamed, Source, rename_with
 
 PARAM = swin.PARAM
@@ -71,6 +71,6 @@ SWAT = Source(
             rename_with(swin.HEAD),
         ),
     ),
-    names=NAMES,
-    unused=swin.OUTPUT_NORMS,
+    known_keys=NAMES,
+    ignorable_keys=swin.OUTPUT_NORMS,
 )

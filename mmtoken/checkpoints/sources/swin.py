@@ -76,7 +76,7 @@ SWIN = Source(
         Layout('Microsoft', (MARK, r'layers\.0\.downsample\.reduction\.weight'), microsoft),
         Layout('timm', (MARK, r'layers\.1\.downsample\.reduction\.weight'), timm),
     ),
-    names=NAMES,
-    unused=f'{PATCH_STEM}|{OUTPUT_NORMS}',
-    fresh=(CONV_STEM, SEMANTIC, STRUCTURED_STEM),
+    known_keys=NAMES,
+    ignorable_keys=f'{PATCH_STEM}|{OUTPUT_NORMS}',
+    newly_initialized_keys=(CONV_STEM, SEMANTIC, STRUCTURED_STEM),
 )

@@ -109,9 +109,16 @@ DEIT = Source(
     'deit',
     LAYOUTS,
     NAMES,
-    unused=PATCH_STEM,
-    fresh=FRESH,
-    sign='dist_token',
+    ignorable_keys=PATCH_STEM,
+    newly_initialized_keys=FRESH,
+    key_signature='dist_token',
     check=check_arguments,
 )
-VIT = Source('vit', LAYOUTS, NAMES, unused=PATCH_STEM, fresh=(*FRESH, NORM), check=check_arguments)
+VIT = Source(
+    'vit',
+    LAYOUTS,
+    NAMES,
+    ignorable_keys=PATCH_STEM,
+    newly_initialized_keys=(*FRESH, NORM),
+    check=check_arguments,
+)

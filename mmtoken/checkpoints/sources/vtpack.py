@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from ..sources import pvt, vit
+from . import pvt, vit
 from .source import Layout, Source, rename_with
 
 SPLITS = (r'.*\.dge\.splits$', None)
@@ -56,9 +56,9 @@ VTPACK = Source(
         Layout('PVT', pvt.OFFICIAL, pvt_names),
         Layout('DeiT', (r'patch_embed\.proj\.weight', r'blocks\.0\.norm1\.weight'), deit_names),
     ),
-    names=f'{pvt.NAMES}|{vit.NAMES}',
-    unused=pvt.CLASSIFIER,
-    fresh=vit.GRAINED,
-    sign=r'.*\.dge\..*|.*\.attn\.attn_weight\.weight',
+    known_keys=f'{pvt.NAMES}|{vit.NAMES}',
+    ignorable_keys=pvt.CLASSIFIER,
+    newly_initialized_keys=vit.GRAINED,
+    key_signature=r'.*\.dge\..*|.*\.attn\.attn_weight\.weight',
     check=check_splits,
 )

@@ -56,6 +56,15 @@ def attention_reference(
     return scores.softmax(dim=-1) @ value
 
 
+def cross_attention(
+    query: Tensor, key_value: Tensor, num_heads: int, bias: Tensor | None = None
+) -> Tensor:
+    """:func:`attention` of projected tokens, ``(B, Q, C), (B, K, 2 * C) -> (B, Q, C)``."""
+    key, value = key_value.chunk(2, dim=-1)
+    heads = (split_heads(t, num_heads) for t in (query, key, value))
+    return join_heads(attention(*heads, bias))
+
+
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """``(B, L, heads * d) -> (B, heads, L, d)``. Inverse: :func:`join_heads`."""
     batch, length, channels = x.shape

@@ -12,14 +12,8 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import Tensor
 
 from .attention import attention, join_heads
-from .old_tiles import plan_window_tiles, tokens_per_tile, use_tiling
 from .utils import run_block
-from .windows import (
-    pad_to_windows,
-    shifted_window_mask,
-    window_partition,
-    window_reverse,
-)
+from .windows import pad_to_windows, shifted_window_mask, window_partition, window_reverse
 
 
 class WindowAttention(nn.Module):
@@ -59,6 +53,9 @@ class WindowAttention(nn.Module):
             windows: ``(B * windows, L, C)`` with ``L = window_size ** 2``.
             mask: Additive, ``(windows, 1, L, L)``, from
                 :func:`~mmtoken.layers.common.windows.shifted_window_mask`.
+
+        Returns:
+            ``(B * windows, L, C)``.
         """
         bias = self.position_bias()
         if mask is not None:
@@ -72,7 +69,7 @@ class WindowAttention(nn.Module):
         return join_heads(attention(query, key, value, bias))
 
     def position_bias(self) -> Tensor:
-        """The learned bias of every pair of tokens of a window: ``(1, heads, L, L)``."""
+        """Learned bias of each pair of tokens in a window: ``(1, heads, L, L)``."""
         bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
         return bias.view(*self.relative_position_index.shape, -1).permute(2, 0, 1).unsqueeze(0)
 
@@ -100,9 +97,12 @@ class SwinBlock(nn.Module):
         drop_path: Stochastic depth rate.
         linear: Makes the projections of attention, see :class:`WindowAttention`.
         mlp: Makes the MLP, ``(embed_dims, hidden_dims)`` to a layer.
-    """
 
-    mlp_type: type[nn.Module] = Mlp  # that forward_in_tiles knows
+    Example:
+        >>> block = SwinBlock(embed_dims=32, num_heads=2, window_size=7, shift=3)
+        >>> block(torch.zeros(1, 10, 16, 32)).shape
+        torch.Size([1, 10, 16, 32])
+    """
 
     def __init__(
         self,
@@ -127,80 +127,31 @@ class SwinBlock(nn.Module):
         self.mlp = mlp(embed_dims, int(embed_dims * mlp_ratio))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, H, W, C) -> (B, H, W, C)``, any H and W.
-
-        As in Swin, padding is added after the norm and attended to like any token.
-        """
-        if self.fits_tiles(x):
-            return self.forward_in_tiles(x)
+        """``(B, H, W, C) -> (B, H, W, C)``, any H and W."""
         x = x + self.drop_path(self.attend(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def attend(self, x: Tensor) -> Tensor:
+        """Attention in shifted windows: ``(B, H, W, C) -> (B, H, W, C)``.
+
+        As in Swin, padding is added behind the norm and attended to like any token.
+        """
         grid, size = x.shape[1:3], self.window_size
         shift = self.shift_on(grid)
-        x, mask = pad_to_windows(x, size), None
+        x, mask = pad_to_windows(x, size), None  # (B, H', W', C), whole windows
         padded = x.shape[1:3]
         if shift:
             x = x.roll((-shift, -shift), dims=(1, 2))
             mask = shifted_window_mask(tuple(grid), size, shift, x.device, x.dtype)
-        x = self.attn(window_partition(x, size), mask)
+        windows = self.attn(window_partition(x, size), mask)  # (B * windows, L, C)
         if not shift:
-            return window_reverse(x, size, grid)
-        x = window_reverse(x, size, padded).roll((shift, shift), dims=(1, 2))
+            return window_reverse(windows, size, grid)
+        x = window_reverse(windows, size, padded).roll((shift, shift), dims=(1, 2))
         return x[:, : grid[0], : grid[1]]
 
     def shift_on(self, grid: Sequence[int]) -> int:
-        """Shift on a grid ``(H, W)``, in tokens."""
+        """Shift of the windows on a grid ``(H, W)``, in tokens."""
         return self.shift if self.shift_always or min(grid) > self.window_size else 0
-
-    def fits_tiles(self, x: Tensor) -> bool:
-        """Whether to take :meth:`forward_in_tiles`."""
-        return type(self.mlp) is self.mlp_type and use_tiling(x, self.training, self)
-
-    def forward_in_tiles(self, x: Tensor) -> Tensor:
-        """:meth:`forward`, for inference, a few windows at a time."""
-        return self.attend_in_tiles(x, self.add_mlp)
-
-    def projections(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-        """Those of attention, ``qkv`` and ``proj``, to be called tile by tile."""
-        return self.attn.qkv, self.attn.proj
-
-    def add_mlp(self, x: Tensor) -> None:
-        """Add what the MLP makes of tokens ``(n, C)`` to them."""
-        x += self.mlp(self.norm2(x))
-
-    def attend_in_tiles(self, x: Tensor, then: Callable[[Tensor], None] | None = None) -> Tensor:
-        """Add what attention makes of tokens, for inference, a few windows at a time.
-
-        Args:
-            x: ``(B, H, W, C)``.
-            then: What else to do to the tokens of each tile, ``(n, C)``, in place.
-
-        Returns:
-            ``(B, H, W, C)``.
-        """
-        tokens = x.reshape(-1, x.shape[-1])
-        out = torch.empty_like(tokens)
-        qkv, proj = self.projections()
-        # Padding is zero before the projection.
-        padding = qkv(tokens.new_zeros(1, tokens.shape[1]))[0]
-        bias = self.attn.position_bias()
-        batch, *grid, channels = x.shape
-        plan = plan_window_tiles(
-            batch, tuple(grid), self.window_size, self.shift_on(grid), tokens_per_tile(channels)
-        )
-        for tile in plan:
-            t = tokens.index_select(0, tile.tokens)
-            windows = tile.to_windows(qkv(self.norm1(t)), padding)
-            windows = windows.view(-1, self.window_size**2, windows.shape[-1])
-            mask = bias if tile.apart is None else bias.masked_fill(tile.apart, float('-inf'))
-            attended = self.attn.attend(windows, mask).flatten(0, 1)
-            t += proj(tile.to_tokens(attended))
-            if then is not None:
-                then(t)
-            out.index_copy_(0, tile.tokens, t)
-        return out.view_as(x)
 
 
 class PatchMerging(nn.Module):
@@ -214,37 +165,27 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 2 * C)``."""
         x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        if use_tiling(x, self.training, self):
-            batch, _, width, channels = x.shape
-            rows = 2 * max(1, tokens_per_tile(channels) // (2 * batch * width))
-            return torch.cat([self.merge(strip) for strip in x.split(rows, dim=1)], dim=1)
-        return self.merge(x)
-
-    def merge(self, x: Tensor) -> Tensor:
-        """:meth:`forward` of a grid with even sides."""
         top, bottom = x[:, 0::2], x[:, 1::2]
-        x = torch.cat(
-            [top[:, :, 0::2], bottom[:, :, 0::2], top[:, :, 1::2], bottom[:, :, 1::2]], dim=-1
-        )
-        return self.reduction(self.norm(x))
+        group = [top[:, :, 0::2], bottom[:, :, 0::2], top[:, :, 1::2], bottom[:, :, 1::2]]
+        return self.reduction(self.norm(torch.cat(group, dim=-1)))
 
 
 class SwinStage(nn.Module):
     """Swin blocks, every other one with shifted windows.
 
     Args:
-        common: Arguments of every block.
+        block_kwargs: Arguments of every block.
         drop_path: Stochastic depth rate of each block.
         window_size: Window side, in tokens.
         shift_always: Shift even a grid that is no larger than a window.
-        downsample: Leads to the next stage; None after the last.
+        downsample: Leads to the next stage; None behind the last.
         with_cp: Recompute activations in backward, block by block.
         blocks: What makes each block, :class:`~mmtoken.layers.common.swin.SwinBlock` by default.
     """
 
     def __init__(
         self,
-        common: dict,
+        block_kwargs: dict,
         drop_path: Sequence[float],
         window_size: int,
         shift_always: bool,
@@ -261,7 +202,7 @@ class SwinStage(nn.Module):
                 shift=window_size // 2 * (j % 2),
                 shift_always=shift_always,
                 drop_path=rate,
-                **common,
+                **block_kwargs,
             )
             for j, (block, rate) in enumerate(zip(blocks, drop_path, strict=True))
         )

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn as nn
+from timm.layers import trunc_normal_
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -74,6 +75,11 @@ def init_own(root: nn.Module) -> None:
     for module in root.modules():
         if module is not root and hasattr(module, 'init_weights'):
             module.init_weights()
+
+
+def trunc_normal_parameter(*shape: int) -> nn.Parameter:
+    """An embedding, initialized as in ViT."""
+    return nn.Parameter(trunc_normal_(torch.empty(shape), std=0.02))
 
 
 def ceil_div(a: int, b: int) -> int:

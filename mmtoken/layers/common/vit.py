@@ -11,7 +11,7 @@ import torch.nn as nn
 from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor
 
-from .attention import attention, join_heads, split_heads
+from .attention import attention, cross_attention
 from .plain import draws
 
 NORM_EPS = 1e-6  # of every LayerNorm in ViT and DeiT
@@ -72,29 +72,9 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(embed_dims, 2 * embed_dims, bias=qkv_bias)
         self.proj = nn.Linear(embed_dims, embed_dims)
 
-    def forward(
-        self,
-        query: Tensor,
-        tokens: Tensor,
-        between: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        """Attend.
-
-        Args:
-            query: ``(B, Q, C)``, or as ``between`` takes it.
-            tokens: ``(B, K, C)``, likewise.
-            between: Attention of the projected queries ``(..., C)`` and keys and values
-                ``(..., 2 * C)``; :meth:`attend` by default.
-
-        Returns:
-            In the shape of ``query``.
-        """
-        return self.proj((between or self.attend)(self.q(query), self.kv(tokens)))
-
-    def attend(self, query: Tensor, key_value: Tensor) -> Tensor:
-        """Every query attends to all tokens: ``(B, Q, C), (B, K, 2 * C) -> (B, Q, C)``."""
-        heads = (split_heads(t, self.num_heads) for t in (query, *key_value.chunk(2, dim=-1)))
-        return join_heads(attention(*heads))
+    def forward(self, query: Tensor, tokens: Tensor) -> Tensor:
+        """Every query attends to all tokens: ``(B, Q, C), (B, K, C) -> (B, Q, C)``."""
+        return self.proj(cross_attention(self.q(query), self.kv(tokens), self.num_heads))
 
 
 class ViTBlock(nn.Module):

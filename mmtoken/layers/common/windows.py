@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import cache_by_shape
+from .utils import ceil_div
 
 
 def pad_to_windows(x: Tensor, size: int) -> Tensor:
@@ -20,7 +21,7 @@ def pad_to_windows(x: Tensor, size: int) -> Tensor:
 
 
 def window_partition(x: Tensor, size: int) -> Tensor:
-    """Cut a token grid into windows.
+    """Divide a token grid into windows.
 
     Args:
         x: Tokens, ``(B, H, W, C)``; H and W are multiples of ``size``.
@@ -45,7 +46,7 @@ def window_reverse(windows: Tensor, size: int, grid: tuple[int, int]) -> Tensor:
         grid: ``(H, W)`` before padding, in tokens.
     """
     height, width = grid
-    rows, columns = -(-height // size), -(-width // size)
+    rows, columns = ceil_div(height, size), ceil_div(width, size)
     channels = windows.shape[-1]
     x = windows.view(-1, rows, columns, size, size, channels).transpose(2, 3)
     return x.reshape(-1, rows * size, columns * size, channels)[:, :height, :width]
@@ -66,7 +67,7 @@ def max_pool_windows(x: Tensor, size: int, pooled: int) -> Tensor:
         ``(B, H / size * pooled, W / size * pooled, C)``.
     """
     batch, height, width, channels = x.shape
-    bins = [(i * size // pooled, -(-(i + 1) * size // pooled)) for i in range(pooled)]
+    bins = [(i * size // pooled, ceil_div((i + 1) * size, pooled)) for i in range(pooled)]
     x = x.view(batch, height // size, size, width // size, size, channels)
     x = torch.stack([_max_of_slices(x, 2, *span) for span in bins], dim=2)
     x = torch.stack([_max_of_slices(x, 4, *span) for span in bins], dim=3)
@@ -84,7 +85,7 @@ def _max_of_slices(x: Tensor, dim: int, start: int, stop: int) -> Tensor:
 
 
 def window_index(grid: tuple[int, int], size: int, shift: int = 0) -> Tensor:
-    """Which token stands in each place of each window.
+    """Which token is in each place of each window.
 
     Args:
         grid: ``(H, W)``, in tokens; padded at the bottom and right to whole windows.
@@ -102,13 +103,13 @@ def window_index(grid: tuple[int, int], size: int, shift: int = 0) -> Tensor:
 
 
 class ShiftMask(NamedTuple):
-    """Which tokens only a cyclic shift brought together in a window, and must not attend.
+    """Which tokens of a window are not neighbors: only the cyclic shift brought them together.
 
-    Only the windows in the last row or column hold such tokens, so there are four patterns.
+    Only windows in the last row or column hold such tokens, so there are four patterns.
 
     Attributes:
-        patterns: ``(4, 1, L, L)`` with ``L = size * size``, True between such tokens; none in the
-            first.
+        patterns: ``(4, 1, L, L)`` with ``L = size * size``, True between such tokens; the
+            first has none.
         window: The pattern of each window, row by row, ``(windows,)``.
     """
 
@@ -123,7 +124,7 @@ def shift_mask(grid: tuple[int, int], size: int, shift: int) -> ShiftMask:
     # (row pattern, column pattern, row, column)
     region = 2 * part[:, None, :, None] + part[None, :, None, :]
     region = region.view(4, size * size)
-    rows, columns = (-(-side // size) for side in grid)
+    rows, columns = (ceil_div(side, size) for side in grid)
     last_row, last_column = (torch.arange(n) == n - 1 for n in (rows, columns))
     window = 2 * last_row[:, None].long() + last_column.long()
     return ShiftMask((region[:, None, :, None] != region[:, None, None, :]), window.flatten())
@@ -134,7 +135,7 @@ def shifted_window_mask(
 ) -> Tensor:
     """Additive mask that keeps a cyclically shifted grid from attending across its seam.
 
-    Minus infinity stands where the releases of Swin have -100, whose exponentials are denormal
+    It is minus infinity where the releases of Swin have -100, whose exponentials are denormal
     numbers: equal in fp32, and several times faster on a CPU. Arguments as in
     :func:`window_index`.
 

@@ -1,29 +1,32 @@
-"""A transformer block of dynamic granularity: few queries, dense keys, un-pooled updates.
+"""Dynamic granularity: a router for each region, a block with few queries, and a PVT stage of them.
 
-Source: DGE, arXiv 2301.03831, section 3; released code github.com/StevenGrove/vtpack (Apache-2.0),
-for the initialisation, the training paths and the count of complexity. Differences: stochastic
-depth drops whole images, not queries; any grid is taken, not whole regions only.
+Sources: DGE, arXiv 2301.03831, section 3, and PVT, arXiv 2102.12122, sections 3.2 and 3.3; released
+code github.com/StevenGrove/vtpack (Apache-2.0), for the initialization and the training modes.
+Differences: stochastic depth drops whole images, not queries; the grid may have any size, not only
+whole regions. Parameter names are the official ones, without the numbers of the stages.
 """
 
 import math
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import Tensor
 
-from ...losses.usage import Usage
 from ...runtime.decisions import RoutingDecision, record_decision
-from ..common.old_tiles import tokens_per_tile, use_tiling
+from ..common.attention import varlen_cross_attention
+from ..common.padding import padding_regions
 from ..common.plain import draws, weight_dtype
+from ..common.positions import resample
 from ..common.precision import full_precision
 from ..common.regions import (
     CellSet,
     RegionLayout,
     RegionPlan,
-    add_unpooled,
     all_cells,
     gate_per_cell,
     make_region_layout,
@@ -32,26 +35,27 @@ from ..common.regions import (
     pool_every_granularity,
     pool_regions,
     unpool_every_granularity,
+    unpool_regions,
 )
 from ..common.routing import choose, explores
-from ..common.utils import run_block
+from ..common.stem import PatchEmbed
+from ..common.utils import run_block, trunc_normal_parameter
 
 TrainMode = Literal['exact', 'dense', 'sparse']
-FINEST_PROBABILITY = 0.95  # of a router before it has learned anything
+FINEST_PROBABILITY = 0.95  # of a new router
 
 
 class GranularityRouter(nn.Module):
-    """Scores for the granularities of each region, from the mean of its tokens.
+    """Scores the granularities of each region, from the mean of its tokens.
 
     Args:
-        embed_dims: Channels.
+        embed_dims: Channels, C.
         num_granularities: K.
         region_size: Side of a region, in tokens.
     """
 
     def __init__(self, embed_dims: int, num_granularities: int, region_size: int) -> None:
         super().__init__()
-        self.embed_dims = embed_dims
         self.num_granularities = num_granularities
         self.region_size = region_size
         self.gate = nn.Linear(embed_dims, num_granularities)
@@ -72,39 +76,106 @@ class GranularityRouter(nn.Module):
             means = pool_cells(x, self.region_size).to(weight_dtype(self.gate))
             return self.gate(means).float()
 
-    def complexity(self, tokens: Tensor) -> Tensor:
-        """Operations of a number of tokens, as the budget counts them."""
-        dims, choices = self.embed_dims, self.num_granularities
-        return tokens / self.region_size**2 * dims * (1 + choices)
+
+class SpatialReductionAttention(nn.Module):
+    """Attention of packed queries; a strided convolution reduces the map of keys and values.
+
+    Args:
+        embed_dims: Channels, C.
+        num_heads: Attention heads.
+        sr_ratio: Side of the patch that becomes one key, in tokens; 1 keeps every token.
+        qkv_bias: Biases of queries, keys and values.
+    """
+
+    def __init__(
+        self, embed_dims: int, num_heads: int, sr_ratio: int = 1, qkv_bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.sr_ratio = sr_ratio
+        self.q = nn.Linear(embed_dims, embed_dims, bias=qkv_bias)
+        self.kv = nn.Linear(embed_dims, 2 * embed_dims, bias=qkv_bias)
+        self.proj = nn.Linear(embed_dims, embed_dims)
+        if sr_ratio > 1:
+            self.sr = nn.Conv2d(embed_dims, embed_dims, sr_ratio, sr_ratio)
+            self.norm = nn.LayerNorm(embed_dims)  # eps 1e-5, unlike the norms of the block
+
+    def keys(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Keys and values of a map.
+
+        Args:
+            x: Normalized tokens, ``(B, N, C)``. There may be prefix tokens if ``sr_ratio`` is 1.
+            grid: ``(H, W)``; padded with zeros at the bottom and right to whole patches.
+
+        Returns:
+            ``(B, 2, heads, K, d)``.
+        """
+        if self.sr_ratio > 1:
+            x = self.norm(self.reduce(x.unflatten(1, grid)).flatten(1, 2))  # B, K, C
+        kv = self.kv(x).unflatten(-1, (2, self.num_heads, -1))  # B, K, 2, heads, d
+        return kv.permute(0, 2, 3, 1, 4).contiguous()
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C) -> (B, ceil(H / sr_ratio), ceil(W / sr_ratio), C)``."""
+        height, width = x.shape[1:3]
+        x = F.pad(x, (0, 0, 0, -width % self.sr_ratio, 0, -height % self.sr_ratio))
+        return self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    def forward(self, queries: Tensor, keys: Tensor, cells: CellSet) -> Tensor:
+        """Attend.
+
+        Args:
+            queries: Packed and normalized, ``(M, C)``.
+            keys: From :meth:`keys`.
+            cells: The cells of the queries.
+
+        Returns:
+            ``(M, C)``.
+        """
+        query = self.q(queries).unflatten(-1, (self.num_heads, -1))  # M, heads, d
+        key, value = keys.unbind(1)  # B, heads, K, d
+        return self.proj(varlen_cross_attention(query, key, value, cells.lengths).flatten(1))
+
+
+class Routing(NamedTuple):
+    """What the regions of a batch chose for one block.
+
+    Attributes:
+        gates: One-hot choices, ``(B, Hr, Wr, K)``. They have a gradient if a router trains.
+        plan: The queries that follow from them.
+    """
+
+    gates: Tensor
+    plan: RegionPlan
 
 
 class DynamicGranularityBlock(nn.Module):
-    """Attention and MLP on pooled queries, against the whole map; the change is un-pooled.
+    """Attention and MLP on pooled queries; keys and values are dense, and updates are un-pooled.
 
-    Each region chooses its granularity; the mean of each cell is a query. Queries go through a
-    pre-norm block whose keys and values are dense, and every token receives the change of the
-    query of its cell. With the finest granularity everywhere it is a plain block.
+    Each region chooses a granularity, and the mean of each of its cells is a query. Queries pass
+    through a pre-norm block, and every token receives the update of the query of its cell. With the
+    finest granularity everywhere it is a plain block.
 
     Args:
-        embed_dims: Channels.
-        attn: Attention with the interface of
-            :class:`~mmtoken.layers.dge.spatial_reduction.SpatialReductionAttention`.
+        embed_dims: Channels, C.
+        attn: Attention with the interface of :class:`SpatialReductionAttention`.
         feedforward_channels: Hidden channels of the MLP.
-        granularities: Sides of a cell, finest first, in tokens, beginning with 1. ``(1,)`` makes a
-            plain block, without a router.
+        granularities: Sides of the cells, finest first, in tokens, starting with 1. ``(1,)`` makes
+            a plain block without a router.
         region_size: Side of a region, in tokens; a multiple of each granularity.
-        train_mode: How routers get their gradients; all modes have the same forward values and the
-            same gradients of all other parameters. ``'dense'`` computes the queries of all
-            granularities, as in the release. ``'exact'`` has the same gradients but computes what
-            was not chosen without autograd: less memory and time. ``'sparse'`` computes only what
-            was chosen, and a router learns from its own choices alone.
+        train_mode: How routers get their gradients. All modes have the same outputs and the same
+            gradients of all other parameters. ``'dense'`` computes the queries of all
+            granularities, as in the release. ``'exact'`` has the same gradients, but computes what
+            was not chosen without autograd, with less memory and time. ``'sparse'`` computes only
+            what was chosen, so that a router learns from its own choices alone.
         drop_path: Stochastic depth rate.
-        norm_eps: Of the two LayerNorms.
-        with_cp: Recompute the activations in backward; choices are kept.
+        norm_eps: Epsilon of the two LayerNorms.
 
     Raises:
-        ValueError: Bad granularities, region size or mode.
+        ValueError: Invalid granularities, region size or mode.
     """
+
+    ratio_name: ClassVar[str] = 'query_ratio'
 
     def __init__(
         self,
@@ -116,17 +187,15 @@ class DynamicGranularityBlock(nn.Module):
         train_mode: TrainMode = 'exact',
         drop_path: float = 0.0,
         norm_eps: float = 1e-6,
-        with_cp: bool = False,
     ) -> None:
         super().__init__()
         self.granularities = check_granularities(granularities, region_size)
-        if train_mode not in ('exact', 'dense', 'sparse'):
+        if train_mode not in TRAIN_MODES:
             raise ValueError(f"train_mode must be 'exact', 'dense' or 'sparse', got {train_mode!r}")
         self.embed_dims = embed_dims
         self.feedforward_channels = feedforward_channels
         self.region_size = region_size
         self.train_mode = train_mode
-        self.with_cp = with_cp
         self.norm1 = nn.LayerNorm(embed_dims, norm_eps)
         self.attn = attn
         self.norm2 = nn.LayerNorm(embed_dims, norm_eps)
@@ -136,158 +205,245 @@ class DynamicGranularityBlock(nn.Module):
         if len(self.granularities) > 1:
             self.router = GranularityRouter(embed_dims, len(self.granularities), region_size)
 
-    def forward(
-        self,
-        x: Tensor,
-        grid: tuple[int, int],
-        padding: Tensor | None = None,
-        measured: bool = True,
-    ) -> tuple[Tensor, Usage | None]:
+    def layout(
+        self, grid: tuple[int, int], num_prefix_tokens: int, device: torch.device
+    ) -> RegionLayout:
+        """The regions of a grid, for this block and all with the same granularities."""
+        return make_region_layout(
+            grid, self.granularities, self.region_size, num_prefix_tokens, device
+        )
+
+    def route(
+        self, x: Tensor, layout: RegionLayout, padding: Tensor | None = None
+    ) -> Routing | None:
+        """Choose the granularity of every region.
+
+        Args:
+            x: Tokens, ``(B, N, C)``.
+            layout: From :meth:`layout`.
+            padding: Regions that are padding, ``(B, Hr, Wr)``, from
+                :func:`~mmtoken.layers.common.padding.padding_regions`; they take the coarsest
+                granularity.
+
+        Returns:
+            The argument of :meth:`forward`; None without a router.
+        """
+        if self.router is None:
+            return None
+        scores = self.router(x[:, layout.num_prefix_tokens :].unflatten(1, layout.grid))
+        sampled = explores(self.router, x)
+        gates = choose(scores, layout.num_cells, self.ratio_name, sampled, padding)
+        choice = gates.argmax(dim=-1)
+        record_decision(
+            RoutingDecision(choice, self.granularities, self.region_size, layout.grid, padding)
+        )
+        return Routing(gates, plan_regions(choice, layout))
+
+    def forward(self, x: Tensor, layout: RegionLayout, routing: Routing | None = None) -> Tensor:
         """Update all tokens.
 
         Args:
-            x: Tokens, ``(B, N, C)``: extra ones first, which are always queries, then those of the
+            x: Tokens, ``(B, N, C)``: prefix tokens, which are always queries, then those of the
                 grid, row by row.
-            grid: ``(H, W)``.
-            padding: Regions that are padding, ``(B, Hr, Wr)``, from
-                :func:`~mmtoken.layers.common.padding.padding_regions`: they take the coarsest granularity
-                and do not count.
-            measured: Whether to measure what is used.
+            layout: From :meth:`layout`.
+            routing: From :meth:`route`; None makes every token a query.
 
         Returns:
-            Tokens ``(B, N, C)``, and what was used; None without a router, or if not measured.
+            ``(B, N, C)``.
         """
-        num_prefix_tokens = x.shape[1] - grid[0] * grid[1]
-        regions = make_region_layout(
-            grid, self.granularities, self.region_size, num_prefix_tokens, x.device
-        )
-        if self.router is None:
-            return run_block(self.mix_all, x, regions, recompute=self.with_cp), None
-        scores = self.router(x[:, num_prefix_tokens:].unflatten(1, grid))
-        sampled = explores(self.router, x)
-        gates = choose(scores, regions.num_cells, 'query_ratio', sampled, padding)
-        choice = gates.argmax(dim=-1)
-        record_decision(
-            RoutingDecision(choice, self.granularities, self.region_size, grid, padding)
-        )
-        plan = plan_regions(choice, regions)
-        mixed = run_block(self.mix, x, gates, plan, recompute=self.with_cp)
-        return mixed, self.measure(gates, regions, padding) if measured else None
+        keys = self.attn.keys(self.norm1(x), layout.grid)
+        update = partial(self.block_update, keys=keys, keep=self.sample_drop_path(x))
+        if routing is None:
+            return x + update(x.flatten(0, 1), all_cells(layout, len(x))).view_as(x)
+        gates, plan = routing
+        if gates.requires_grad:
+            pooled = pool_every_granularity(x, layout)  # B, L, C
+            updates = TRAIN_MODES[self.train_mode](pooled.flatten(0, 1), plan.queries, update)
+            updates = updates.view_as(pooled) * gate_per_cell(gates, layout).to(updates)
+            return x + unpool_every_granularity(updates, layout)
+        queries = pool_regions(x, plan)  # M, C
+        return x + unpool_regions(update(queries, plan.queries), plan)
 
-    def mix(self, x: Tensor, gates: Tensor, plan: RegionPlan) -> Tensor:
-        """The block itself, when choices have been made: ``(B, N, C) -> (B, N, C)``."""
-        regions, chosen = plan.queries.regions, plan.queries
-        keys = self.attn.keys(x, self.norm1, regions.grid)
-        kept = self.sample_drop_path(x)
-        if not (self.training and torch.is_grad_enabled()):
-            return add_unpooled(x, self.encode(pool_regions(x, plan), keys, chosen, kept), plan)
+    def block_update(
+        self,
+        queries: Tensor,
+        cells: CellSet,
+        keys: Tensor,
+        keep: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """What attention and MLP add to queries.
 
-        pooled = pool_every_granularity(x, regions).flatten(0, 1)
-        if self.train_mode == 'dense':
-            updates = self.encode(pooled, keys, all_cells(regions, len(x)), kept)
-        else:
-            updates = self.encode(pooled.index_select(0, chosen.cells), keys, chosen, kept)
-            rest = torch.zeros_like(pooled, dtype=updates.dtype)
-            if self.train_mode == 'exact':
-                with torch.no_grad():
-                    others = chosen.others
-                    unchosen = pooled.index_select(0, others.cells)
-                    rest[others.cells] = self.encode(unchosen, keys, others, kept).to(rest)
-            updates = rest.index_copy_(0, chosen.cells, updates)
-        updates = updates.unflatten(0, (len(x), -1)) * gate_per_cell(gates, regions).to(updates)
-        return x + unpool_every_granularity(updates, regions)
+        Args:
+            queries: ``(M, C)``.
+            cells: The cells of the queries.
+            keys: Of the attention.
+            keep: From :meth:`sample_drop_path`.
 
-    def mix_all(self, x: Tensor, regions: RegionLayout) -> Tensor:
-        """The block with every token a query: ``(B, N, C) -> (B, N, C)``."""
-        keys, kept = self.attn.keys(x, self.norm1, regions.grid), self.sample_drop_path(x)
-        cells = all_cells(regions, len(x))
-        return self.encode(x.flatten(0, 1), keys, cells, kept, residual=True).view_as(x)
+        Returns:
+            ``(M, C)``.
+        """
+        attended = self.attn(self.norm1(queries), keys, cells)
+        if keep is None:
+            return attended + self.mlp(self.norm2(queries + attended))
+        lengths = torch.tensor(cells.lengths, device=queries.device)
+        keep = [k.repeat_interleave(lengths, 0, output_size=len(queries)) for k in keep]  # M, 1
+        attended = attended * keep[0]
+        return attended + self.mlp(self.norm2(queries + attended)) * keep[1]
 
     def sample_drop_path(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Stochastic depth: what attention and MLP of each image are multiplied by, ``(B, 1)``."""
+        """Stochastic depth: factors of attention and MLP for each image, ``(B, 1)``."""
         if not draws(self.drop_path):
             return None
         ones = x.new_ones(len(x), 1)
         return self.drop_path(ones), self.drop_path(ones)
 
-    def encode(
+
+Update = Callable[[Tensor, CellSet], Tensor]  # queries and their cells, (m, C) -> (m, C)
+
+
+def update_dense(pooled: Tensor, chosen: CellSet, update: Update) -> Tensor:
+    """Update the queries of all granularities.
+
+    Args:
+        pooled: The queries of all cells, ``(B * L, C)``.
+        chosen: The cells that regions chose.
+        update: :meth:`DynamicGranularityBlock.block_update`.
+
+    Returns:
+        ``(B * L, C)``.
+    """
+    return update(pooled, all_cells(chosen.layout, len(chosen.counts)))
+
+
+def update_exact(pooled: Tensor, chosen: CellSet, update: Update) -> Tensor:
+    """As :func:`update_dense`, but queries that were not chosen are updated without autograd.
+
+    Their gates are 0, so that their updates only enter the gradients of the gates.
+    """
+    updates, rest = update(pooled.index_select(0, chosen.cells), chosen), chosen.complement
+    with torch.no_grad():
+        others = update(pooled.index_select(0, rest.cells), rest)
+        out = torch.empty_like(pooled, dtype=updates.dtype).index_copy_(0, rest.cells, others)
+    return out.index_copy_(0, chosen.cells, updates)
+
+
+def update_sparse(pooled: Tensor, chosen: CellSet, update: Update) -> Tensor:
+    """As :func:`update_dense`, with zeros for queries that were not chosen."""
+    updates = update(pooled.index_select(0, chosen.cells), chosen)
+    out = torch.zeros_like(pooled, dtype=updates.dtype)
+    return out.index_copy_(0, chosen.cells, updates)
+
+
+TRAIN_MODES = dict(exact=update_exact, dense=update_dense, sparse=update_sparse)
+
+
+class Decisions(NamedTuple):
+    """What the blocks of a stage chose, as the budget needs it.
+
+    Attributes:
+        layout: Of the regions.
+        padding: Regions that are padding, ``(B, Hr, Wr)``; None if not looked for.
+        gates: Of each block, ``(B, Hr, Wr, K)``.
+    """
+
+    layout: RegionLayout
+    padding: Tensor | None
+    gates: list[Tensor]
+
+
+def run_blocks(
+    blocks: Iterable[DynamicGranularityBlock],
+    x: Tensor,
+    layout: RegionLayout,
+    padding: Tensor | None,
+    with_cp: bool = False,
+) -> tuple[Tensor, Decisions]:
+    """Route and run some blocks with the same regions.
+
+    Args:
+        blocks: The blocks.
+        x: Tokens, ``(B, N, C)``.
+        layout: Of the regions.
+        padding: Regions that are padding, ``(B, Hr, Wr)``, or None.
+        with_cp: Recompute the activations of each block in backward; choices are kept.
+
+    Returns:
+        Tokens, ``(B, N, C)``, and what was chosen.
+    """
+    gates = []
+    for block in blocks:
+        routing = block.route(x, layout, padding)
+        x = run_block(block, x, layout, routing, recompute=with_cp)
+        if routing is not None:
+            gates.append(routing.gates)
+    return x, Decisions(layout, padding, gates)
+
+
+class DynamicGranularityStage(nn.Module):
+    """A stage of a pyramid: patch embedding, position embedding, blocks.
+
+    Args:
+        in_channels: Channels of the input map.
+        patch_size: Side of the patch that becomes a token, in places of that map.
+        stride: Of the tokens, in pixels.
+        pos_grid: ``(H, W)`` of the position embedding, in tokens.
+        blocks: The blocks, with the same granularities.
+        cls_token: Whether there is a class token, in front.
+        with_cp: Recompute the activations of each block in backward; choices are kept.
+    """
+
+    def __init__(
         self,
-        queries: Tensor,
-        keys: Tensor,
-        cells: CellSet,
-        kept: tuple[Tensor, Tensor] | None,
-        residual: bool = False,
-    ) -> Tensor:
-        """What becomes of queries.
+        in_channels: int,
+        patch_size: int,
+        stride: int,
+        pos_grid: tuple[int, int],
+        blocks: Iterable[DynamicGranularityBlock],
+        cls_token: bool = False,
+        with_cp: bool = False,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.stride = stride
+        self.pos_grid = pos_grid
+        self.with_cp = with_cp
+        dims = self.blocks[0].embed_dims
+        self.patch_embed = PatchEmbed(dims, in_channels, patch_size)
+        self.cls_token = trunc_normal_parameter(1, 1, dims) if cls_token else None
+        self.pos_embed = trunc_normal_parameter(1, math.prod(pos_grid) + cls_token, dims)
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Decisions]:
+        """Run the stage.
 
         Args:
-            queries: ``(M, C)``.
-            keys: Of the attention.
-            cells: The queries' own.
-            kept: From :meth:`sample_drop_path`.
-            residual: Return the new queries instead of their change.
+            x: ``(B, in_channels, H, W)``, any H and W.
+            valid: Size of each image without padding, from
+                :func:`~mmtoken.layers.common.padding.valid_size`; None treats padding as image.
 
         Returns:
-            ``(M, C)``.
+            Tokens on their grid, ``(B, ceil(H / patch_size), ceil(W / patch_size), C)``, the class
+            token, ``(B, 0 or 1, C)``, and what was chosen.
         """
-        if not use_tiling(queries, False, self.attn, self.norm1, self.norm2, self.mlp):
-            change = self.change(queries, keys, cells, kept)
-            return queries + change if residual else change
-        out = torch.empty_like(queries)
-        for image, part, tile in cells.tiles(tokens_per_tile(self.feedforward_channels // 4)):
-            of_image = None if kept is None else tuple(k[image : image + 1] for k in kept)
-            change = self.change(queries[part], keys[image : image + 1], tile, of_image)
-            out[part] = queries[part] + change if residual else change
-        return out
+        x = self.patch_embed(x)  # B, H, W, C
+        grid, num_prefix_tokens = (x.shape[1], x.shape[2]), int(self.cls_token is not None)
+        prefix, position = self.pos_embed.tensor_split([num_prefix_tokens], dim=1)
+        x = (x + resize_position(position, self.pos_grid, grid)).flatten(1, 2)  # B, H * W, C
+        if self.cls_token is not None:
+            cls_token = (self.cls_token + prefix).expand(len(x), -1, -1).to(x)
+            x = torch.cat([cls_token, x], dim=1)  # B, N, C
+        layout = self.blocks[0].layout(grid, num_prefix_tokens, x.device)
+        padding = None if valid is None else padding_regions(valid, self.stride, layout)
+        x, decisions = run_blocks(self.blocks, x, layout, padding, self.with_cp)
+        return x[:, num_prefix_tokens:].unflatten(1, grid), x[:, :num_prefix_tokens], decisions
 
-    def change(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        cells: CellSet,
-        kept: tuple[Tensor, Tensor] | None,
-    ) -> Tensor:
-        """What attention and MLP add to queries: ``(M, C) -> (M, C)``."""
-        attended = self.attn(self.norm1(queries), keys, cells)
-        if kept is not None:
-            lengths = torch.tensor(cells.lengths, device=queries.device)
-            kept = [k.repeat_interleave(lengths, 0, output_size=len(queries)) for k in kept]
-            attended = attended * kept[0]
-        hidden = self.mlp(self.norm2(queries + attended))
-        return attended + (hidden if kept is None else hidden * kept[1])
 
-    def measure(self, gates: Tensor, regions: RegionLayout, padding: Tensor | None) -> Usage:
-        """Count tokens and queries, without padding.
-
-        Args:
-            gates: From :func:`~mmtoken.layers.common.routing.choose`. Counts are of their type; of
-                integers, which have no gradient, float64.
-            regions: Of the grid.
-            padding: As for :meth:`forward`.
-        """
-        gates = gates if gates.is_floating_point() else gates.double()
-        counts = regions.num_cells.to(gates.dtype)
-        real = gates.new_ones(len(gates), len(counts))
-        if padding is not None:
-            real = (~padding).flatten(1).to(gates.dtype)
-        tokens = regions.num_prefix_tokens + (real * counts[:, 0]).sum(dim=1)
-        cells = (gates.flatten(1, 2) * counts).sum(dim=-1)
-        queries = regions.num_prefix_tokens + (real * cells).sum(dim=1)
-        static, dynamic = self.complexity(tokens, tokens), self.complexity(tokens, queries)
-        return Usage(static, dynamic, tokens, queries)
-
-    def complexity(self, tokens: Tensor, queries: Tensor) -> Tensor:
-        """Operations of a number of tokens and queries, as the released code counts them.
-
-        These are no multiply-accumulates, but what the budget's target is a fraction of.
-        """
-        dims, hidden = self.embed_dims, self.feedforward_channels
-        total = 2 * tokens * dims + 2 * queries * dims * hidden + queries * hidden
-        return total + self.attn.complexity(tokens, queries) + self.router.complexity(tokens)
+def resize_position(position: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Bilinear, as in PVT: ``(1, old rows * columns, C) -> (1, *new, C)``."""
+    return resample(position, old, new, 'bilinear', False)
 
 
 def check_granularities(granularities: Iterable[int], region_size: int) -> tuple[int, ...]:
-    """Cell sides, rising from 1, that cut a region into whole cells.
+    """Cell sides, rising from 1, that divide a region into whole cells.
 
     Raises:
         ValueError: They do not.

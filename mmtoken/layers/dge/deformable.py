@@ -9,25 +9,23 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.old_tiles import chunked_apply
 from ..common.regions import CellSet
 
-# How much of the gradient goes through the places that are sampled, in the released code.
+# Share of the gradient that flows through the sampling positions, in the released code.
 OFFSET_GRADIENT = 0.1
 
 
 class DeformableAttention(nn.Module):
-    """Each query samples the map at a few places per head and sums up what it finds there.
+    """Each query samples the map at a few positions per head; the output is their weighted sum.
 
     Args:
-        embed_dims: Channels.
+        embed_dims: Channels, C.
         num_heads: Attention heads.
-        num_points: Places per head.
+        num_points: Positions per head.
     """
 
     def __init__(self, embed_dims: int, num_heads: int, num_points: int = 4) -> None:
         super().__init__()
-        self.embed_dims = embed_dims
         self.num_heads = num_heads
         self.num_points = num_points
         self.value = nn.Linear(embed_dims, embed_dims)
@@ -35,59 +33,46 @@ class DeformableAttention(nn.Module):
         self.weights = nn.Linear(embed_dims, num_heads * num_points)
         self.proj = nn.Linear(embed_dims, embed_dims)
 
-    def keys(self, x: Tensor, norm: nn.Module, grid: tuple[int, int]) -> Tensor:
+    def keys(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """The map to sample from.
 
         Args:
-            x: Tokens of the grid, not normalised, ``(B, H * W, C)``.
-            norm: The norm that comes first.
+            x: Normalized tokens of the grid, ``(B, H * W, C)``.
             grid: ``(H, W)``.
 
         Returns:
             ``(B, heads, d, H, W)``.
         """
-        layers = (self.value, norm)
-        value = chunked_apply(
-            lambda t: self.value(norm(t)), x, training=self.training, layers=layers
-        )
-        value = value.unflatten(-1, (self.num_heads, -1)).unflatten(1, grid)
+        value = self.value(x).unflatten(-1, (self.num_heads, -1)).unflatten(1, grid)
         return value.permute(0, 3, 4, 1, 2).contiguous()
 
     def forward(self, queries: Tensor, keys: Tensor, cells: CellSet) -> Tensor:
         """Attend.
 
         Args:
-            queries: Packed and normalised, ``(M, C)``.
+            queries: Packed and normalized, ``(M, C)``.
             keys: From :meth:`keys`.
-            cells: The queries' own.
+            cells: The cells of the queries.
 
         Returns:
             ``(M, C)``.
         """
         offsets = self.offsets(queries).unflatten(-1, (self.num_heads, self.num_points, 2))
         offsets = OFFSET_GRADIENT * offsets + (1 - OFFSET_GRADIENT) * offsets.detach()
-        places = cells.center[:, None, None].to(offsets) + offsets
+        positions = cells.center[:, None, None].to(offsets) + offsets  # M, heads, points, 2
         weights = self.weights(queries).unflatten(-1, (self.num_heads, self.num_points))
-        weights = weights.softmax(dim=-1)
-        images = zip(places.split(cells.lengths), weights.split(cells.lengths), keys, strict=True)
-        return self.proj(torch.cat([_sample(p, w, value) for p, w, value in images]))
-
-    def complexity(self, tokens: Tensor, queries: Tensor) -> Tensor:
-        """Operations of a number of tokens and queries, as the budget counts them.
-
-        The release has no deformable attention with dynamic granularity; this counts the Linear
-        layers, and of each sampled value the four tokens it is interpolated from and its weight.
-        """
-        dims, places = self.embed_dims, self.num_heads * self.num_points
-        sampling = queries * dims * self.num_points * 5
-        return tokens * dims**2 + queries * (dims**2 + 3 * dims * places) + sampling
+        weights = weights.softmax(dim=-1)  # M, heads, points
+        images = zip(
+            positions.split(cells.lengths), weights.split(cells.lengths), keys, strict=True
+        )
+        return self.proj(torch.cat([_sample(*image) for image in images]))
 
 
-def _sample(places: Tensor, weights: Tensor, value: Tensor) -> Tensor:
-    """Weighted sums of a map at places between its tokens; zero outside.
+def _sample(positions: Tensor, weights: Tensor, value: Tensor) -> Tensor:
+    """Weighted sums of a map at positions between its tokens, zero outside.
 
     Args:
-        places: Column and row, ``(Q, heads, points, 2)``, in tokens.
+        positions: Column and row, ``(Q, heads, points, 2)``, in tokens.
         weights: ``(Q, heads, points)``.
         value: ``(heads, d, H, W)``.
 
@@ -95,30 +80,30 @@ def _sample(places: Tensor, weights: Tensor, value: Tensor) -> Tensor:
         ``(Q, heads * d)``.
     """
     height, width = value.shape[-2:]
-    sides = torch.tensor([width, height], dtype=places.dtype, device=places.device)
+    sides = torch.tensor([width, height], dtype=positions.dtype, device=positions.device)
     # Token 0 has its center half a token from the edge, which is at -1.
-    places = (2 * places.transpose(0, 1) + 1) / sides - 1
+    positions = (2 * positions.transpose(0, 1) + 1) / sides - 1
     sample = F.grid_sample
     if torch.are_deterministic_algorithms_enabled():
         sample = _gather_samples  # of the other, torch has no deterministic gradient on a GPU
-    sampled = sample(value, places.to(value), align_corners=False)
+    sampled = sample(value, positions.to(value), align_corners=False)
     weights = weights.transpose(0, 1)[:, None].to(sampled)
     return (sampled * weights).sum(dim=-1).permute(2, 0, 1).flatten(1)
 
 
-def _gather_samples(value: Tensor, places: Tensor, align_corners: bool) -> Tensor:
+def _gather_samples(value: Tensor, positions: Tensor, align_corners: bool) -> Tensor:
     """``F.grid_sample``, bilinear with zeros outside, written out with ``gather``.
 
     Args:
         value: ``(N, d, H, W)``.
-        places: ``(N, Q, points, 2)``, column and row, from -1 to 1.
+        positions: ``(N, Q, points, 2)``, column and row, from -1 to 1.
         align_corners: Always False: the edges of the outer tokens are -1 and 1, not their centers.
 
     Returns:
         ``(N, d, Q, points)``.
     """
     height, width = value.shape[-2:]
-    column, row = (((places + 1) * places.new_tensor([width, height]) - 1) / 2).unbind(-1)
+    column, row = (((positions + 1) * positions.new_tensor([width, height]) - 1) / 2).unbind(-1)
     left, top = column.floor(), row.floor()
     flat, sampled = value.flatten(2), 0
     for x in (left, left + 1):

@@ -188,7 +188,7 @@ def build_layout(
     if masked:
         cells = all_cells(regions, batch)
         first = torch.arange(batch, device=device)[:, None] * regions.num_cells_total
-        owner, coarse_owner = (first + cell for cell in regions.cell)
+        owner, coarse_owner = (first + cell for cell in regions.cell_of_token)
     else:
         cells, owner = plan_regions(choice, regions)
         owner = owner.view(batch, -1)

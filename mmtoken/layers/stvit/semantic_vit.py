@@ -1,23 +1,24 @@
-"""The two layers that make semantic tokens of the image tokens of a plain ViT.
+"""Semantic tokens on a plain ViT: two layers that make them, and one that recovers image tokens.
 
 ::
 
-    image tokens     X --+----------------+---------- (stand still) ------->
-                         |                |
-    semantic tokens      +--> pool (P) ---+--> refine --> blocks on S2 alone
-                              S1               S2
+    image tokens     X --+-----------+---------- (not updated) -----------+--> recover
+                         |           |                                    |
+    semantic tokens      +--> pool --+--> refine --> blocks on S2 alone --+
+                              S1          S2
 
 With P the pooled image tokens and G learned centers, the same for all images::
 
     pool:    S1' = P + MHA(P; X)                   S1 = S1' + MLP(S1')
     refine:  S2' = S1 + G + MHA(S1 + G; [S1; X])   S2 = S2' + MLP(S2')
 
-where every sublayer normalises what enters it, as in ViT.
+where every sublayer normalizes its input, as in ViT.
 
 Source: STViT, arXiv 2303.08685, section 3 (semantic token generation). The code for plain ViT was
 not released. What the paper leaves open follows the released code for Swin,
 github.com/changsn/STViT-R (MIT): one LayerNorm for queries and keys, and a residual around the
-second attention that is its query.
+second attention that is its query. Recovery, too, is that of the Swin form: the paper has no dense
+maps of a plain ViT.
 """
 
 from typing import Literal, get_args
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.positions import resample
+from ..common.utils import ceil_div
 from ..common.vit import NORM_EPS, CrossAttentionBlock
 from ..common.windows import window_partition
 
@@ -37,17 +39,17 @@ Pooling = Literal['attention', 'max', 'mean']
 class SpatialPooling(nn.Module):
     """Pool each tile of ``size * size`` image tokens to one token.
 
-    A grid that is no multiple of ``size`` is padded on all sides, ``padding // 2`` above and to the
-    left and the rest below and to the right; what is padded is in no pool. So the 14 x 14 tokens
-    of an image of 224 pixels become 4 x 4, with ``size=4``, and larger images have more.
+    A grid that is no multiple of ``size`` is padded on all sides, ``padding // 2`` at the top and
+    left and the rest at the bottom and right; padding is left out of the pooling. With ``size=4``
+    the 14 x 14 tokens of an image of 224 pixels become 4 x 4, and larger images have more.
 
     Args:
         embed_dims: Channels.
         size: Side of a tile, in image tokens.
-        pooling: ``'attention'`` weighs the tokens of a tile by the softmax of learned scores, as in
-            the paper: a depth-wise 3 x 3 convolution that stays inside the tile, LayerNorm over
-            the channels, GELU, and a projection to one score. ``'max'`` and ``'mean'`` learn
-            nothing.
+        pooling: ``'attention'`` weights the tokens of a tile by the softmax of learned scores, as
+            in the paper: a depth-wise 3 x 3 convolution inside the tile, LayerNorm over the
+            channels, GELU, and a projection to one score. ``'max'`` and ``'mean'`` have no
+            parameters.
 
     Raises:
         ValueError: An unknown ``pooling``, or a ``size`` below 1.
@@ -75,15 +77,16 @@ class SpatialPooling(nn.Module):
         Returns:
             Semantic tokens, ``(B, ceil(H / size) * ceil(W / size), C)``, row by row.
         """
-        tiles = window_partition(self.pad(x), self.size)
+        tiles = window_partition(self.pad(x), self.size)  # (B * tiles, size * size, C)
         padding = self.padding(x)
         if self.pooling == 'max':
             if padding is not None:
                 tiles = tiles.masked_fill(padding, float('-inf'))
             pooled = tiles.amax(dim=1)
         else:
-            scores = self.scores(tiles) if self.pooling == 'attention' else tiles.new_zeros(1, 1, 1)
-            scores = scores.expand(*tiles.shape[:2], 1)
+            scores = tiles.new_zeros(*tiles.shape[:2], 1)
+            if self.pooling == 'attention':
+                scores = self.scores(tiles)
             if padding is not None:
                 scores = scores.masked_fill(padding, float('-inf'))
             pooled = (scores.softmax(dim=1).to(tiles.dtype) * tiles).sum(dim=1)
@@ -96,7 +99,7 @@ class SpatialPooling(nn.Module):
         return self.score(F.gelu(self.norm(x)))
 
     def pad(self, grid: Tensor, value: float = 0.0) -> Tensor:
-        """``(B, H, W, C)`` to whole tiles, as evenly on both sides as can be."""
+        """Pad a grid ``(B, H, W, C)`` to whole tiles, as evenly on both sides as possible."""
         rows, columns = (-side % self.size for side in grid.shape[1:3])
         if not rows and not columns:
             return grid
@@ -104,7 +107,7 @@ class SpatialPooling(nn.Module):
         return F.pad(grid, (0, 0, left, columns - left, top, rows - top), value=value)
 
     def padding(self, x: Tensor) -> Tensor | None:
-        """Where the tiles of a batch are padding, ``(tiles, size * size, 1)``; None if nowhere."""
+        """Which tokens of the tiles are padding, ``(tiles, size * size, 1)``; None if none."""
         if all(side % self.size == 0 for side in x.shape[1:3]):
             return None
         grid = torch.zeros((1, *x.shape[1:3], 1), device=x.device)
@@ -116,13 +119,19 @@ Residual = Literal['query', 'initial']
 
 
 class SemanticPoolBlock(CrossAttentionBlock):
-    """Pool the image tokens to semantic tokens, and let these attend to them.
+    """Pool the image tokens to semantic tokens, which then attend to the image tokens.
 
     Args:
         embed_dims: Channels.
         semantic_size: Side of the tile that becomes one semantic token, in image tokens.
         pooling: See :class:`~mmtoken.layers.stvit.semantic_vit.SpatialPooling`.
         block: Arguments of :class:`~mmtoken.layers.common.vit.CrossAttentionBlock`.
+
+    Example:
+        >>> block = SemanticPoolBlock(32, 4, 'attention', num_heads=2, feedforward_channels=64)
+        >>> semantic, initial = block(torch.zeros(1, 14 * 14, 32), (14, 14))
+        >>> semantic.shape
+        torch.Size([1, 16, 32])
     """
 
     def __init__(self, embed_dims: int, semantic_size: int, pooling: Pooling, **block) -> None:
@@ -137,22 +146,22 @@ class SemanticPoolBlock(CrossAttentionBlock):
             grid: ``(H, W)``.
 
         Returns:
-            The semantic tokens, ``(B, N, C)``, and what they were pooled to at first.
+            S1, ``(B, N, C)``, and P, the tokens that were pooled at first.
         """
         initial = self.pool(image.unflatten(1, grid))
         return super().forward(initial, image), initial
 
 
 class SemanticRefineBlock(CrossAttentionBlock):
-    """Let the semantic tokens attend to themselves and once more to the image tokens.
+    """Semantic tokens attend to themselves and once more to the image tokens.
 
     Args:
         embed_dims: Channels.
         semantic_size: As for :class:`SemanticPoolBlock`.
         center_grid: Grid of the learned centers, in semantic tokens; None for no centers. On
-            another grid they are resampled, as position embeddings are.
+            another grid they are resampled like position embeddings.
         residual: ``'query'`` adds the update to S1 + G, as the released code for Swin does;
-            ``'initial'`` to P, as one reading of the paper has it.
+            ``'initial'`` to P, which is another reading of the paper.
         block: Arguments of :class:`~mmtoken.layers.common.vit.CrossAttentionBlock`.
 
     Raises:
@@ -195,7 +204,7 @@ class SemanticRefineBlock(CrossAttentionBlock):
         """
         query = semantic
         if self.center_grid is not None:
-            grid = tuple(-(-side // self.semantic_size) for side in grid)
+            grid = tuple(ceil_div(side, self.semantic_size) for side in grid)
             centers = resample(self.centers, self.center_grid, grid, 'bicubic', True)
             query = semantic + centers.flatten(1, 2)
         tokens = torch.cat([semantic, image], dim=1)
@@ -205,11 +214,10 @@ class SemanticRefineBlock(CrossAttentionBlock):
 class SemanticRecovery(CrossAttentionBlock):
     """Recover the image tokens from the semantic tokens of one tap.
 
-    A block of a plain ViT, but for the keys, and a LayerNorm behind it. The image tokens are those
-    that the semantic tokens were made of. By default there is no LayerScale, as in the blocks
-    around it: the released recovery for Swin starts from 1e-5, which suits training on ImageNet
-    with the recovery in place. Where it is added to a trained backbone it would at first hide the
-    semantic tokens from the loss.
+    A cross-attention block and a LayerNorm. The image tokens are those that the semantic tokens
+    were made of. By default there is no LayerScale, as in the other blocks: the released recovery
+    for Swin starts from 1e-5, which suits training on ImageNet with the recovery in place. Added to
+    a trained backbone, it would at first hide the semantic tokens from the loss.
 
     Args:
         embed_dims: Channels.

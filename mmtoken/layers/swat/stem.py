@@ -12,7 +12,7 @@ from torch import Tensor
 from ...runtime.reference import on_reference_path
 from ..common.old_tiles import tokens_per_tile, use_tiling
 from ..common.plain import all_plain, is_plain_conv
-from ..common.stem import pad_to_stride, patchify
+from ..common.stem import pad_to_stride
 from .planes import fold_planes
 
 STRIDE = 2  # of the first convolution
@@ -127,7 +127,8 @@ class StructuredStem(nn.Module):
         where cells have n x n hidden pixels. Windows are m x m patches of 2 x 2 pixels; where they
         overlap, they share memory.
         """
-        patches = patchify(F.pad(x, self.conv1.padding * 2), STRIDE)
+        pixels = pad_to_stride(F.pad(x, self.conv1.padding * 2), STRIDE)
+        patches = F.pixel_unshuffle(pixels, STRIDE).permute(0, 2, 3, 1)
         size = self.conv1.kernel_size[0] // STRIDE
         windows = patches.unfold(1, size, 1).unfold(2, size, 1)
         return self._by_token(windows.movedim(3, -1))

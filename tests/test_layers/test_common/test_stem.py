@@ -1,38 +1,42 @@
-"""Patches cut and projected, against convolutions."""
+"""Patch embeddings on any image size."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmtoken.layers.common.stem import PatchStem, pad_to_stride, patchify, project
+from mmtoken.layers.common.stem import ConvStem, PatchEmbed, pad_to_stride
+
+SIZES = [(28, 28), (30, 17), (3, 50), (1, 1)]
 
 
+@pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize('side', [1, 4, 7])
-@pytest.mark.parametrize('size', [(28, 28), (30, 17), (3, 50), (1, 1)])
-@pytest.mark.parametrize('channels', [3, 5])
-def test_projected_patches_are_a_convolution(side, size, channels):
-    conv = nn.Conv2d(channels, 8, side, side).double()
-    x = torch.randn(2, channels, *size, dtype=torch.float64)
-    height, width = (-(-n // side) for n in size)
-    patches = patchify(x, side)
-    assert patches.shape == (2, height, width, channels * side**2)
-    padded = F.pad(x, (0, width * side - size[1], 0, height * side - size[0]))
+@pytest.mark.parametrize('norm', [True, False])
+def test_patches_are_projected(size, side, norm):
+    stem, x = PatchEmbed(8, stride=side, norm=norm).double(), torch.randn(2, 3, *size).double()
+    rows, columns = (-(-n // side) for n in size)
+    padded = F.pad(x, (0, columns * side - size[1], 0, rows * side - size[0]))
     assert torch.equal(pad_to_stride(x, side), padded)
-    expected = conv(padded).permute(0, 2, 3, 1)
-    torch.testing.assert_close(project(patches, conv), expected, atol=1e-12, rtol=0)
+    patches = F.unfold(padded, side, stride=side).transpose(1, 2)  # (B, patches, 3 * side**2)
+    expected = F.linear(patches, stem.proj.weight.flatten(1), stem.proj.bias)
+    expected = stem.norm(expected).unflatten(1, (rows, columns))
+    torch.testing.assert_close(stem(x), expected, atol=1e-12, rtol=0)
 
 
-def test_some_patches_are_projected_alone():
-    conv, x = nn.Conv2d(3, 8, 4, 4, bias=False), torch.randn(2, 3, 12, 20)
-    patches = patchify(x, 4)
-    some = torch.tensor([3, 0, 14, 29])
-    expected = conv(x).permute(0, 2, 3, 1).flatten(0, 2)[some]
-    torch.testing.assert_close(project(patches.flatten(0, 2)[some], conv), expected)
-
-
-def test_patches_of_strided_images():
-    x = torch.randn(2, 12, 20, 3).permute(0, 3, 1, 2)
-    assert torch.equal(patchify(x, 4), patchify(x.contiguous(), 4))
-    stem = PatchStem(8)
+def test_images_may_be_strided():
+    stem, x = PatchEmbed(8), torch.randn(2, 12, 20, 3).permute(0, 3, 1, 2)
     torch.testing.assert_close(stem(x), stem(x.contiguous()))
+
+
+@pytest.mark.parametrize('size', SIZES)
+def test_convolutional_stem(size):
+    """Two convolutions of stride 2, each with a batch norm in front of Hardswish."""
+    stem, x = ConvStem(8).train(), torch.randn(2, 3, *size)
+    y = pad_to_stride(x, 4)
+    for conv, norm in ((stem.proj[0].c, stem.proj[0].bn), (stem.proj[2].c, stem.proj[2].bn)):
+        assert isinstance(norm, nn.BatchNorm2d) and conv.bias is None
+        y = F.batch_norm(F.conv2d(y, conv.weight, stride=2, padding=1), None, None, training=True)
+        y = F.hardswish(y)
+    assert y.shape[2:] == (-(-size[0] // 4), -(-size[1] // 4))
+    torch.testing.assert_close(stem(x), y.permute(0, 2, 3, 1), atol=1e-5, rtol=1e-5)

@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmtoken.layers.common import old_tiles as tiles
 from mmtoken.layers.common import routing
 from mmtoken.layers.common.attention import attention_reference, join_heads, split_heads
 from mmtoken.layers.common.regions import (
@@ -15,9 +14,14 @@ from mmtoken.layers.common.regions import (
     pool_cells,
     unpool_cells,
 )
-from mmtoken.layers.dge.block import DynamicGranularityBlock, GranularityRouter
+from mmtoken.layers.dge.block import (
+    DynamicGranularityBlock,
+    GranularityRouter,
+    SpatialReductionAttention,
+    run_blocks,
+)
 from mmtoken.layers.dge.deformable import DeformableAttention
-from mmtoken.layers.dge.spatial_reduction import SpatialReductionAttention
+from mmtoken.losses.budget import BlockWidths, block_complexity, count_tokens
 from mmtoken.runtime.decisions import record_routing
 from mmtoken.runtime.reference import reference_path
 from mmtoken.runtime.routing_override import routing_override
@@ -27,8 +31,27 @@ MODES = ['exact', 'dense', 'sparse']
 RELEASED = ['dge_block_pvt_sr2', 'dge_block_pvt_sr1_cls']
 
 
+def run(block, x, grid, padding=None, with_cp=False):
+    """Route and run a block: ``(B, N, C)``, and what it chose."""
+    layout = block.layout(grid, x.shape[1] - grid[0] * grid[1], x.device)
+    return run_blocks([block], x, layout, padding, with_cp)
+
+
+def count(decisions):
+    """Tokens and queries of each image."""
+    (gates,) = decisions.gates
+    return count_tokens(gates, decisions.layout, decisions.padding)
+
+
+def costs(block, decisions):
+    """Complexity of each image: of the full block, and as routed."""
+    tokens, queries = count(decisions)
+    widths = BlockWidths.of(block)
+    return block_complexity(widths, tokens, tokens), block_complexity(widths, tokens, queries)
+
+
 class Golden:
-    """Tensors by name, and the block whose they are."""
+    """Tensors by name, and the block they belong to."""
 
     def __init__(self, name):
         self.arrays = dict(np.load(DATA / f'{name}.npz'))
@@ -64,31 +87,34 @@ def test_released_inference(name, context):
     tokens = golden['x'][:, golden.num_prefix_tokens :].unflatten(1, golden.grid)
     with context(), record_routing() as record:
         scores = block.router(tokens)
-        out, usage = block(golden['x'], golden.grid)
+        out, decisions = run(block, golden['x'], golden.grid)
+    tokens, queries = count(decisions)
+    static, dynamic = costs(block, decisions)
     torch.testing.assert_close(scores, golden['gate_logits'], atol=2e-5, rtol=0)
     torch.testing.assert_close(out, golden['y_eval'], atol=2e-5, rtol=0)
     assert torch.equal(record[0].choice, golden['gate_index'])
-    assert usage.queries.tolist() == golden['q_lengths'].tolist()
-    assert usage.tokens.tolist() == [golden['x'].shape[1]] * len(out)
+    assert queries.tolist() == golden['q_lengths'].tolist()
+    assert tokens.tolist() == [golden['x'].shape[1]] * len(out)
     if name in RELEASED:
-        assert torch.equal(usage.static.double(), golden['comp_static'].double())
-        assert torch.equal(usage.dynamic.double(), golden['comp_dynamic_eval'].double())
+        assert torch.equal(static.double(), golden['comp_static'].double())
+        assert torch.equal(dynamic.double(), golden['comp_dynamic_eval'].double())
 
 
 @pytest.mark.parametrize('train_mode', MODES)
 @pytest.mark.parametrize('with_cp', [False, True])
 def test_released_training(released, train_mode, with_cp, monkeypatch):
-    block = released.block(train_mode=train_mode, with_cp=with_cp).train()
+    block = released.block(train_mode=train_mode).train()
     monkeypatch.setattr(routing, 'gumbel_noise', lambda scores: released['gumbel_noise'])
     path = 'sparse' if train_mode == 'sparse' else 'dense'
     x = released['x'].requires_grad_()
     with record_routing() as record:
-        out, usage = block(x, released.grid)
+        out, decisions = run(block, x, released.grid, with_cp=with_cp)
+    static, dynamic = costs(block, decisions)
     gates = F.one_hot(record[0].choice, 3).float()
     assert torch.equal(gates, released[f'{path}.gate_hard'].view_as(gates))
     torch.testing.assert_close(out, released[f'{path}.y_train'], atol=2e-5, rtol=0)
-    assert torch.equal(usage.dynamic.double(), released[f'{path}.comp_dynamic'].double())
-    ratio = usage.dynamic.mean() / usage.static.mean()
+    assert torch.equal(dynamic.double(), released[f'{path}.comp_dynamic'].double())
+    ratio = dynamic.mean() / static.mean()
     loss = (out * released['loss_weight']).sum() + (ratio - 0.5) ** 2
     assert ratio.item() == pytest.approx(released[f'{path}.ratio'].item(), abs=1e-6)
     assert loss.item() == pytest.approx(released[f'{path}.loss'].item(), abs=2e-5)
@@ -109,7 +135,7 @@ def test_released_training(released, train_mode, with_cp, monkeypatch):
 
 
 def make_block(granularities=(1, 2, 4), region_size=4, attn='reduced', extra=0, **kwargs):
-    """The same each time: a say for every parameter, and a router that likes all granularities."""
+    """Always the same: every parameter matters, and the router chooses all granularities."""
     attn = dict(
         reduced=lambda: SpatialReductionAttention(16, 2, 1 if extra else 2),
         deformable=lambda: DeformableAttention(16, 2, 3),
@@ -126,23 +152,22 @@ def make_block(granularities=(1, 2, 4), region_size=4, attn='reduced', extra=0, 
     return block
 
 
-def tokens(grid, batch=2, extra=0):
+def make_tokens(grid, batch=2, extra=0):
     """With a mean that changes over the map, as routers see it."""
     x = torch.randn(batch, *grid, 16)
     x = x + unpool_cells(torch.randn(batch, *[-(-n // 4) for n in grid], 16), 4, grid)
     return torch.cat([torch.randn(batch, extra, 16), x.flatten(1, 2)], dim=1)
 
 
-def run(block, x, grid, seed=3, weights=None):
+def run_backward(block, x, grid, with_cp=False):
     """Output, what was chosen, and gradients of the input and of all parameters by name."""
     x = x.detach().clone().requires_grad_()
-    torch.manual_seed(seed)
+    torch.manual_seed(3)
     with record_routing() as record:
-        out, usage = block(x, grid)
+        out, decisions = run(block, x, grid, with_cp=with_cp)
     generator = torch.Generator().manual_seed(7)
-    loss = (out * torch.randn(out.shape, generator=generator)).sum()
-    if usage is not None:
-        loss = loss + (usage.dynamic / usage.static).sum()
+    static, dynamic = costs(block, decisions)
+    loss = (out * torch.randn(out.shape, generator=generator)).sum() + (dynamic / static).sum()
     block.zero_grad()
     loss.backward()
     grads = {'x': x.grad, **{name: p.grad for name, p in block.named_parameters()}}
@@ -168,14 +193,14 @@ def same(ours, theirs, but=()):
 @pytest.mark.parametrize('drop_path', [0.0, 0.5])
 def test_training_modes(case, drop_path):
     grid, extra = (9, 14), case.get('extra', 0)
-    x = tokens(grid, 4, extra)
+    x = make_tokens(grid, 4, extra)
     results = {}
     for mode in MODES:
         block = make_block(**case, train_mode=mode, drop_path=drop_path).train()
-        results[mode] = run(block, x, grid)
+        results[mode] = run_backward(block, x, grid)
         with torch.no_grad():
             torch.manual_seed(3)
-            results[mode, 'without gradients'] = block(x, grid)
+            results[mode, 'without gradients'] = run(block, x, grid)
     out, choice, grads = results['dense']
     assert len(choice[0].unique()) == len(block.granularities)
     for mode in ('exact', 'sparse'):
@@ -195,9 +220,11 @@ def test_training_modes(case, drop_path):
 @pytest.mark.parametrize('train_mode', MODES)
 def test_recomputation(case, train_mode):
     grid, extra = (8, 11), case.get('extra', 0)
-    x = tokens(grid, 3, extra)
+    x = make_tokens(grid, 3, extra)
     (out, choice, grads), (again, rechosen, regrads) = (
-        run(make_block(**case, train_mode=train_mode, drop_path=0.4, with_cp=cp).train(), x, grid)
+        run_backward(
+            make_block(**case, train_mode=train_mode, drop_path=0.4).train(), x, grid, with_cp=cp
+        )
         for cp in (False, True)
     )
     assert torch.equal(out, again)
@@ -209,17 +236,17 @@ def test_recomputation(case, train_mode):
 def test_stochastic_depth_drops_images():
     """Of attention and of the MLP, each for all queries alike, and scales what it keeps."""
     block = make_block(drop_path=0.5, train_mode='sparse').train()
-    x = tokens((8, 8), 1).expand(64, -1, -1)
+    x = make_tokens((8, 8), 1).expand(64, -1, -1)
     with routing_override(query_ratio=1.0):
-        out, _ = block(x, (8, 8))
+        out, _ = run(block, x, (8, 8))
         kinds = out.detach().unique(dim=0)
     assert len(kinds) == 4
-    keys = block.attn.keys(x[:1], block.norm1, (8, 8))
+    keys = block.attn.keys(block.norm1(x[:1]), (8, 8))
     queries, cells = x[0], all_cells(make_region_layout((8, 8), (1,), 4), 1)
     for attn in (0.0, 2.0):
         for mlp in (0.0, 2.0):
-            kept = torch.tensor([[attn]]), torch.tensor([[mlp]])
-            expected = queries + block.change(queries, keys, cells, kept)
+            keep = torch.tensor([[attn]]), torch.tensor([[mlp]])
+            expected = queries + block.block_update(queries, cells, keys, keep)
             assert (kinds - expected).abs().amax(dim=(1, 2)).min() < 1e-5
 
 
@@ -240,22 +267,17 @@ def vanilla(block, queries, dense, grid):
 
 @pytest.mark.parametrize('case', CASES[:-1])
 @pytest.mark.parametrize('grid', [(8, 12), (7, 13), (1, 5)])
-@pytest.mark.parametrize('path', ['tiles', 'reference', 'training'])
+@pytest.mark.parametrize('path', ['inference', 'reference', 'training'])
 def test_output_is_the_sum_over_granularities(case, grid, path):
     extra = case.get('extra', 0)
-    block, x = make_block(**case).train(path == 'training'), tokens(grid, 2, extra)
+    block, x = make_block(**case).train(path == 'training'), make_tokens(grid, 2, extra)
     torch.manual_seed(5)
-    if path == 'tiles':
-        with torch.no_grad(), pytest.MonkeyPatch.context() as patch, record_routing() as record:
-            patch.setattr(tiles, 'TILE_ELEMENTS', 16 * 7)
-            out, _ = block(x, grid)
-    elif path == 'reference':
-        with torch.no_grad(), reference_path(), record_routing() as record:
-            out, _ = block(x, grid)
-    else:
-        with record_routing() as record:
-            out, _ = block(x, grid)
-    gates = F.one_hot(record[0].choice, len(block.granularities)).float()
+    context = dict(inference=torch.no_grad, reference=reference_path, training=torch.enable_grad)[
+        path
+    ]
+    with context():
+        out, decisions = run(block, x, grid)
+    (gates,) = decisions.gates
     on_grid = x[:, extra:].unflatten(1, grid)
     expected = on_grid
     for k, side in enumerate(block.granularities):
@@ -281,46 +303,38 @@ def dense_block(block, extra=0, attn='reduced'):
 @pytest.mark.parametrize('grid', [(8, 12), (9, 7)])
 def test_finest_everywhere_is_the_dense_block(case, training, grid):
     extra = case.get('extra', 0)
-    block, x = make_block(**case).train(training), tokens(grid, 2, extra)
+    block, x = make_block(**case).train(training), make_tokens(grid, 2, extra)
     dense = dense_block(block, extra, case.get('attn', 'reduced'))
     for context in (torch.enable_grad, torch.no_grad):
         with context(), routing_override(query_ratio=1.0):
-            out, usage = block(x, grid)
-            expected, nothing = dense(x, grid)
+            out, decisions = run(block, x, grid)
+            expected, nothing = run(dense, x, grid)
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-        assert nothing is None
-        assert torch.equal(usage.static, usage.dynamic.detach())
-        assert torch.equal(usage.tokens, usage.queries.detach())
+        assert nothing.gates == []
+        assert torch.equal(*(n.detach() for n in count(decisions)))
+        assert torch.equal(*(cost.detach() for cost in costs(block, decisions)))
 
 
-def test_plain_blocks_work_in_tiles(monkeypatch):
-    x = tokens((9, 14))
-    block = make_block((1,)).eval()
-    expected, _ = block(x, (9, 14))
-    monkeypatch.setattr(tiles, 'TILE_ELEMENTS', 16 * 7)
+def test_prefix_tokens_are_always_queries():
+    block, x = make_block(extra=2).eval(), make_tokens((8, 12), 2, 2)
     with torch.no_grad():
-        torch.testing.assert_close(block(x, (9, 14))[0], expected, atol=1e-5, rtol=1e-5)
-
-
-def test_extra_tokens_never_notice():
-    block, x = make_block(extra=2).eval(), tokens((8, 12), 2, 2)
-    with torch.no_grad():
-        out, usage = block(x, (8, 12))
-        expected, _ = dense_block(block, extra=2)(x, (8, 12))
-    assert (usage.queries < usage.tokens).all()
+        out, decisions = run(block, x, (8, 12))
+        expected, _ = run(dense_block(block, extra=2), x, (8, 12))
+    tokens, queries = count(decisions)
+    assert (queries < tokens).all()
     torch.testing.assert_close(out[:, :2], expected[:, :2], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(out[:, 2:], expected[:, 2:], atol=1e-2)
 
 
 def test_images_of_a_batch_are_independent():
-    block, x = make_block().eval(), tokens((10, 9), 3)
+    block, x = make_block().eval(), make_tokens((10, 9), 3)
     with torch.no_grad():
-        out, usage = block(x, (10, 9))
-        alone = [block(image[None], (10, 9)) for image in x]
-    assert len(set(usage.queries.tolist())) > 1
+        out, decisions = run(block, x, (10, 9))
+        alone = [run(block, image[None], (10, 9)) for image in x]
+    _, queries = count(decisions)
+    assert len(set(queries.tolist())) > 1
     torch.testing.assert_close(out, torch.cat([o for o, _ in alone]), atol=1e-5, rtol=1e-5)
-    for field, parts in zip(usage, zip(*(u for _, u in alone), strict=True), strict=True):
-        assert torch.equal(field, torch.cat(parts))
+    assert torch.equal(queries, torch.cat([count(d)[1] for _, d in alone]))
 
 
 @pytest.mark.parametrize('choices', [2, 3, 4])
@@ -342,8 +356,8 @@ def test_new_routers_choose_the_finest(choices):
 def test_new_blocks_train_with_some_regions_coarse():
     block = DynamicGranularityBlock(16, SpatialReductionAttention(16, 2, 8), 16).train()
     with torch.no_grad(), record_routing() as record:
-        block(torch.randn(4, 64 * 64, 16), (64, 64))
-        block.eval()(torch.randn(4, 64 * 64, 16), (64, 64))
+        run(block, torch.randn(4, 64 * 64, 16), (64, 64))
+        run(block.eval(), torch.randn(4, 64 * 64, 16), (64, 64))
     trained, tested = (decision.choice for decision in record)
     coarse = (trained > 0).double().mean()
     assert 0.03 < coarse < 0.07
@@ -360,7 +374,7 @@ def test_bias_of_three_choices_is_that_of_the_release():
 def test_mixed_precision(train_mode):
     """With a constant scale, as half precision needs it."""
     scale, grid = 2.0**10, (8, 12)
-    x = tokens(grid)
+    x = make_tokens(grid)
     block = make_block(train_mode=train_mode).train()
     scores = []
     block.router.register_forward_hook(lambda module, args, out: scores.append(out))
@@ -368,17 +382,18 @@ def test_mixed_precision(train_mode):
     for enabled in (False, True):
         block.zero_grad()
         torch.manual_seed(3)
-        with record_routing() as record, torch.autocast('cpu', torch.bfloat16, enabled=enabled):
-            out, usage = block(x, grid)
-            loss = out.float().square().mean() + (usage.dynamic / usage.static).mean() / 10
+        with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+            out, decisions = run(block, x, grid)
+            static, dynamic = costs(block, decisions)
+            loss = out.float().square().mean() + (dynamic / static).mean() / 10
         (loss * scale).backward()
         grads = {name: p.grad / scale for name, p in block.named_parameters()}
-        results.append((out.float(), record[0].choice, usage, grads))
-    (out, choice, usage, grads), (half, chosen, used, halves) = results
+        results.append((out.float(), decisions.gates[0], dynamic, grads))
+    (out, gates, dynamic, grads), (half, chosen, used, halves) = results
     assert torch.equal(scores[0], scores[1]) and scores[1].dtype == torch.float32
-    assert torch.equal(choice, chosen)
-    assert usage.dynamic.dtype == used.dynamic.dtype == torch.float32
-    assert torch.equal(usage.dynamic, used.dynamic)
+    assert torch.equal(gates, chosen)
+    assert dynamic.dtype == used.dtype == torch.float32
+    assert torch.equal(dynamic, used)
     assert (half - out).norm() < 0.02 * out.norm()
     for name, grad in grads.items():
         if name != 'attn.kv.bias':
@@ -387,7 +402,7 @@ def test_mixed_precision(train_mode):
 
 def test_router_reads_half_precision_maps_in_float32():
     router = GranularityRouter(16, 3, 4)
-    x = tokens((8, 8)).unflatten(1, (8, 8))
+    x = make_tokens((8, 8)).unflatten(1, (8, 8))
     with torch.autocast('cpu', torch.bfloat16):
         scores = router(x.bfloat16())
     assert scores.dtype == torch.float32
@@ -397,37 +412,36 @@ def test_router_reads_half_precision_maps_in_float32():
 @pytest.mark.parametrize('training', [True, False])
 def test_padding_is_coarsest_and_does_not_count(training):
     """An image of 8 x 8 tokens, alone and with regions of padding around."""
-    block, x = make_block(extra=1).train(training), tokens((8, 8), 1, 1)
+    block, x = make_block(extra=1).train(training), make_tokens((8, 8), 1, 1)
     with torch.no_grad():
         block.router.gate.weight.zero_()
         block.router.gate.bias.copy_(torch.tensor([-100.0, 100.0, -100.0]))
-    _, alone = block(x, (8, 8))
+    _, alone = run(block, x, (8, 8))
     padded = torch.zeros(1, 12, 16, 16)
     padded[:, :8, :8] = x[:, 1:].unflatten(1, (8, 8))
     padded = torch.cat([x[:, :1], padded.flatten(1, 2)], dim=1)
     padding = torch.ones(1, 3, 4, dtype=torch.bool)
     padding[:, :2, :2] = False
-    with record_routing() as record:
-        out, usage = block(padded, (12, 16), padding)
-    assert torch.equal(record[0].choice, torch.where(padding, 2, 1))
-    for ours, theirs in zip(usage, alone, strict=True):
-        assert torch.equal(ours, theirs)
-    assert alone.tokens.item() == 65 and alone.queries.item() == 17
-    without, counted = block(padded, (12, 16))
-    assert counted.tokens.item() == 193 and counted.queries.item() == 49
+    out, decisions = run(block, padded, (12, 16), padding)
+    assert torch.equal(decisions.gates[0].argmax(-1), torch.where(padding, 2, 1))
+    tokens, queries = count(decisions)
+    assert tokens.item() == 65 and queries.item() == 17
+    assert [n.item() for n in count(alone)] == [65, 17]
+    _, without = run(block, padded, (12, 16))
+    assert [n.item() for n in count(without)] == [193, 49]
     on_grid = out[:, 1:].unflatten(1, (12, 16))
     torch.testing.assert_close(on_grid[:, 8:, 8:], on_grid[:, 8:9, 8:9].expand(-1, 4, 8, -1))
     if training:
-        usage.dynamic.sum().backward()
+        costs(block, decisions)[1].sum().backward()
         assert block.router.gate.bias.grad.isfinite().all()
 
 
 def test_padding_teaches_routers_nothing():
-    block, x = make_block().train(), tokens((8, 8))
+    block, x = make_block().train(), make_tokens((8, 8))
     padding = torch.ones(2, 2, 2, dtype=torch.bool)
-    out, usage = block(x, (8, 8), padding)
-    assert usage.tokens.tolist() == usage.queries.tolist() == [0, 0]
-    (out.square().sum() + usage.dynamic.sum()).backward()
+    out, decisions = run(block, x, (8, 8), padding)
+    assert [n.tolist() for n in count(decisions)] == [[0, 0], [0, 0]]
+    (out.square().sum() + costs(block, decisions)[1].sum()).backward()
     assert not block.router.gate.weight.grad.any()
 
 

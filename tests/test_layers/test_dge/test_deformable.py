@@ -5,8 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 from mmtoken.layers.common.regions import all_cells, make_region_layout, plan_regions, pool_regions
+from mmtoken.layers.dge import deformable
 from mmtoken.layers.dge.block import DynamicGranularityBlock
 from mmtoken.layers.dge.deformable import OFFSET_GRADIENT, DeformableAttention, _gather_samples
 
@@ -27,7 +29,7 @@ def test_released_block():
     x, grid = torch.from_numpy(golden['x']), (int(golden['H']), int(golden['W']))
     for context in (torch.no_grad, torch.enable_grad):
         with context():
-            out, _ = block(x, grid)
+            out = block(x, block.layout(grid, 0, x.device))
         torch.testing.assert_close(out, torch.from_numpy(golden['y']), atol=2e-5, rtol=0)
 
 
@@ -55,9 +57,9 @@ def test_queries_sample_around_the_middle_of_their_cell(granularities):
     x = torch.randn(2, 35, 8, dtype=torch.float64)
     regions = make_region_layout(grid, granularities, 4)
     plan = plan_regions(torch.randint(len(granularities), (2, *regions.shape)), regions)
-    queries, norm = pool_regions(x, plan), nn.Identity()
+    queries = pool_regions(x, plan)
     with torch.no_grad():
-        out = attn(queries, attn.keys(x, norm, grid), plan.queries)
+        out = attn(queries, attn.keys(x, grid), plan.queries)
         values = attn.value(x).mT.unflatten(2, grid)
         offsets = attn.offsets(queries).view(-1, 2, 3, 2)
         weights = attn.weights(queries).view(-1, 2, 3).softmax(-1)
@@ -86,38 +88,24 @@ def test_without_offsets_tokens_find_themselves():
     nn.init.zeros_(attn.offsets.bias)
     x = torch.randn(1, 24, 8, dtype=torch.float64)
     cells = all_cells(make_region_layout(grid, (1,), 4), 1)
-    out = attn(x[0], attn.keys(x, nn.Identity(), grid), cells)
+    out = attn(x[0], attn.keys(x, grid), cells)
     torch.testing.assert_close(out, attn.proj(attn.value(x[0])))
 
 
-def test_places_learn_slowly():
-    """Their gradient is scaled; that of a finite difference is not."""
-    attn, grid = make(), (6, 6)
-    x = torch.randn(1, 36, 8, dtype=torch.float64)
+def test_gradients(monkeypatch):
+    attn, grid = make(), (3, 4)
+    x = torch.randn(1, 12, 8, dtype=torch.float64, requires_grad=True)
     cells = all_cells(make_region_layout(grid, (1,), 4), 1)
 
-    def loss():
-        return attn(x[0], attn.keys(x, nn.Identity(), grid), cells).square().sum()
+    def attend(bias, x):
+        return functional_call(attn, {'offsets.bias': bias}, (x[0], attn.keys(x, grid), cells))
 
-    loss().backward()
-    step = 1e-6
-    with torch.no_grad():
-        for index in (0, 5, 11):
-            values = []
-            for sign in (1, -1):
-                attn.offsets.bias[index] += sign * step
-                values.append(loss())
-                attn.offsets.bias[index] -= sign * step
-            slope = (values[0] - values[1]) / (2 * step)
-            torch.testing.assert_close(attn.offsets.bias.grad[index], OFFSET_GRADIENT * slope)
-
-
-def test_complexity_is_that_of_its_parts():
-    attn = DeformableAttention(8, 2, 3)
-    zero, ten = torch.tensor([0.0]), torch.tensor([10.0])
-    assert attn.complexity(ten, zero).item() == 10 * 8 * 8
-    projections = 8 * 8 + 8 * (2 * 3 * 2) + 8 * (2 * 3)
-    assert attn.complexity(zero, ten).item() == 10 * (projections + 5 * 8 * 3)
+    bias = attn.offsets.bias.detach().clone().requires_grad_()
+    (slow,) = torch.autograd.grad(attend(bias, x).square().sum(), bias)
+    monkeypatch.setattr(deformable, 'OFFSET_GRADIENT', 1.0)
+    (full,) = torch.autograd.grad(attend(bias, x).square().sum(), bias)
+    assert torch.autograd.gradcheck(attend, (bias, x))
+    torch.testing.assert_close(slow, OFFSET_GRADIENT * full)
 
 
 @pytest.mark.parametrize('grid', [(5, 7), (1, 1)])

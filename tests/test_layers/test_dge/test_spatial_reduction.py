@@ -2,16 +2,14 @@ import pytest
 import torch
 from torch import nn
 
-from mmtoken.layers.common import old_tiles as tiles
 from mmtoken.layers.common.regions import all_cells, make_region_layout
-from mmtoken.layers.dge import spatial_reduction
-from mmtoken.layers.dge.spatial_reduction import SpatialReductionAttention
+from mmtoken.layers.dge.block import SpatialReductionAttention
 
 
 def dense(attn, x, norm, grid):
     """Every token a query."""
     cells = all_cells(make_region_layout(grid, (1,), 1, x.shape[1] - grid[0] * grid[1]), len(x))
-    return attn(norm(x).flatten(0, 1), attn.keys(x, norm, grid), cells).view_as(x)
+    return attn(norm(x).flatten(0, 1), attn.keys(norm(x), grid), cells).view_as(x)
 
 
 @pytest.mark.parametrize('sr_ratio', [1, 2, 3])
@@ -39,20 +37,6 @@ def test_is_torchs_attention(sr_ratio, grid):
     torch.testing.assert_close(dense(attn, x, norm, grid), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize('strip', [1, 5, 1000])
-@pytest.mark.parametrize('sr_ratio, extra', [(1, 0), (1, 2), (2, 0), (4, 0)])
-def test_keys_are_the_same_in_strips(sr_ratio, strip, extra, monkeypatch):
-    attn, norm, grid = SpatialReductionAttention(16, 2, sr_ratio).eval(), nn.LayerNorm(16), (13, 9)
-    x = torch.randn(2, extra + 13 * 9, 16)
-    expected = attn.keys(x, norm, grid)
-    monkeypatch.setattr(tiles, 'TILE_ELEMENTS', 16 * strip)
-    monkeypatch.setattr(spatial_reduction, 'STRIP_TILES', 2)
-    with torch.no_grad():
-        keys = attn.keys(x, norm, grid)
-    assert keys.shape == (2, 2, 2, expected.shape[3], 8)
-    torch.testing.assert_close(keys, expected, atol=1e-5, rtol=1e-5)
-
-
 def test_biases():
     attn = SpatialReductionAttention(16, 2, qkv_bias=False)
     assert attn.q.bias is attn.kv.bias is None and attn.proj.bias is not None
@@ -61,11 +45,3 @@ def test_biases():
 def test_norm_of_keys_is_torchs_own():
     assert SpatialReductionAttention(16, 2, 2).norm.eps == 1e-5
     assert not hasattr(SpatialReductionAttention(16, 2, 1), 'norm')
-
-
-@pytest.mark.parametrize('sr_ratio', [1, 2])
-def test_products_are_counted_once_or_twice(sr_ratio):
-    once, twice = (SpatialReductionAttention(16, 2, sr_ratio, counted_products=n) for n in (1, 2))
-    tokens, queries = torch.tensor([64.0, 64.0]), torch.tensor([64.0, 10.0])
-    more = twice.complexity(tokens, queries) - once.complexity(tokens, queries)
-    assert torch.equal(more, queries * tokens / sr_ratio**2 * 16)

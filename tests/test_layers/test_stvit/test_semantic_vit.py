@@ -1,7 +1,7 @@
 import pytest
 import torch
+from helpers import randomize
 from timm.layers import resample_abs_pos_embed
-from torch import nn
 
 from mmtoken.layers.common.attention import attention_reference, join_heads, split_heads
 from mmtoken.layers.stvit.semantic_vit import (
@@ -12,12 +12,6 @@ from mmtoken.layers.stvit.semantic_vit import (
 
 BLOCK = dict(num_heads=2, feedforward_channels=12)
 GRID = (6, 9)
-
-
-def randomised(module):
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return module
 
 
 def mha(layer, query, tokens):
@@ -33,7 +27,7 @@ def mlp(layer, x):
 
 
 def test_pool_layer_is_its_formula():
-    layer, image = randomised(SemanticPoolBlock(8, 4, 'attention', **BLOCK)), torch.randn(2, 54, 8)
+    layer, image = randomize(SemanticPoolBlock(8, 4, 'attention', **BLOCK)), torch.randn(2, 54, 8)
     semantic, initial = layer(image, GRID)
     torch.testing.assert_close(initial, layer.pool(image.view(2, *GRID, 8)))
     first = initial + mha(layer, initial, image)
@@ -43,7 +37,7 @@ def test_pool_layer_is_its_formula():
 @pytest.mark.parametrize('residual', ['query', 'initial'])
 @pytest.mark.parametrize('center_grid', [(2, 3), (4, 4), None])
 def test_refine_layer_is_its_formula(residual, center_grid):
-    layer = randomised(SemanticRefineBlock(8, 4, center_grid, residual, **BLOCK))
+    layer = randomize(SemanticRefineBlock(8, 4, center_grid, residual, **BLOCK))
     semantic, initial, image = torch.randn(2, 6, 8), torch.randn(2, 6, 8), torch.randn(2, 54, 8)
     query = semantic
     if center_grid is not None:
@@ -55,7 +49,7 @@ def test_refine_layer_is_its_formula(residual, center_grid):
 
 
 def test_recovery_is_its_formula():
-    layer = randomised(SemanticRecovery(8, **BLOCK))
+    layer = randomize(SemanticRecovery(8, **BLOCK))
     image, semantic = torch.randn(2, 54, 8), torch.randn(2, 6, 8)
     x = image + mha(layer, image, semantic)
     x = x + mlp(layer, x)

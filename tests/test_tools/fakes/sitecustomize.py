@@ -26,7 +26,5 @@ def fake_get_path(name, *args, **kwargs):
 
 ctypes.CDLL = fake_load_library
 sysconfig.get_path = fake_get_path
-if 'venv' in MISSING:
-    sys.modules['ensurepip'] = None
 if version := os.environ.get('FAKE_VERSION'):
     sys.version_info = tuple(map(int, version.split('.')))

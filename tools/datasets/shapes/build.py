@@ -1,4 +1,4 @@
-"""Builds the data set on disk: scenes drawn in parallel, written as COCO and as ADE20K."""
+"""Write the data set: scenes drawn in parallel, in the layouts of COCO and of ADE20K."""
 
 import json
 import signal
@@ -31,10 +31,10 @@ JPEG_QUALITY = 92
 
 @dataclass(frozen=True)
 class Split:
-    """Where one split lives in both layouts, and which numbers are its own.
+    """Folders of a split in both layouts, and its seeds and ids.
 
     Attributes:
-        seed: Sets its scenes apart from those of the other split.
+        seed: Differs between splits, so that their scenes do.
         first_image_id: COCO id of its first image; the ids of all splits together are unique,
             and do not depend on how many images the others have.
     """
@@ -52,7 +52,7 @@ VAL = Split('val2017', 'validation', 'ADE_val', seed=1, first_image_id=MAX_IMAGE
 
 @dataclass(frozen=True)
 class SceneRecord:
-    """What remains of a scene once its picture and mask are written."""
+    """Annotations of a scene whose picture and mask are written."""
 
     image: dict[str, Any]
     annotations: list[dict[str, Any]]
@@ -71,15 +71,15 @@ def make_dataset(
 ) -> dict[str, Any]:
     """Write the data set; the same arguments give the same bytes, whatever ``workers`` is.
 
-    A scene depends on ``size``, ``seed``, its split and its number alone, so a smaller data set
-    is the beginning of a larger one. ``out`` appears only when all of it is written.
+    A scene depends only on ``size``, ``seed``, its split and its number, so a smaller data set is
+    the beginning of a larger one. ``out`` exists only once all of it is written.
 
     Args:
         out: Folder to make.
         num_train: Number of training images.
         num_val: Number of validation images.
         size: Height and width in pixels; about half the images have them exchanged.
-        seed: Draws another data set of the same kind.
+        seed: Of the data set.
         workers: Number of processes.
         force: Replace ``out`` if it is a data set made by this function.
         show_progress: Show a progress bar on stderr.
@@ -154,7 +154,7 @@ def _map(function: Callable, tasks: list, workers: int) -> Iterator:
 
 
 def _start_worker() -> None:
-    """Leave the cores to the processes, and Ctrl-C to the parent."""
+    """Use one thread, and let the parent handle Ctrl-C."""
     cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -215,7 +215,7 @@ def _write_image(path: Path, image: NDArray) -> None:
 
 
 def _draw_preview(num_train: int, size: tuple[int, int], seed: int) -> NDArray:
-    """Draw a sheet of early training scenes, six of either orientation if there are."""
+    """Draw a sheet of the first training scenes, up to six of each orientation."""
     scenes = [draw_scene(size, (seed, TRAIN.seed, k)) for k in range(min(num_train, 24))]
     wide = [scene for scene in scenes if np.less(*scene.semantic.shape)]
     tall = [scene for scene in scenes if not np.less(*scene.semantic.shape)]

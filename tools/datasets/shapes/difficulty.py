@@ -1,4 +1,4 @@
-"""How hard the data set is, in three shares that it promises to hold."""
+"""Difficulty of the data set: three shares with guaranteed bounds."""
 
 from dataclasses import dataclass
 
@@ -16,13 +16,13 @@ MAX_COLOUR_ACCURACY = 0.30
 
 @dataclass(frozen=True)
 class InstanceFacts:
-    """What of one instance decides how hard it is.
+    """Properties of an instance that make it hard or easy.
 
     Attributes:
         name: Its class.
         side: Square root of its visible area, in pixels.
-        is_overlapped: Whether its silhouette crosses that of another instance, so that it hides
-            part of it or is partly hidden by it.
+        is_overlapped: Whether its silhouette overlaps that of another instance, so that one hides
+            part of the other.
         colour: Mean RGB of its visible pixels, from 0 to 255.
     """
 
@@ -33,7 +33,7 @@ class InstanceFacts:
 
 
 def measure_instances(scene: Scene) -> list[InstanceFacts]:
-    """Measure the instances of a scene, crowds aside."""
+    """Measure the instances of a scene, without crowds."""
     return [
         InstanceFacts(
             name=instance.name,
@@ -47,7 +47,7 @@ def measure_instances(scene: Scene) -> list[InstanceFacts]:
 
 
 def measure_difficulty(train: list[InstanceFacts], val: list[InstanceFacts]) -> dict[str, float]:
-    """Sum up both splits.
+    """Difficulty of both splits together.
 
     Returns:
         Shares from 0 to 1: ``small`` and ``overlapped`` of all instances, ``large`` of those of

@@ -1,10 +1,11 @@
-"""Replaces a folder as a whole, and only one of our own."""
+"""Replace a folder as a whole, if this tool made it."""
 
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from mmtoken.files import replacing
 
 GENERATOR = 'mmtoken make_shapes'
 SUMMARY_NAME = 'shapes.json'
@@ -12,7 +13,7 @@ SUMMARY_NAME = 'shapes.json'
 
 @contextmanager
 def fresh_folder(out: Path, force: bool) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of ``out`` if the block ends well.
+    """Yield an empty folder that replaces ``out`` if the block succeeds.
 
     If the block raises, what was written is removed and ``out`` stays as it was.
 
@@ -25,21 +26,9 @@ def fresh_folder(out: Path, force: bool) -> Iterator[Path]:
     """
     out = out.resolve()
     _check_free(out, force)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling is on the same file system, where a rename is one step.
-    with tempfile.TemporaryDirectory(prefix=f'.{out.name}-', dir=out.parent) as scratch:
-        new, old = Path(scratch, 'new'), Path(scratch, 'old')
+    with replacing(out) as new:
         new.mkdir()
         yield new
-        if not out.exists():
-            new.rename(out)
-            return
-        out.rename(old)
-        try:
-            new.rename(out)
-        except BaseException:
-            old.rename(out)
-            raise
 
 
 def _check_free(out: Path, force: bool) -> None:

@@ -1,4 +1,4 @@
-"""On what a measurement was made."""
+"""The machine and the software of a measurement."""
 
 import platform
 import subprocess
@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from ..stack import DISTRIBUTIONS, installed_version
-from ..version import __version__
+from mmtoken.stack import DISTRIBUTIONS, installed_version
+from mmtoken.version import __version__
 
-CHECKOUT = Path(__file__).resolve().parent.parent.parent
+CHECKOUT = Path(__file__).resolve().parents[3]
 
 
 def describe_environment(device: torch.device) -> dict[str, str]:
-    """Versions, and the processor or the GPU; neither names of hosts nor paths."""
+    """Versions, and the processor or the GPU; no host names or paths."""
     gpu = device.type == 'cuda'
     return dict(
         mmtoken=__version__,
@@ -28,7 +28,7 @@ def describe_environment(device: torch.device) -> dict[str, str]:
 
 
 def _library_versions() -> dict[str, str]:
-    """``{'mmdet': 'onedl-mmdetection 3.5.1'}`` and so on, of what is installed."""
+    """``{'mmdet': 'onedl-mmdetection 3.5.1'}`` and so on, for installed libraries."""
     versions = {}
     for name, distributions in DISTRIBUTIONS.items():
         for distribution in distributions:
@@ -39,9 +39,9 @@ def _library_versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Short hash of the commit that runs, with a mark if files were changed since."""
+    """Short hash of the current commit, marked if files have changed since."""
     if not (CHECKOUT / '.git').exists():
-        return None  # installed, perhaps inside of another project's checkout
+        return None  # installed, perhaps inside another project's checkout
     try:
         result = subprocess.run(
             ['git', 'describe', '--always', '--dirty', '--exclude=*'],

@@ -2,7 +2,7 @@ import pytest
 import torch
 from mmengine.registry import MODELS
 
-from mmtoken.analysis.peers import PEERS, peer_config
+from mmtoken.analysis.library_baseline import library_baseline
 from mmtoken.registry import MODELS as OURS
 
 ARCHS = dict(
@@ -29,25 +29,25 @@ ARCHS = dict(
 )
 
 
-@pytest.mark.parametrize('name', sorted(PEERS))
-def test_peers_have_our_maps_and_nearly_our_parameters(name):
+@pytest.mark.parametrize('name', ARCHS)
+def test_baselines_have_our_maps_and_nearly_our_parameters(name):
     cfg = dict(type=f'mmtoken.{name}', arch=ARCHS[name])
     twin = OURS.build(cfg | OURS.get(name).twin_args)
-    peer = MODELS.build(peer_config(cfg))
+    baseline = MODELS.build(library_baseline(cfg))
     twin.eval()
-    peer.eval()
+    baseline.eval()
     images = torch.zeros(1, 3, 64, 96)
-    assert [m.shape for m in peer(images)] == [m.shape for m in twin(images)]
-    counts = [sum(p.numel() for p in network.parameters()) for network in (peer, twin)]
+    assert [m.shape for m in baseline(images)] == [m.shape for m in twin(images)]
+    counts = [sum(p.numel() for p in network.parameters()) for network in (baseline, twin)]
     assert counts[0] == pytest.approx(counts[1], rel=0.01)
 
 
 @pytest.mark.parametrize('name', ['DGEPVT', 'DGEDeiT', 'MSViT', 'SWATDeiT'])
-def test_peers_have_exactly_our_parameters(name):
+def test_baselines_have_exactly_our_parameters(name):
     cfg = dict(type=f'mmtoken.{name}', arch=ARCHS[name], qkv_bias=True)
     twin = OURS.build(cfg | OURS.get(name).twin_args)
-    peer = MODELS.build(peer_config(cfg))
-    counts = [sum(p.numel() for p in network.parameters()) for network in (peer, twin)]
+    baseline = MODELS.build(library_baseline(cfg))
+    counts = [sum(p.numel() for p in network.parameters()) for network in (baseline, twin)]
     assert counts[0] == counts[1]
 
 
@@ -61,15 +61,15 @@ def test_peers_have_exactly_our_parameters(name):
 )
 def test_pyramids_that_mmdet_cannot_have(changes):
     cfg = dict(type='mmtoken.DGEPVT', arch=ARCHS['DGEPVT'])
-    assert peer_config(cfg)['embed_dims'] == 32
-    assert peer_config(cfg | changes) is None
+    assert library_baseline(cfg)['embed_dims'] == 32
+    assert library_baseline(cfg | changes) is None
 
 
 def test_plain_vit_computes_what_a_dense_msvit_does():
     cfg = dict(type='mmtoken.MSViT', arch=ARCHS['MSViT'], fine_size=8, coarse_size=16, img_size=64)
     cfg.update(out_indices=[1, 3])
-    twin, peer = OURS.build(cfg | dict(gate=None)).eval(), MODELS.build(peer_config(cfg))
-    peer.eval()  # returns None
+    twin, baseline = OURS.build(cfg | dict(gate=None)).eval(), MODELS.build(library_baseline(cfg))
+    baseline.eval()  # returns None
     names = {
         'patch_embed.proj': 'patch_embed.projection', 'blocks.': 'layers.', 'norm1': 'ln1',
         'norm2': 'ln2', 'mlp.fc1': 'ffn.layers.0.0', 'mlp.fc2': 'ffn.layers.1',
@@ -79,10 +79,10 @@ def test_plain_vit_computes_what_a_dense_msvit_does():
         for ours, theirs in names.items():
             name = name.replace(ours, theirs)
         state['ln1' + name[4:] if name.startswith('norm.') else name] = value
-    peer.load_state_dict(state)
+    baseline.load_state_dict(state)
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        for ours, theirs in zip(twin(images), peer(images), strict=True):
+        for ours, theirs in zip(twin(images), baseline(images), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -92,21 +92,27 @@ def test_plain_vit_computes_what_a_dense_msvit_does():
 )
 def test_mixed_scale_vits_that_mmpretrain_cannot_have(changes):
     cfg = dict(type='mmtoken.MSViT', arch='large', coarse_size=28, fine_size=14)
-    peer = peer_config(dict(cfg, out_type='tokens'))
-    assert peer['patch_size'] == 14 and peer['out_type'] == 'featmap' and peer['with_cls_token']
-    assert peer['arch']['embed_dims'] == 1024
-    assert peer_config(dict(cfg, out_type='cls_token'))['out_type'] == 'cls_token'
-    assert peer_config(cfg | changes) is None
+    baseline = library_baseline(dict(cfg, out_type='tokens'))
+    assert (
+        baseline['patch_size'] == 14
+        and baseline['out_type'] == 'featmap'
+        and baseline['with_cls_token']
+    )
+    assert baseline['arch']['embed_dims'] == 1024
+    assert library_baseline(dict(cfg, out_type='cls_token'))['out_type'] == 'cls_token'
+    assert library_baseline(cfg | changes) is None
 
 
-def test_deformable_attention_has_no_peer():
-    assert peer_config(dict(type='mmtoken.DGEDPVT')) is None
+@pytest.mark.parametrize('name', ['DGEDPVT', 'PSViT'])
+def test_no_baseline(name):
+    assert library_baseline(dict(type=f'mmtoken.{name}')) is None
 
 
-def test_no_peer(monkeypatch):
+def test_installed_libraries(monkeypatch):
     cfg = dict(type='mmtoken.STViTRSwin')
-    assert peer_config(cfg)['type'] == 'mmdet.SwinTransformer'
-    monkeypatch.setattr('mmtoken.analysis.peers.find_spec', lambda library: None)
-    assert peer_config(cfg) is None
-    monkeypatch.setattr('mmtoken.analysis.peers.PEERS', {})
-    assert peer_config(cfg) is None
+    find_spec = 'mmtoken.analysis.library_baseline.find_spec'
+    for installed, name in ((('mmdet', 'mmseg'), 'mmdet'), (('mmseg',), 'mmseg')):
+        monkeypatch.setattr(find_spec, lambda library, installed=installed: library in installed)
+        assert library_baseline(cfg)['type'] == f'{name}.SwinTransformer'
+    monkeypatch.setattr(find_spec, lambda library: False)
+    assert library_baseline(cfg) is None

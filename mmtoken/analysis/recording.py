@@ -1,4 +1,4 @@
-"""What a trained network of a config decides for images."""
+"""Routing decisions of a trained network on the images of its config."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,19 +16,19 @@ from torch.utils.data import DataLoader
 
 from ..engine.image_sizes import follow_image_sizes
 from ..runtime.decisions import RoutingDecision, record_routing
-from .subject import build_model, image_channels, test_pipeline
+from .configs import build_model, image_channels, test_pipeline
 
-LEEWAY = 5  # of values that were normalised and back, or resized, beside those of 8-bit images
+TOLERANCE = 5  # how far normalizing or resizing moves values of 8-bit images out of range
 RGB_FLAGS = ('_channel_conversion', 'channel_conversion', 'to_rgb')
 
 
-class Watched(NamedTuple):
-    """A batch, and what was decided for it.
+class RecordedBatch(NamedTuple):
+    """A batch and the routing decisions for it.
 
     Attributes:
-        images: What the network saw, normalised and padded, ``(B, C, H, W)``.
+        images: Input of the network, normalized and padded, ``(B, C, H, W)``.
         samples: The libraries' data samples, with annotations if the pipeline loads any.
-        decisions: Of all blocks that choose, in their order.
+        decisions: Of all blocks with a router, in order.
     """
 
     images: Tensor
@@ -40,9 +40,9 @@ def load_model(cfg: Config, checkpoint: str | Path | None, device: str = 'cpu') 
     """The model of a config, in eval mode.
 
     Args:
-        cfg: From :func:`~mmtoken.analysis.subject.load_config`.
-        checkpoint: Of a training; None leaves random weights.
-        device: Where to put it.
+        cfg: From :func:`~mmtoken.analysis.configs.load_config`.
+        checkpoint: Of a training; None for random weights.
+        device: Of the model.
 
     Raises:
         ValueError: It cannot be built; the message says why.
@@ -57,7 +57,7 @@ def load_model(cfg: Config, checkpoint: str | Path | None, device: str = 'cpu') 
 
 
 def image_pipeline(cfg: Config) -> Compose:
-    """The test pipeline without what loads annotations: an image file to a model's input.
+    """The test pipeline without the loading of annotations: an image file to a model's input.
 
     Raises:
         ValueError: The config has none.
@@ -70,7 +70,7 @@ def image_pipeline(cfg: Config) -> Compose:
 
 
 def load_image(pipeline: Compose, path: str | Path) -> dict:
-    """A batch of one image, for :func:`watch`."""
+    """A batch of one image, for :func:`record_batch`."""
     return pseudo_collate([pipeline(dict(img_path=str(path), img_id=0, seg_fields=[]))])
 
 
@@ -89,14 +89,14 @@ def val_dataloader(cfg: Config) -> DataLoader:
 
 
 def check_channels(cfg: Config, batch: Mapping) -> None:
-    """Refuse images that the network of a config does not take.
+    """Check that images have the channels that the network of a config takes.
 
     Args:
-        cfg: Of the network.
-        batch: Of a dataloader, or of :func:`load_image`.
+        cfg: Config of the network.
+        batch: From a dataloader or :func:`load_image`.
 
     Raises:
-        ValueError: They have other channels; the message says which settings disagree.
+        ValueError: They have not; the message says which settings disagree.
     """
     taken = image_channels(cfg.model)
     mean = (cfg.model.get('data_preprocessor') or {}).get('mean')
@@ -110,32 +110,32 @@ def check_channels(cfg: Config, batch: Mapping) -> None:
             )
 
 
-def watch(model: nn.Module, batch: Mapping) -> Watched:
-    """Run backbone and neck on a batch and note what they decide.
+def record_batch(model: nn.Module, batch: Mapping) -> RecordedBatch:
+    """Run backbone and neck on a batch and record their routing decisions.
 
     Args:
         model: From :func:`load_model`.
-        batch: Of a dataloader, or of :func:`load_image`.
+        batch: From a dataloader or :func:`load_image`.
     """
     data = model.data_preprocessor(batch, training=False)
     with torch.no_grad(), record_routing() as decisions:
         model.extract_feat(data['inputs'])
-    return Watched(data['inputs'], data.get('data_samples') or [], decisions)
+    return RecordedBatch(data['inputs'], data.get('data_samples') or [], decisions)
 
 
 def to_picture(image: Tensor, preprocessor: nn.Module) -> np.ndarray:
-    """Undo a normalisation, to show an image.
+    """Undo the normalization of an image, to show it.
 
-    One channel is shown in grey. Of two or of more than three there is no telling which are
-    colours: their mean is shown, each as the network sees it, so that none outweighs the others.
+    One channel is shown in gray. Two channels, or more than three, have no known colors: their
+    mean is shown, each normalized, so that they have equal weight.
 
     Args:
-        image: ``(C, H, W)``, normalised.
-        preprocessor: What normalised it.
+        image: ``(C, H, W)``, normalized.
+        preprocessor: The data preprocessor that normalized it.
 
     Returns:
-        RGB ``(H, W, 3)``, uint8. Values that are not those of 8-bit images, such as those of
-        satellites, are stretched from black to white.
+        RGB ``(H, W, 3)``, uint8. Values of images that are not 8-bit, such as satellite images, are
+        stretched to the range from black to white.
     """
     image = image.float().cpu()
     if len(image) not in (1, 3):
@@ -143,7 +143,7 @@ def to_picture(image: Tensor, preprocessor: nn.Module) -> np.ndarray:
     elif hasattr(preprocessor, 'mean') and getattr(preprocessor, '_enable_normalize', True):
         image = image * preprocessor.std.cpu() + preprocessor.mean.cpu()
     low, high = image.min(), image.max()
-    if low < -LEEWAY or high > 255 + LEEWAY or high <= 1:
+    if low < -TOLERANCE or high > 255 + TOLERANCE or high <= 1:
         image = _stretch(image)
     if not any(getattr(preprocessor, flag, False) for flag in RGB_FLAGS):
         image = image.flip(0)  # as OpenCV loads it
@@ -151,6 +151,6 @@ def to_picture(image: Tensor, preprocessor: nn.Module) -> np.ndarray:
 
 
 def _stretch(image: Tensor) -> Tensor:
-    """The lowest value to 0 and the highest to 255."""
+    """Scale the lowest value to 0 and the highest to 255."""
     low, high = image.min(), image.max()
     return (image - low) / (high - low).clamp(min=torch.finfo().tiny) * 255

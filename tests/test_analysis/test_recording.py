@@ -4,7 +4,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mmtoken.analysis.watch import check_channels, image_pipeline, to_picture, val_dataloader
+from mmtoken.analysis.recording import check_channels, image_pipeline, to_picture, val_dataloader
 
 
 def preprocessor(channels, rgb=True, scale=50.0):

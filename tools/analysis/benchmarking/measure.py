@@ -1,0 +1,69 @@
+"""Cost, time and memory of several networks, measured in turn in one process."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from mmtoken.analysis.cost import Cost
+
+from .memory import peak_mb
+from .step import Setting, make_images, make_step
+from .targets import BenchmarkTarget
+from .timing import time_in_turn
+
+WARM_UP_CALLS = dict(cpu=2, cuda=20)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Results for one network.
+
+    Attributes:
+        cost: Of the forward pass, per image.
+        times: Milliseconds per step, one for each round.
+        peak_mb: Peak memory of a step in MiB; None where it cannot be measured.
+    """
+
+    cost: Cost
+    times: list[float]
+    peak_mb: float | None
+
+
+def count_progress(num_targets: int, rounds: int) -> int:
+    """How often :func:`measure` calls ``on_progress``."""
+    return num_targets * (rounds + 3)
+
+
+def measure(
+    targets: Mapping[str, BenchmarkTarget],
+    setting: Setting,
+    rounds: int = 10,
+    on_progress: Callable[[], object] = lambda: None,
+) -> dict[str, Measurement]:
+    """Measure networks.
+
+    Args:
+        targets: Networks by name.
+        setting: How to run them.
+        rounds: How often each is timed.
+        on_progress: Called :func:`count_progress` times, for a progress bar.
+
+    Raises:
+        ValueError: A network that cannot be built or takes no routing override.
+    """
+    torch.set_num_threads(setting.threads)
+    costs, steps = {}, {}
+    for name, target in targets.items():
+        network = target.build().to(setting.device)
+        costs[name] = target.measure_cost(network, make_images(target, setting).float())
+        steps[name] = make_step(target, network, setting)
+        for _ in range(WARM_UP_CALLS[setting.device.type]):
+            steps[name]()
+        on_progress()
+    times = time_in_turn(steps, rounds, setting.device, on_progress)
+    peaks = {}
+    for name, target in targets.items():
+        peaks[name] = peak_mb(target, setting, steps[name])
+        on_progress()
+    return {name: Measurement(costs[name], times[name], peaks[name]) for name in targets}

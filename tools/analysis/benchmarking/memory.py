@@ -1,0 +1,70 @@
+"""Peak memory of a step, above what the network holds before it.
+
+On CUDA this is the peak of torch's allocator. On the CPU torch keeps no count, and memory that one
+network freed is reused by the next, so each network runs in a fresh process, and the peak of its
+resident memory is read from Linux. Both include gradients in training, and exclude weights and
+images.
+"""
+
+import ctypes
+import multiprocessing
+import re
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from .step import Setting, make_step
+from .targets import BenchmarkTarget
+
+WARM_UP_SIDE = 64  # pixels
+MEBIBYTE = 2**20
+CLEAR_REFS = Path('/proc/self/clear_refs')
+
+
+def peak_mb(target: BenchmarkTarget, setting: Setting, step: Callable[[], object]) -> float | None:
+    """Peak of a step in MiB; None on a CPU without Linux.
+
+    Args:
+        target: The network.
+        setting: How it is run; on a CPU it is not compiled.
+        step: The same step, warmed up, for CUDA.
+    """
+    if setting.device.type == 'cuda':
+        return _peak_on_cuda(step)
+    if not CLEAR_REFS.exists():
+        return None
+    context = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(_peak_on_cpu, target, replace(setting, compiled=False)).result()
+
+
+def _peak_on_cuda(step: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / MEBIBYTE
+
+
+def _peak_on_cpu(target: BenchmarkTarget, setting: Setting) -> float:
+    torch.set_num_threads(setting.threads)
+    network = target.build()
+    # A step on small images loads libraries and starts thread pools.
+    small = replace(setting, shape=tuple(min(side, WARM_UP_SIDE) for side in setting.shape))
+    warm_up, step = (make_step(target, network, s) for s in (small, setting))
+    warm_up()
+    ctypes.CDLL(None).malloc_trim(0)  # or the step would reuse what was freed before, uncounted
+    CLEAR_REFS.write_text('5')  # sets the peak to what is resident now
+    before = _status('VmRSS')
+    step()
+    return (_status('VmHWM') - before) / MEBIBYTE
+
+
+def _status(key: str) -> int:
+    """A value of ``/proc/self/status``, in bytes."""
+    kilobytes = re.search(rf'{key}:\s*(\d+) kB', Path('/proc/self/status').read_text())[1]
+    return int(kilobytes) * 1024
