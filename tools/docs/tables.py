@@ -201,15 +201,14 @@ def signed(value: float, decimals: int = 2) -> str:
 def sharing() -> str:
     """Pairs of blocks that share an attention map: medians over runs."""
     runs = list(read(BENCHMARKS / 'sharing', '*').values())
-    rows = []
+    ways, rows = ('map', 'query_key'), []
     for pairs in zip(*(run['pairs'] for run in runs), strict=True):
         first = pairs[0]
         speedups = [
-            f'{median(pair["speedup"][kind]["median"] for pair in pairs):.2f}'
-            for kind in first['speedup']
+            f'{median(pair["speedup"][way]["median"] for pair in pairs):.2f}' for way in ways
         ]
         rows.append((str(first['tokens']), f'{first["mac_bound"]:.2f}', *speedups))
-    return markdown(('tokens', 'bound by MACs', *runs[0]['pairs'][0]['speedup']), rows)
+    return markdown(('tokens', 'bound by MACs', *ways), rows)
 
 
 def networks(folder: str) -> str:
