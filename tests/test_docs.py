@@ -7,6 +7,7 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -188,3 +189,17 @@ def test_commands_parse():
         for language, block in BLOCK.findall(page.read_text()):
             if language == 'bash':
                 shlex.split(block, comments=True)
+
+
+def test_token_picture():
+    """Tokens are painted in the mean color of their pixels, and counted."""
+    picture = load_tool(ROOT / 'tools' / 'docs' / 'token_picture.py')
+    size = picture.SIZE
+    photograph = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+    quarters = picture.grid(size // 2)
+    title, painted = picture.panel('four', photograph, quarters, picture.grid(size // 4))
+    assert title == 'four: 4 of 16 tokens'
+    mean = photograph[: size // 2, size // 2 :].mean(axis=(0, 1))
+    np.testing.assert_array_equal(painted[size // 4, -1], mean.astype(np.uint8))
+    assert picture.windows(size // 2, 3).max() + 1 == 36
+    assert picture.sheet([(title, painted)] * 4).height == 2 * (size + picture.TITLE) + picture.GAP

@@ -81,7 +81,7 @@ def pages() -> list[Path]:
 
 
 def fill(text: str) -> str:
-    """A page with its tables made anew.
+    """A page with its tables generated again.
 
     Raises:
         KeyError: A table has a name that is not in TABLES.
