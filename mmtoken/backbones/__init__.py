@@ -2,6 +2,7 @@
 
 from .dge_deit import DGEDeiT
 from .dge_pvt import DGEDPVT, DGEPVT
+from .merge_vit import MergeViT
 from .msvit import MSViT
 from .psvit import PSViT
 from .stvit_deit import STViTDeiT
@@ -14,6 +15,7 @@ __all__ = [
     'DGEDeiT',
     'DGEPVT',
     'MSViT',
+    'MergeViT',
     'PSViT',
     'STViTDeiT',
     'STViTRSwin',

@@ -92,6 +92,7 @@ class DGEDeiT(PlainBackbone):
     ) -> None:
         super().__init__(arch, **kwargs)
         self.granularities = as_tuple(granularities)
+        self.region_size = region_size
         self.budget = build_budget(budget, self.granularities)
         if self.is_routed:
             dims, heads, hidden, bias = self.block_args.values()

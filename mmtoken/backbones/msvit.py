@@ -276,10 +276,12 @@ class MSViT(PlainBackbone):
         if not alone or not isinstance(stem, PatchEmbed) or len(layout.fine) == layout.num_places:
             return stem(x)
         patches = F.pixel_unshuffle(pad_to_stride(x, side), side).permute(0, 2, 3, 1)
-        patches = patches.flatten(0, 2).index_select(0, layout.fine)  # (m, in_channels * side**2)
+        patches = patches.flatten(0, 2)
+        # Without any fine region one patch is embedded and not used, for the gradient of the layer.
+        used = patches.index_select(0, layout.fine) if len(layout.fine) else patches[:1]
         # As one image, patch beside patch
-        strip = patches.unflatten(1, (-1, side, side)).permute(1, 2, 0, 3).flatten(2)[None]
-        embedded = stem(strip).flatten(0, 2)  # (m, C)
+        strip = used.unflatten(1, (-1, side, side)).permute(1, 2, 0, 3).flatten(2)[None]
+        embedded = stem(strip).flatten(0, 2)[: len(layout.fine)]  # (m, C)
         fine = embedded.new_zeros(layout.num_places, embedded.shape[1])
         return fine.index_copy(0, layout.fine, embedded).unflatten(0, (len(x), *layout.grid))
 

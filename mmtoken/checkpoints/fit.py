@@ -125,7 +125,8 @@ def _join_attention(state: State, own: State, report: Report) -> None:
     for name in own:
         attn, _, kind = name.rpartition('qkv.')
         query, key_value = f'{attn}q.{kind}', f'{attn}kv.{kind}'
-        if attn and name not in state and {query, key_value} <= state.keys():
+        windowed = f'{attn}{BIAS_TABLE}' in own  # cross-attention has no windows
+        if attn and not windowed and name not in state and {query, key_value} <= state.keys():
             state[name] = torch.cat([state.pop(query), state.pop(key_value)])
             report.mapped[name] = report.mapped.pop(query)
             report.joined += [report.mapped[name], report.mapped.pop(key_value)]

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from families import FAMILIES, PVT, SWIN, VIT
 from helpers import wake
 from mmengine.config import ConfigDict
 from mmengine.model import BaseModule, PretrainedInit
@@ -13,7 +14,7 @@ from torch import nn
 from mmtoken import backbones, necks
 from mmtoken.checkpoints import load_into
 
-from .test_contract import CASES, FAMILIES, PVT, SWIN, VIT, build, train
+from .test_contract import CASES, build, train
 
 ONE_OF_EACH = [
     dict(type=f'mmtoken.{name}', **family.variants[0]) for name, family in FAMILIES.items()
@@ -191,13 +192,7 @@ def test_three_stages_of_a_four_stage_file(save):
 
 
 POSITIONS = [
-    ('STViTDeiT', dict(arch=VIT, base_layers=2), 'img_size'),
-    ('DGEDeiT', dict(arch=VIT, cls_token=True), 'img_size'),
-    ('MSViT', dict(arch=VIT, gate=dict(loss=None)), 'img_size'),
-    ('SWATDeiT', FAMILIES['SWATDeiT'].variants[0], 'img_size'),
-    ('PSViT', FAMILIES['PSViT'].variants[0], 'img_size'),
-    ('DGEPVT', dict(arch=PVT, budget=None), 'pretrain_img_size'),
-    ('DGEDPVT', dict(FAMILIES['DGEDPVT'].variants[0], budget=None), 'pretrain_img_size'),
+    (name, family.size[1], family.size[0]) for name, family in FAMILIES.items() if family.size
 ]
 
 

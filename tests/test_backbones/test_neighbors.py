@@ -6,6 +6,7 @@ the docstring of each class.
 
 import pytest
 import torch
+from families import DPVT, PVT, SWAT_SWIN, SWIN, VIT
 from helpers import wake
 from mmengine.registry import MODELS as MMENGINE_MODELS
 
@@ -15,10 +16,7 @@ from mmtoken.layers.common.padding import note_sizes
 from mmtoken.layers.msvit.gate import ScaleGate
 from mmtoken.runtime.decisions import record_routing
 
-from .test_contract import PVT, SWAT_SWIN, SWIN, VIT
-
 SIZE, SHAPE = (128, 192), (256, 384)
-DPVT = {name: value for name, value in PVT.items() if name != 'sr_ratios'}
 ROUTED = [
     dict(type='mmtoken.DGEPVT', arch=PVT),
     dict(type='mmtoken.DGEDPVT', arch=DPVT),

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from families import FAMILIES, SMALL_VIT
 from mmengine.analysis import get_model_complexity_info
 from mmengine.registry import MODELS
 from torch import nn
@@ -18,29 +19,8 @@ from mmtoken.layers.psvit import shared_attention
 from mmtoken.runtime import aux_losses, decisions, routing_override
 from mmtoken.runtime.decisions import record_routing
 
-SWIN = dict(embed_dims=8, depths=(1, 2, 6), num_heads=(1, 2, 2))
-VIT = dict(embed_dims=32, num_layers=3, num_heads=2, feedforward_channels=48)
-DPVT = dict(
-    embed_dims=(16, 32, 40, 64),
-    depths=(1, 2, 1, 1),
-    num_heads=(1, 2, 5, 4),
-    mlp_ratios=(4, 2, 2, 2),
-)
-CONFIGS = dict(
-    STViTRSwin=dict(arch=SWIN, out_indices=(0, 1, 2)),
-    STViTDeiT=dict(arch=VIT, base_layers=1, img_size=80),
-    DGEPVT=dict(arch=dict(DPVT, sr_ratios=(8, 4, 2, 1))),
-    DGEDPVT=dict(arch=DPVT),
-    DGEDeiT=dict(arch=VIT, img_size=80),
-    MSViT=dict(arch=VIT, img_size=80),
-    PSViT=dict(
-        arch=dict(stages=[(32, 2, (2,)), (48, 3, (2, 1))]), img_size=80, window_sizes=(4, None),
-        out_indices=(0, 1),
-    ),
-    SWATSwin=dict(arch=dict(embed_dims=32, depths=(2, 1), num_heads=(1, 2)), out_indices=(0, 1)),
-    SWATDeiT=dict(arch=dict(VIT, patch_size=16, mlp_kernel=3), plane_size=4, img_size=80),
-)  # fmt: skip
-CHOOSING = ('DGEPVT', 'DGEDPVT', 'DGEDeiT', 'MSViT')
+CONFIGS = {name: family.small for name, family in FAMILIES.items()}
+CHOOSING = [name for name, family in FAMILIES.items() if family.chooses]
 IMAGE = torch.linspace(-2, 2, 3 * 64 * 96).sin().view(1, 3, 64, 96)
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -115,13 +95,8 @@ def with_hook_that_fails(model):
         raise KeyError
 
     list(model.stages)[-1].register_forward_hook(fail)
-    with (
-        mmtoken.token_losses(),
-        record_routing(),
-        mmtoken.routing_override(
-            **{'coarse_ratio' if model.__class__.__name__ == 'MSViT' else 'query_ratio': 0.5}
-        ),
-    ):
+    override = mmtoken.routing_override(**{model.ratio_name or 'query_ratio': 0.5})
+    with mmtoken.token_losses(), record_routing(), override:
         model.train()(IMAGE)
 
 
@@ -178,10 +153,6 @@ def put_through(ordeal, model):
     return None
 
 
-def test_every_backbone_is_covered():
-    assert set(CONFIGS) == set(backbones.__all__)
-
-
 @pytest.mark.parametrize('name', CONFIGS)
 def test_nothing_is_left_behind(name, expected):
     """Whether it failed or not, with gradients or without."""
@@ -212,7 +183,7 @@ def test_compiling_leaves_nothing_behind(expected):
 @pytest.mark.parametrize('name', ['DGEDeiT', 'MSViT'])
 def test_compiled_training_publishes_the_same(name):
     """As MMEngine's ``compile=True`` does it, which compiles a training step."""
-    arch = dict(VIT, num_layers=1)
+    arch = dict(SMALL_VIT, num_layers=1)
     model = MODELS.build(dict(type=f'mmtoken.{name}', **dict(CONFIGS[name], arch=arch)))
 
     def step(images):

@@ -11,6 +11,7 @@ from collections import defaultdict
 import pytest
 import torch
 import torch.nn.functional as F
+from families import FAMILIES, SHORT_VIT
 from mmengine.model import revert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -25,49 +26,30 @@ from mmtoken.layers.msvit.gate import ScaleGate
 from mmtoken.registry import MODELS
 from mmtoken.runtime.reference import reference_path
 
-SWIN = dict(embed_dims=16, depths=(2, 1, 6, 1), num_heads=(1, 2, 2, 4))
-VIT = dict(embed_dims=32, num_layers=4, num_heads=2, feedforward_channels=48)
-DPVT = dict(embed_dims=(16, 32), depths=(1, 2), num_heads=(1, 2), mlp_ratios=(4, 2))
-PVT = dict(DPVT, sr_ratios=(4, 1))
-SWAT_SWIN = dict(embed_dims=16, depths=(2, 1, 1), num_heads=(1, 2, 2))
-SWAT_VIT = dict(VIT, patch_size=16, mlp_kernel=3)
-PSVIT = dict(stages=[(32, 2, (2,)), (48, 3, (2, 1))])
+SHORT_SWAT_VIT = dict(SHORT_VIT, patch_size=16, mlp_kernel=3)
 FPN = dict(in_channels=32, out_channels=8, scales=(2, 1), num_outs=2)
 
-# A backbone, and behind some a neck; every form that has layers or paths of its own
+# A backbone, and behind some a neck
 NETWORKS = {
-    'STViTRSwin': [dict(type='STViTRSwin', arch=SWIN, conv_pos=True)],
-    'STViTRSwin dense': [dict(type='STViTRSwin', arch=SWIN, semantic_size=None, stem='patch')],
-    'STViTRSwin classifier': [dict(type='STViTRSwin', arch=SWIN, form='classification')],
-    'STViTDeiT': [dict(type='STViTDeiT', arch=VIT, base_layers=1, out_indices=(0, 3))],
-    'DGEPVT': [dict(type='DGEPVT', arch=PVT, out_indices=(0, 1), cls_token=True)],
-    'DGEPVT dense': [dict(type='DGEPVT', arch=PVT, out_indices=(0, 1), granularities=(1,))],
-    'DGEDPVT': [dict(type='DGEDPVT', arch=DPVT, out_indices=(0, 1))],
-    'DGEDeiT': [dict(type='DGEDeiT', arch=VIT, granularities=(1, 2), region_size=2)],
-    'MSViT': [dict(type='MSViT', arch=VIT, layer_scale=0.5)],
-    'MSViT windows': [
-        dict(type='MSViT', arch=VIT, cls_token=False, window_size=2, share_patch_embed=False)
-    ],
-    'PSViT': [
-        dict(type='PSViT', arch=PSVIT, window_sizes=(4, None), out_indices=(0, 1), finest_map=True)
-    ],
-    'SWATSwin': [dict(type='SWATSwin', arch=SWAT_SWIN, window_size=4, out_indices=(0, 1, 2))],
-    'SWATDeiT': [dict(type='SWATDeiT', arch=SWAT_VIT, plane_size=4)],
-    'SWATDeiT dense': [dict(type='SWATDeiT', arch=SWAT_VIT, structured=False)],
+    **{
+        f'{name}{form}': [dict(type=name, **args)]
+        for name, family in FAMILIES.items()
+        for form, args in family.networks.items()
+    },
     'SimpleFeaturePyramid': [
-        dict(type='SWATDeiT', arch=SWAT_VIT, plane_size=4),
+        dict(type='SWATDeiT', arch=SHORT_SWAT_VIT, plane_size=4),
         dict(type='SimpleFeaturePyramid', norm='BN', **FPN),
     ],
     'SemanticRecoveryNeck': [
-        dict(type='STViTDeiT', arch=VIT, base_layers=1, out_type='tokens'),
+        dict(type='STViTDeiT', arch=SHORT_VIT, base_layers=1, out_type='tokens'),
         dict(type='SemanticRecoveryNeck', num_heads=2, **FPN),
     ],
     'MixedScaleNeck': [
-        dict(type='MSViT', arch=VIT, out_type='tokens'),
+        dict(type='MSViT', arch=SHORT_VIT, out_type='tokens'),
         dict(type='MixedScaleNeck', refine=True, **FPN),
     ],
     'GrainUnpoolNeck': [
-        dict(type='SWATDeiT', arch=SWAT_VIT, structured=False),
+        dict(type='SWATDeiT', arch=SHORT_SWAT_VIT, structured=False),
         dict(type='GrainUnpoolNeck', in_channels=32, out_channels=8, num_heads=2, sr_ratios=2),
     ],
 }

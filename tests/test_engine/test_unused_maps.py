@@ -9,7 +9,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-CONTRACT = Path(__file__).parents[1] / 'test_backbones'
+TESTS = Path(__file__).parents[1]
 STEPS = 2  # DDP finds out in the second
 
 
@@ -31,8 +31,9 @@ class Detector(nn.Module):
 
 def work(rank, port):
     """Train each backbone for some steps, and once more with fewer stages."""
-    sys.path.insert(0, str(CONTRACT))
-    from test_contract import FAMILIES, build
+    sys.path[:0] = [str(TESTS), str(TESTS / 'test_backbones')]
+    from families import FAMILIES
+    from test_contract import build
 
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
     distributed.init_process_group('gloo', rank=rank, world_size=2)

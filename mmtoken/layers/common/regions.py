@@ -211,7 +211,7 @@ def check_concrete(choice: Tensor) -> None:
     transformed = torch._C._functorch.is_functorch_wrapped_tensor(choice)
     if choice.is_meta or isinstance(choice, FakeTensor) or transformed:
         raise RuntimeError(
-            'this network chooses its tokens by looking at the image (DGE, MSViT), which has no '
+            'this network chooses its tokens by looking at the image, which has no '
             'values here: it can neither be exported (torch.export, the ONNX exporter on top of '
             'it), nor run on fake tensors, on the meta device or under torch.func. Give it '
             'images, or take the dense twin, mmtoken.dense_twin(config), which chooses nothing'
@@ -279,15 +279,19 @@ def unpool_regions(updates: Tensor, plan: RegionPlan) -> Tensor:
     return updates.index_select(0, plan.owner).unflatten(0, (len(plan.queries.counts), -1))
 
 
+def pool_parts(x: Tensor, layout: RegionLayout) -> list[Tensor]:
+    """Prefix tokens, then the cells of each granularity: ``(B, N, C)`` to several ``(B, n, C)``."""
+    prefix, tokens = x.tensor_split([layout.num_prefix_tokens], dim=1)
+    tokens = tokens.unflatten(1, layout.grid)  # B, H, W, C
+    return [prefix, *(pool_cells(tokens, side).flatten(1, 2) for side in layout.granularities)]
+
+
 def pool_every_granularity(x: Tensor, layout: RegionLayout) -> Tensor:
     """Mean-pool all cells of all granularities: ``(B, N, C) -> (B, L, C)``.
 
     Inverse: :func:`unpool_every_granularity`.
     """
-    prefix, tokens = x.tensor_split([layout.num_prefix_tokens], dim=1)
-    tokens = tokens.unflatten(1, layout.grid)  # B, H, W, C
-    cells = [pool_cells(tokens, side).flatten(1, 2) for side in layout.granularities]
-    return torch.cat([prefix, *cells], dim=1)
+    return torch.cat(pool_parts(x, layout), dim=1)
 
 
 def unpool_every_granularity(updates: Tensor, layout: RegionLayout) -> Tensor:

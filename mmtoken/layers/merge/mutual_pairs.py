@@ -1,0 +1,152 @@
+"""Mutual-pair merging: average tokens that are each other's nearest neighbor, and copy them back.
+
+Reduction (:func:`merge_mutual_pairs`) averages each pair of tokens of an image that are each
+other's nearest neighbor in cosine similarity, and notes which token stands for each place of the
+grid. Restoration (:func:`unmerge`) copies each token to the places that it stands for: one gather,
+however often tokens were merged. There is nothing to learn and no ratio to set: how many tokens
+are left depends on the image.
+
+Source: MPM, arXiv 2604.05718; written from its abstract and from what others say of it. Not
+specified there and therefore our choice: averages are weighted by the number of patches that tokens
+stand for; similarities are those of the tokens themselves, in fp32; prefix tokens (class token,
+registers) never merge; of equally near neighbors the first counts.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..common.attention import gated_attention_fused, varlen_attention
+from ..common.precision import full_precision
+from ..common.regions import check_concrete
+from ..common.vit import AttentionFn
+
+# Similarities that are in memory at a time: 4 MB in fp32, all those of 1024 tokens
+MAX_SIMILARITIES = 2**20
+
+
+@dataclass(frozen=True)
+class MergedLayout:
+    """Which tokens a batch has, and what they stand for.
+
+    Tokens are packed image after image, M in all; in an image the prefix tokens come first, then
+    the others in the order of the first place that each stands for.
+
+    Attributes:
+        grid: ``(H, W)``, in patches.
+        num_prefix_tokens: Prefix tokens of each image, P.
+        lengths: Tokens of each image.
+        owner: The token that stands for each place, prefix first, ``(B, P + H * W)``.
+        sizes: Places that each token stands for, ``(M,)``, float.
+    """
+
+    grid: tuple[int, int]
+    num_prefix_tokens: int
+    lengths: list[int]
+    owner: Tensor
+    sizes: Tensor
+
+    def attn_fn(self, proportional: bool) -> AttentionFn:
+        """Attention between the tokens of an image, ``(M, heads, d)`` each.
+
+        Args:
+            proportional: A key that stands for n places counts n times.
+        """
+        if proportional:
+            return partial(gated_attention_fused, gate=self.sizes, lengths=self.lengths)
+        return partial(varlen_attention, lengths=self.lengths)
+
+
+def unmerged_layout(
+    grid: tuple[int, int], num_prefix_tokens: int, batch: int, device: torch.device
+) -> MergedLayout:
+    """The layout before the first merge: each place has its own token."""
+    length = num_prefix_tokens + grid[0] * grid[1]
+    owner = torch.arange(batch * length, device=device)
+    sizes = torch.ones(batch * length, device=device)
+    return MergedLayout(grid, num_prefix_tokens, [length] * batch, owner.view(batch, -1), sizes)
+
+
+# Not traced: the number of tokens depends on values.
+@torch.compiler.disable
+def merge_mutual_pairs(tokens: Tensor, layout: MergedLayout) -> tuple[Tensor, MergedLayout]:
+    """Average all mutual pairs of each image. Synchronizes with the device once.
+
+    Args:
+        tokens: ``(M, C)``.
+        layout: Theirs.
+
+    Returns:
+        Fewer tokens, ``(M', C)``, and their layout.
+
+    Raises:
+        RuntimeError: ``torch.jit.trace`` is recording, or see
+            :func:`~mmtoken.layers.common.regions.check_concrete`.
+
+    Inverse, up to the averages: :func:`unmerge`.
+    """
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            'this network merges tokens that are alike, and torch.jit.trace would keep the pairs '
+            'that it finds in one image. mmtoken.dense_twin(cfg) merges nothing and can be traced'
+        )
+    check_concrete(tokens)
+    prefix, start, others = layout.num_prefix_tokens, 0, []
+    for image in tokens.detach().split(layout.lengths):
+        other = torch.arange(start, start + len(image), device=tokens.device)
+        other[prefix:] = find_mutual_pairs(image[prefix:]) + (start + prefix)
+        others.append(other)
+        start += len(image)
+    other = torch.cat(others)  # in the pair of each token; itself, if it has none
+    place = torch.arange(len(other), device=other.device)
+    stays = place <= other  # the first of a pair stands for both
+    lengths = torch.stack([part.sum() for part in stays.split(layout.lengths)]).tolist()
+    # The places that stay; nonzero() would synchronize again, to find their number.
+    first = (~stays).byte().argsort(stable=True)[: sum(lengths)]
+    second = other[first]
+    size, added = layout.sizes[first], layout.sizes[second]
+    share = (added / (size + added)).to(tokens.dtype)[:, None]
+    merged = torch.lerp(tokens.index_select(0, first), tokens.index_select(0, second), share)
+    owner = (stays.cumsum(0) - 1)[torch.minimum(place, other)][layout.owner]
+    sizes = size + added * (first != second)
+    return merged, replace(layout, lengths=lengths, owner=owner, sizes=sizes)
+
+
+def unmerge(tokens: Tensor, layout: MergedLayout) -> Tensor:
+    """Copy tokens to all places that they stand for: ``(M, C) -> (B, P + H * W, C)``."""
+    return tokens.index_select(0, layout.owner.flatten()).unflatten(0, tuple(layout.owner.shape))
+
+
+def find_mutual_pairs(x: Tensor) -> Tensor:
+    """Pairs of vectors that are each other's nearest neighbor.
+
+    Args:
+        x: ``(N, C)``.
+
+    Returns:
+        For each vector the index of the other in its pair, its own if it is in none: ``(N,)``.
+    """
+    nearest, place = nearest_neighbors(x), torch.arange(len(x), device=x.device)
+    return torch.where(nearest[nearest] == place, nearest, place)
+
+
+def nearest_neighbors(x: Tensor) -> Tensor:
+    """Index of the most similar other vector, by cosine; of several the first.
+
+    Args:
+        x: ``(N, C)``.
+
+    Returns:
+        ``(N,)``; of a single vector its own index.
+    """
+    with full_precision(x.device):
+        x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
+        nearest, rows = [], max(1, MAX_SIMILARITIES // len(x))
+        for start in range(0, len(x), rows):
+            similarity = x[start : start + rows] @ x.T  # (rows, N)
+            similarity.diagonal(start).fill_(float('-inf'))
+            nearest.append(similarity.argmax(dim=1))
+    return torch.cat(nearest)
