@@ -47,6 +47,8 @@ CHOICE = (
     ('plain ViT: DeiT, MAE, DINOv2', 'msvit', 'MSViT',
      'at the input, 4 of a region stay or become 1', 'a gate loss',
      {'msvit-s_forward_1x1024x1024_run*': 'small, half of the regions coarse'}, {'msvit': ''}),
+    ('any weights of a plain ViT; no training', 'merge', 'MPM',
+     'pairs of alike tokens become one, twice', 'score and time not measured', {}, {}),
     ('time to train from scratch', 'psvit', 'PSViT', 'pooled twice; layers share attention maps',
      'no pretrained weights', {'psvit-t_forward_800x1280_run*': 'tiny'}, {'psvit': ''}),
     ('time to spend on accuracy', 'swat', 'SWAT', 'all stay and keep their spatial structure',
@@ -130,7 +132,7 @@ def choice() -> str:
             for name, what in comparisons.items()
         ]
         rows.append(
-            (have, f'[{method}](configs/{folder})', tokens, ', '.join(gains),
+            (have, f'[{method}](configs/{folder})', tokens, ', '.join(gains) or '–',
              '; '.join([*points, costs]))
         )  # fmt: skip
     header = ('you have', 'method', 'tokens', 'you get: speed-up', 'it costs: score in points')

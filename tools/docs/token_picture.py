@@ -13,7 +13,7 @@ DESCRIPTION = """\
 Draw a photograph, and beside it the tokens of several methods: each token is painted in the mean
 color of its pixels, with a border.
 
-MSViT is a trained network, and MergeViT has the weights of a trained ViT: give the config and the
+MSViT is a trained network, and MPM has the weights of a trained ViT: give the config and the
 checkpoint of each. The tokens of STViT-R, STViT and PSViT depend on the size of the image alone.
 
 The photograph is one that scikit-image ships: Eileen Collins, by NASA, public domain.
@@ -44,7 +44,7 @@ def main() -> None:
         panel('STViT-R', photograph, windows(7 * STRIDE, 3), grid(STRIDE)),
         panel('STViT', photograph, grid(4 * STRIDE), grid(STRIDE)),
         panel('MSViT', photograph, chosen(photograph, *args.msvit), grid(STRIDE)),
-        panel('MergeViT', photograph, merged(photograph, *args.vit), grid(STRIDE)),
+        panel('MPM', photograph, merged(photograph, *args.vit), grid(STRIDE)),
         panel('PSViT, last stage', photograph, grid(32), grid(8)),
     ]
     args.out.parent.mkdir(parents=True, exist_ok=True)
