@@ -22,7 +22,6 @@ between two comments, the first of which names it and the files it shows:
   speed [GLOB]      benchmarks/GLOB.json, of tools/analysis/benchmark.py
   macs [GLOB]       benchmarks/macs/GLOB.json, of tools/analysis/flops.py
   scores [GLOB]     benchmarks/shapes/GLOB.json, of tools/analysis/compare.py
-  sharing           benchmarks/sharing/*.json, of tools/analysis/benchmark_sharing.py
   networks FOLDER   parameters and MACs in configs/FOLDER/metafile.yml
   published         results that authors published, in all metafiles
 """
@@ -200,19 +199,6 @@ def signed(value: float, decimals: int = 2) -> str:
     return f'{value:+.{decimals}f}'.replace('-', '−')
 
 
-def sharing() -> str:
-    """Pairs of blocks that share an attention map: medians over runs."""
-    runs = list(read(BENCHMARKS / 'sharing', '*').values())
-    ways, rows = ('map', 'query_key'), []
-    for pairs in zip(*(run['pairs'] for run in runs), strict=True):
-        first = pairs[0]
-        speedups = [
-            f'{median(pair["speedup"][way]["median"] for pair in pairs):.2f}' for way in ways
-        ]
-        rows.append((str(first['tokens']), f'{first["mac_bound"]:.2f}', *speedups))
-    return markdown(('tokens', 'bound by MACs', *ways), rows)
-
-
 def networks(folder: str) -> str:
     """Parameters and MACs in a metafile, a row for each network, in brackets its dense twin's.
 
@@ -274,7 +260,7 @@ def metafile(folder: str) -> dict:
 
 
 TABLES = dict(
-    choice=choice, speed=speed, macs=macs, scores=scores, sharing=sharing, networks=networks,
+    choice=choice, speed=speed, macs=macs, scores=scores, networks=networks,
     published=published,
 )  # fmt: skip
 
