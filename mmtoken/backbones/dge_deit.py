@@ -131,11 +131,12 @@ class DGEDeiT(PlainBackbone):
     ) -> tuple[Tensor, DenseLayout | RoutedLayout]:
         if not self.is_routed:
             return super().run_block(index, tokens, layout)
-        decisions = layout.decisions
-        routing = self.blocks[index].route(tokens, decisions.layout, decisions.padding)
-        tokens = self.checkpoint(self.blocks[index], tokens, decisions.layout, routing)
-        decisions = decisions._replace(gates=[*decisions.gates, routing.gates])
-        return tokens, layout._replace(decisions=decisions)
+        regions, padding, gates = layout.decisions
+        routing = self.blocks[index].route(tokens, regions, padding)
+        tokens = self.checkpoint(self.blocks[index], tokens, regions, routing)
+        # torch.compile loses the fields of a NamedTuple that _replace makes.
+        decisions = Decisions(regions, padding, [*gates, routing.gates])
+        return tokens, RoutedLayout(layout.grid, layout.valid, decisions)
 
     def finish(self, layout: DenseLayout | RoutedLayout) -> None:
         if self.is_routed:
