@@ -260,9 +260,8 @@ def metafile(folder: str) -> dict:
 
 
 TABLES = dict(
-    choice=choice, speed=speed, macs=macs, scores=scores, networks=networks,
-    published=published,
-)  # fmt: skip
+    choice=choice, speed=speed, macs=macs, scores=scores, networks=networks, published=published
+)
 
 if __name__ == '__main__':
     sys.exit(main())
