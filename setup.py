@@ -112,7 +112,7 @@ setup(
     extras_require={
         'onedl': ONEDL,
         'upstream': UPSTREAM,
-        'tools': ['opencv-python', 'pycocotools', 'rich', 'scikit-image'],
+        'tools': ['opencv-python', 'pillow', 'pycocotools', 'pyyaml', 'rich', 'scikit-image'],
     },
     zip_safe=False,
 )

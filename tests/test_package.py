@@ -175,7 +175,7 @@ def imported(folder):
                 names.add(node.module)
     here = {path.stem for path in (ROOT / folder).rglob('*')} | {'mmtoken'}
     modules = {name.partition('.')[0] for name in names} - sys.stdlib_module_names - here
-    named_otherwise = dict(cv2='opencv-python', skimage='scikit-image')
+    named_otherwise = dict(PIL='pillow', cv2='opencv-python', skimage='scikit-image', yaml='pyyaml')
     return {named_otherwise.get(module, module) for module in modules - DISTRIBUTIONS.keys()}
 
 

@@ -43,15 +43,21 @@ def main() -> int:
         description=DESCRIPTION, epilog=EXAMPLES, formatter_class=HelpFormatter
     )
     parser.add_argument('files', nargs='+', type=Path, metavar='FILE', help='written with --json')
+    parser.add_argument('--markdown', action='store_true', help='print the table in Markdown')
+    args = parser.parse_args()
     runs: dict[str, list[dict]] = {}
-    for path in parser.parse_args().files:
+    for path in args.files:
         try:
             run = json.loads(path.read_text())
             key = json.dumps([*(run[field] for field in SETTING), routing_of(run)])
         except (OSError, ValueError, KeyError) as error:
             return fail(f'{path} is no result of benchmark.py ({type(error).__name__}: {error})')
         runs.setdefault(key, []).append(run)
-    Console().print(make_table(list(runs.values())))
+    table = make_table(list(runs.values()))
+    if args.markdown:
+        print(to_markdown(table))
+    else:
+        Console().print(table)
     return 0
 
 
@@ -74,6 +80,14 @@ def make_table(groups: list[list[dict]]) -> Table:
             str(len(group)),
         )
     return table
+
+
+def to_markdown(table: Table) -> str:
+    """The same table for a page."""
+    columns = [[column.header, column.justify, *column.cells] for column in table.columns]
+    header, justify, *rows = zip(*columns, strict=True)
+    rule = ['---:' if side == 'right' else '---' for side in justify]
+    return '\n'.join(f'| {" | ".join(cells)} |' for cells in (header, rule, *rows))
 
 
 def middle(group: list[dict], field: str) -> float | None:

@@ -1,0 +1,205 @@
+"""Pages: tables are fresh, links and commands lead somewhere, names exist, examples run."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+
+import mmtoken
+from mmtoken import registry
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [
+    ROOT / name
+    for name in subprocess.run(
+        ['git', 'ls-files', '*.md'], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split()
+]
+BLOCK = re.compile(r'^```(\w*)\n(.*?)^```$', re.S | re.M)
+# What quoted paths may begin with; work_dirs/ and checkpoints/ are of the reader's own making.
+FOLDERS = ('benchmarks/', 'configs/', 'docs/', 'mmtoken/', 'requirements/', 'tests/', 'tools/')
+EXAMPLES = (ROOT / 'README.md', ROOT / 'docs' / 'get_started.md')
+
+
+def each(pages):
+    return pytest.mark.parametrize('page', pages, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def load_tool(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='module')
+def tables():
+    return load_tool(ROOT / 'tools' / 'docs' / 'tables.py')
+
+
+@each(PAGES)
+def test_tables_are_fresh(page, tables):
+    text = page.read_text()
+    assert text.count('<!-- table:') == len(tables.MARK.findall(text)) == text.count('<!-- end -->')
+    assert tables.fill(text) == text, 'run tools/docs/tables.py'
+
+
+def test_a_figure_changed_by_hand_is_found(tables):
+    text = '<!-- table: scores dge -->\n' + tables.scores('dge') + '<!-- end -->\n'
+    assert tables.fill(text) == text
+    changed = text.replace('43.00', '47.00')
+    assert changed != text and tables.fill(changed) == text
+
+
+def test_tables_name_what_is_missing(tables):
+    with pytest.raises(ValueError, match='no benchmarks/macs/nothing.json'):
+        tables.macs('nothing')
+    with pytest.raises(KeyError):
+        tables.fill('<!-- table: nothing -->\n<!-- end -->')
+
+
+@each(PAGES)
+def test_links(page):
+    text = BLOCK.sub('', page.read_text())
+    for target in re.findall(r'\]\(([^)\s]+)\)', text):
+        if target.startswith('https://'):
+            continue
+        file, _, anchor = target.partition('#')
+        place = (page.parent / file).resolve() if file else page
+        assert place.exists(), target
+        if anchor:
+            assert anchor in anchors(place / 'README.md' if place.is_dir() else place), target
+
+
+def anchors(page):
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r'^#+ (.+)$', BLOCK.sub('', page.read_text()), re.M)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+@each(PAGES)
+def test_quoted_paths_exist(page):
+    """In code, inline and in blocks; with braces, stars and shell variables."""
+    text = page.read_text()
+    variables = dict(re.findall(r'^([A-Z])=(\S+)$', text, re.M))
+    quoted = re.findall(r'`([^`\n]+)`', BLOCK.sub('', text))
+    for language, block in BLOCK.findall(text):
+        if language in ('bash', 'python'):
+            quoted += block.splitlines()
+    words = [word for line in quoted for word in re.split(r'[\s\'"=():,]+(?![^{]*\})', line)]
+    for word in words:
+        word = re.sub(r'\$([A-Z])\b', lambda m: variables.get(m[1], m[0]), word)
+        if word.startswith(FOLDERS) and not re.search(r'NAME|\$|\.\.\.', word):
+            for path in expand(word):
+                assert list(ROOT.glob(path)), path
+
+
+def expand(word):
+    """Braces as in a shell, which brace expansions of one comma-separated list are."""
+    found = re.search(r'\{([^{}]*)\}', word)
+    if not found:
+        return [word]
+    return [
+        path
+        for option in found[1].split(',')
+        for path in expand(word[: found.start()] + option + word[found.end() :])
+    ]
+
+
+@each(sorted(ROOT.glob('configs/*/README.md')))
+def test_pages_list_their_configs(page, tables):
+    """All configs of the folder, and no others; generated tables aside."""
+    names = {path.stem for path in page.parent.glob('*.py')}
+    quoted = re.findall(r'`([^`\s]+)`', tables.MARK.sub('', BLOCK.sub('', page.read_text())))
+    listed = {name for word in quoted for name in expand(word) if re.search(r'_\d+xb\d+', name)}
+    assert {Path(name).name.removesuffix('.py') for name in listed} == names
+
+
+@each(PAGES)
+def test_names_exist(page):
+    """``mmtoken.Name`` in running text and in blocks."""
+    text = page.read_text()
+    for name in set(re.findall(r'\bmmtoken\.([A-Za-z_][\w.]*\w)', text)):
+        first, *rest = name.split('.')
+        if first in ('git', 'py') or (ROOT / 'mmtoken' / first).exists():
+            assert not rest or exists(name), name
+        else:
+            assert hasattr(mmtoken, first) or registered(first), name
+
+
+def exists(name):
+    path = ROOT / 'mmtoken' / name.replace('.', '/')
+    return path.is_dir() or path.with_suffix('.py').exists()
+
+
+@cache
+def registered(name):
+    registries = (registry.MODELS, registry.HOOKS, registry.OPTIM_WRAPPER_CONSTRUCTORS)
+    return any(known.get(name) is not None for known in registries)
+
+
+@each(sorted(ROOT.glob('configs/*/README.md')))
+def test_code_column(page):
+    """Classes and functions that the tables of a method name are defined."""
+    rows = re.findall(r'^\| \*\*.+\| ([^|]+) \|$', page.read_text(), re.M)
+    for name in re.findall(r'`(\w+(?:\.\w+)?)\b', ' '.join(rows)):
+        for part in name.split('.'):
+            assert re.search(rf'^ *(class|def) {part}\b', sources(), re.M), name
+
+
+@cache
+def sources():
+    return '\n'.join(path.read_text() for path in sorted((ROOT / 'mmtoken').rglob('*.py')))
+
+
+@pytest.mark.parametrize('page', EXAMPLES, ids=lambda page: page.name)
+def test_examples_run(page, tmp_path, monkeypatch, capsys):
+    """Python blocks: configs are read and their backbones built, the rest is executed in turn."""
+    monkeypatch.chdir(tmp_path)
+    blocks = [block for language, block in BLOCK.findall(page.read_text()) if language == 'python']
+    names, built = {}, 0
+    for block in blocks:
+        if 'Inferencer' in block:  # needs a trained detector
+            compile(block, page.name, 'exec')
+        elif '_base_' in block:
+            (tmp_path / 'my_config.py').write_text(block)
+            backbone = Config.fromfile(tmp_path / 'my_config.py').model.backbone
+            with torch.device('meta'):  # no values
+                built_type = type(MODELS.build(backbone))
+            assert built_type.__module__.startswith('mmtoken.backbones.')
+            built += 1
+        else:
+            exec(block, names)
+            said = re.findall(r'^# (\[.*)$', block, re.M)
+            assert capsys.readouterr().out.splitlines() == said
+    assert built and len(blocks) >= built
+
+
+def test_commands_parse():
+    """Blocks of shell commands have their quotes and continuations in order."""
+    for page in PAGES:
+        for language, block in BLOCK.findall(page.read_text()):
+            if language == 'bash':
+                shlex.split(block, comments=True)
+
+
+def test_token_picture():
+    """Tokens are painted in the mean color of their pixels, and counted."""
+    picture = load_tool(ROOT / 'tools' / 'docs' / 'token_picture.py')
+    size = picture.SIZE
+    photograph = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+    quarters = picture.grid(size // 2)
+    title, painted = picture.panel('four', photograph, quarters, picture.grid(size // 4))
+    assert title == 'four: 4 of 16 tokens'
+    mean = photograph[: size // 2, size // 2 :].mean(axis=(0, 1))
+    np.testing.assert_array_equal(painted[size // 4, -1], mean.astype(np.uint8))
+    assert picture.windows(size // 2, 3).max() + 1 == 36
+    assert picture.sheet([(title, painted)] * 4).height == 2 * (size + picture.TITLE) + picture.GAP

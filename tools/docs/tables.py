@@ -1,0 +1,267 @@
+"""Fill in the tables of the pages from committed measurements, or check that they are fresh."""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+
+import yaml
+
+DESCRIPTION = """\
+Write the generated tables of README.md, docs/, benchmarks/ and configs/*/README.md. A table stands
+between two comments, the first of which names it and the files it shows:
+
+  <!-- table: speed msvit* -->
+  <!-- end -->
+
+  choice            the methods, for the README
+  speed [GLOB]      benchmarks/GLOB.json, of tools/analysis/benchmark.py
+  macs [GLOB]       benchmarks/macs/GLOB.json, of tools/analysis/flops.py
+  scores [GLOB]     benchmarks/shapes/GLOB.json, of tools/analysis/compare.py
+  networks FOLDER   parameters and MACs in configs/FOLDER/metafile.yml
+  published         results that authors published, in all metafiles
+"""
+ROOT = Path(__file__).resolve().parent.parent.parent
+BENCHMARKS = ROOT / 'benchmarks'
+MARK = re.compile(r'(<!-- table: (?P<name>\S+) ?(?P<argument>\S*) -->\n).*?(<!-- end -->)', re.S)
+SIZES = ('t', 's', 'm', 'b', 'base32')  # in this order
+SHORT = dict(tiny='t', small='s', medium='m', base='b')
+METRICS = {'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP', 'mIoU': 'mIoU'}
+# Rows of the README's first table: what the user has, folder and name of the method, what it does
+# to tokens, what else it costs; files of timings and of scores, with what was measured.
+CHOICE = (
+    ('Swin; any task', 'stvit_r', 'STViT-R', 'each window of 49 becomes 9',
+     'ImageNet weights of its own: released for small and base',
+     {'stvit-r-swin-s_forward_800x1280_run*': 'small'}, {'stvit-r': ''}),
+    ('plain DeiT; speed first', 'stvit_deit', 'STViT', '4×4 become 1, attention is global',
+     'score not measured; pretrain on ImageNet',
+     {'stvit-deit-s_forward_800x1280_run*': 'small'}, {}),
+    ('PVT or DeiT; images with large quiet areas', 'dge', 'DGE',
+     'in every block, 16 of a region become 16, 4 or 1', 'a budget loss',
+     {'dge-pvt-s_forward_800x1280_run*': 'PVT small, 0.436 of the queries'}, {'dge': ''}),
+    ('plain ViT: DeiT, MAE, DINOv2', 'msvit', 'MSViT',
+     'at the input, 4 of a region stay or become 1', 'a gate loss',
+     {'msvit-s_forward_1x1024x1024_run*': 'small, half of the regions coarse'}, {'msvit': ''}),
+    ('any weights of a plain ViT; no training', 'merge', 'MPM',
+     'pairs of alike tokens become one, twice', 'score and time not measured', {}, {}),
+    ('time to train from scratch', 'psvit', 'PSViT', 'pooled twice; layers share attention maps',
+     'no pretrained weights', {'psvit-t_forward_800x1280_run*': 'tiny'}, {'psvit': ''}),
+    ('time to spend on accuracy', 'swat', 'SWAT', 'all stay and keep their spatial structure',
+     'no weights released',
+     {'swat-swin-t_forward_800x1280_run*': 'Swin tiny',
+      'swat-deit-s_forward_800x1280_run*': 'DeiT small'},
+     {'swat-swin': 'Swin', 'swat-deit': 'DeiT'}),
+)  # fmt: skip
+
+
+def main() -> int:
+    """Write or check all pages; return 0, or 1 if --check found an old table."""
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--check', action='store_true', help='name pages that are old, write none')
+    check = parser.parse_args().check
+    old = [page for page in pages() if fill(page.read_text()) != page.read_text()]
+    for page in old:
+        print(
+            f'{page.relative_to(ROOT)}: {"old; run tools/docs/tables.py" if check else "written"}'
+        )
+        if not check:
+            page.write_text(fill(page.read_text()))
+    return 1 if check and old else 0
+
+
+def pages() -> list[Path]:
+    """All pages that may hold tables."""
+    globs = ('README.md', 'docs/*.md', 'benchmarks/README.md', 'configs/*/README.md')
+    return [page for glob in globs for page in sorted(ROOT.glob(glob))]
+
+
+def fill(text: str) -> str:
+    """A page with its tables generated again.
+
+    Raises:
+        KeyError: A table has a name that is not in TABLES.
+    """
+    return MARK.sub(lambda m: m[1] + TABLES[m['name']](*filter(None, [m['argument']])) + m[4], text)
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table; columns after the first that hold figures alone are aligned to the right."""
+    header, rows = list(header), [list(row) for row in rows]
+    if not rows:
+        raise ValueError(f'no rows for the table of {header}')
+    figures = [all(re.match(r'[\d−+.]|$', row[i]) for row in rows) for i in range(len(header))]
+    rule = ['---:' if right and i else '---' for i, right in enumerate(figures)]
+    return ''.join(f'| {" | ".join(cells)} |\n' for cells in (header, rule, *rows))
+
+
+def read(folder: Path, glob: str) -> dict[str, dict]:
+    """JSON files by name.
+
+    Raises:
+        ValueError: There are none.
+    """
+    files = sorted(folder.glob(f'{glob}.json'), key=lambda path: size_key(path.stem))
+    if not files:
+        raise ValueError(f'no {folder.relative_to(ROOT)}/{glob}.json')
+    return {path.stem: json.loads(path.read_text()) for path in files}
+
+
+def size_key(name: str) -> tuple[str, int, str]:
+    """Order networks by name, and the sizes of one network from small to large."""
+    *rest, size = name.split('_')[0].split('-')
+    return ('-'.join(rest), SIZES.index(size), name) if size in SIZES else (name, 0, name)
+
+
+def choice() -> str:
+    """The methods, for the README."""
+    rows = []
+    for have, folder, method, tokens, costs, timings, comparisons in CHOICE:
+        gains = [
+            f'{median(run["speedup"] for run in read(BENCHMARKS, glob).values()):.2f}× ({what})'
+            for glob, what in timings.items()
+        ]
+        points = [
+            ' '.join(filter(None, [what, *differences(read(BENCHMARKS / 'shapes', name)[name])]))
+            for name, what in comparisons.items()
+        ]
+        rows.append(
+            (have, f'[{method}](configs/{folder})', tokens, ', '.join(gains) or '–',
+             '; '.join([*points, costs]))
+        )  # fmt: skip
+    header = ('you have', 'method', 'tokens', 'you get: speed-up', 'it costs: score in points')
+    return markdown(header, rows)
+
+
+def differences(results: dict) -> list[str]:
+    """How far networks are from their dense twins, in points."""
+    found = [
+        f'{METRICS[metric]} {signed(spreads["difference"]["mean"], 1)}'
+        for pair in results['pairs']
+        if '-dense_' in pair['twin']
+        for metric, spreads in pair['metrics'].items()
+    ]
+    return [', '.join(found) + ' (one seed)' * (len(results['seeds']) == 1)]
+
+
+def speed(glob: str = '*') -> str:
+    """Medians over runs of benchmark.py."""
+    files = sorted(BENCHMARKS.glob(f'{glob}.json'))
+    command = [sys.executable, ROOT / 'tools' / 'analysis' / 'summary.py', '--markdown', *files]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def macs(glob: str = '*') -> str:
+    """What flops.py counted at 800 x 1280."""
+    rows = []
+    for name, run in read(BENCHMARKS / 'macs', glob).items():
+        assert run['shape'] == [800, 1280], name
+        for ratio in ('query_ratio', 'coarse_ratio'):
+            if run[ratio] is not None:
+                (value,) = run[ratio] if isinstance(run[ratio], list) else [run[ratio]]
+                name += f', {ratio.replace("_", " ")} {value}'
+        sparse, dense = run['sparse'], run['dense']
+        rows.append(
+            (name, f'{sparse["macs"] / 1e9:.1f}', f'{dense["macs"] / 1e9:.1f}',
+             f'{run["mac_ratio"]:.2f}', f'{sparse["parameters"] / 1e6:.2f}')
+        )  # fmt: skip
+    return markdown(('backbone', 'G MACs', 'dense twin', 'ratio', 'M parameters'), rows)
+
+
+def scores(glob: str = '*') -> str:
+    """Comparisons of compare.py."""
+    rows = []
+    for results in read(BENCHMARKS / 'shapes', glob).values():
+        for pair in results['pairs']:
+            for metric, spreads in pair['metrics'].items():
+                sparse, dense, difference = (spreads[k] for k in ('sparse', 'dense', 'difference'))
+                rows.append(
+                    (f'`{Path(pair["config"]).stem}`', METRICS[metric], plus_minus(sparse),
+                     plus_minus(dense), plus_minus(difference, signed), str(len(pair['seeds'])))
+                )  # fmt: skip
+    header = ('config', 'metric', 'score', 'of the other', 'difference', 'seeds')
+    return markdown(header, rows)
+
+
+def plus_minus(spread: dict, form=lambda value: f'{value:.2f}') -> str:
+    """A mean, and its standard deviation if there is one."""
+    deviation = '' if spread['std'] is None else f' ± {spread["std"]:.2f}'
+    return form(spread['mean']) + deviation
+
+
+def signed(value: float, decimals: int = 2) -> str:
+    """A difference, with a minus sign proper."""
+    return f'{value:+.{decimals}f}'.replace('-', '−')
+
+
+def networks(folder: str) -> str:
+    """Parameters and MACs in a metafile, a row for each network, in brackets its dense twin's.
+
+    Where configs of one network differ (another neck, another image size) all figures are given.
+    """
+    figures: dict[str, dict[tuple[str, bool], set[str]]] = {}
+    for model in metafile(folder)['Models']:
+        metadata = model['Metadata']
+        if 'FLOPs' not in metadata:
+            continue
+        name, twin = network_name(model['Name'])
+        row = figures.setdefault(name, {})
+        row.setdefault(('M parameters', twin), set()).add(f'{metadata["Parameters"] / 1e6:.2f}')
+        data = f'{metadata["Training Data"]}, G MACs'
+        row.setdefault((data, twin), set()).add(f'{metadata["FLOPs"] / 1e9:.2f}')
+    columns = ('M parameters', 'COCO, G MACs', 'ADE20K, G MACs', 'ImageNet-1k, G MACs')
+
+    def cell(row: dict, column: str) -> str:
+        own, twin = (
+            ' / '.join(sorted(row.get((column, side), ()), key=float)) for side in (False, True)
+        )
+        return f'{own} ({twin})' if twin else own
+
+    body = [
+        (f'`{name}`', *(cell(figures[name], column) for column in columns))
+        for name in sorted(figures, key=size_key)
+    ]
+    return markdown(('backbone', *columns), body)
+
+
+def network_name(config: str) -> tuple[str, bool]:
+    """``('dge-pvt-s', True)`` of ``mask-rcnn_dge-pvt-s-dense_fpn_...``: network, whether a twin."""
+    head, *others = config.split('_')
+    name = head if re.match(r'\d+xb', others[0]) else others[0]  # classifiers begin with it
+    words = [SHORT.get(word, word) for word in name.split('-') if word != 'dense']
+    return '-'.join(words), '-dense' in name
+
+
+def published() -> str:
+    """Results in metafiles, which are those of the methods' authors."""
+    rows = []
+    for folder in sorted(path.parent.name for path in ROOT.glob('configs/*/metafile.yml')):
+        for model in metafile(folder)['Models']:
+            if 'Results' not in model:
+                continue
+            metrics = {k: v for result in model['Results'] for k, v in result['Metrics'].items()}
+            source = model['Converted From']
+            rows.append(
+                (f'[`{model["Name"]}`](../{model["Config"]})', model['Results'][0]['Dataset'],
+                 ', '.join(f'{name} {value}' for name, value in metrics.items()),
+                 ', '.join(f'[{kind.lower()}]({url})' for kind, url in source.items()))
+            )  # fmt: skip
+    return markdown(('config', 'data', 'published by the authors', 'source'), rows)
+
+
+def metafile(folder: str) -> dict:
+    """What a folder of configs lists."""
+    return yaml.safe_load((ROOT / 'configs' / folder / 'metafile.yml').read_text())
+
+
+TABLES = dict(
+    choice=choice, speed=speed, macs=macs, scores=scores, networks=networks, published=published
+)
+
+if __name__ == '__main__':
+    sys.exit(main())
