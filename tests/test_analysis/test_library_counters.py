@@ -32,7 +32,7 @@ STATIC = [
     dict(type='mmtoken.PSViT', arch=dict(stages=[(16, 1, (2,)), (32, 2, (2, 1))]),
          window_sizes=(4, None), out_indices=(0, 1), drop_path_rate=0.5),
     dict(type='mmtoken.PSViT', arch=dict(stages=[(16, 1, (2,)), (32, 2, (2, 1))]),
-         window_sizes=(4, None), out_indices=(0, 1), sharing='map', with_cp=True),
+         window_sizes=(4, None), out_indices=(0, 1), with_cp=True),
     dict(type='mmtoken.SWATSwin', arch=dict(SWIN, embed_dims=32, depths=(1, 1, 2, 1)),
          drop_path_rate=0.5),
     dict(type='mmtoken.SWATDeiT', arch=dict(VIT, patch_size=16, mlp_kernel=3), plane_size=4,
