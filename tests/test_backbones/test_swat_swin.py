@@ -162,7 +162,7 @@ def test_three_stages():
         (dict(arch={**SWIN, 'depths': (1, 1, 6)}), 'one number a stage'),
         (dict(arch=dict(embed_dims=64, depths=(1,) * 5, num_heads=(1,) * 5)), 'at most 4 stages'),
         (dict(arch={**SWIN, 'embed_dims': 48}), 'embed_dims=48 is no multiple of 32'),
-        (dict(arch={**SWIN, 'num_heads': (1, 2, 3, 4)}), 'stage 2: embed_dims=128 is no multiple of num_heads=3'),
+        (dict(arch={**SWIN, 'num_heads': (1, 2, 3, 4)}), 'stage 2: .* no multiple of num_heads=3'),
     ],
 )
 def test_bad_arguments(bad, message):
