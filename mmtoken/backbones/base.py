@@ -214,23 +214,16 @@ class PatchBackbone(TokenBackbone):
         self.pos_embed = trunc_normal_parameter(1, math.prod(self.pos_grid) + cls_token, embed_dims)
 
     def embed(self, x: Tensor) -> tuple[Tensor, DenseLayout]:
-        """Embed the patches of images ``(B, in_channels, H, W)`` and add their positions.
-
-        Images are padded at the bottom and right to whole patches. For the result see
-        :meth:`add_positions`.
-        """
-        return self.add_positions(self.patch_embed(x))
-
-    def add_positions(self, x: Tensor) -> tuple[Tensor, DenseLayout]:
-        """Add the position embedding and put the prefix tokens first.
+        """Embed the patches and add their positions.
 
         Args:
-            x: Embedded patches, ``(B, H', W', C)``.
+            x: Images, ``(B, in_channels, H, W)``; padded at the bottom and right to whole patches.
 
         Returns:
             Tokens ``(B, P + H' * W', C)``, prefix tokens first, then the grid row by row; and the
             layout of the grid.
         """
+        x = self.patch_embed(x)  # (B, H', W', C)
         grid = (x.shape[1], x.shape[2])
         prefix, position = self.positions(grid)
         x = (x + position).flatten(1, 2)

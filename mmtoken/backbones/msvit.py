@@ -239,9 +239,11 @@ class MSViT(PlainBackbone):
         coarse = self.embed_coarse(x)  # (B, Hr, Wr, C)
         gates = self.choose_scales(x, coarse, regions)
         layout = build_layout(gates, regions, self.window, self.train_mode == 'masked')
-        fine, _ = self.add_positions(self.embed_fine(x, layout))  # (B, P + H * W, C)
-        coarse = coarse + pool_cells(self.positions(grid)[1], self.ratio)
-        return layout.pack(torch.cat([fine, coarse.flatten(1, 2)], dim=1)), layout
+        prefix, position = self.positions(grid)
+        fine = (self.embed_fine(x, layout) + position).flatten(1, 2)  # (B, H * W, C)
+        coarse = (coarse + pool_cells(position, self.ratio)).flatten(1, 2)
+        prefix = prefix.expand(len(x), -1, -1).to(fine)
+        return layout.pack(torch.cat([prefix, fine, coarse], dim=1)), layout
 
     def run_block(
         self, index: int, tokens: Tensor, layout: DenseLayout | PackedLayout
