@@ -21,3 +21,8 @@ def shapes_root(tmp_path_factory):
     root = tmp_path_factory.mktemp('data') / 'shapes'
     make_dataset(root, num_train=8, num_val=4)
     return root
+
+
+def pytest_collection_modifyitems(items):
+    """End-to-end tests first: they are long and in few groups, and nothing may wait for them."""
+    items.sort(key=lambda item: item.get_closest_marker('e2e') is None)

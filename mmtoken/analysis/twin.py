@@ -125,7 +125,8 @@ def our_class(cfg: Mapping) -> type | None:
         if name in MODELS.module_dict or name == given or '.' not in name:
             return MODELS.module_dict.get(name)
         given = get_object_from_string(given)
-    ours = tuple(MODELS.module_dict.values())
+    # `register_all_modules` adds functions that build whole models.
+    ours = tuple(filter(inspect.isclass, MODELS.module_dict.values()))
     return given if isinstance(given, type) and issubclass(given, ours) else None
 
 

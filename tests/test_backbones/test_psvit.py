@@ -5,7 +5,6 @@ from mmengine.registry import MODELS
 from mmtoken.analysis.macs import count_macs
 from mmtoken.analysis.twin import dense_twin
 from mmtoken.backbones.psvit import PSViT
-from mmtoken.layers.psvit.sharing import SharedMapBlock
 from mmtoken.runtime.reference import reference_path
 
 STAGES = [(32, 2, (2,)), (48, 3, (2, 1, 2)), (64, 4, (1, 3))]
@@ -86,7 +85,7 @@ def test_twin_computes_every_map():
     assert all(hasattr(b.attn, 'qkv') for stage in twin.layers for b in stage.blocks)
     assert [len(stage.blocks) for stage in twin.layers] == [2, 5, 4]
     sharing = MODELS.build(cfg)
-    followers = [isinstance(b, SharedMapBlock) for stage in sharing.layers for b in stage.blocks]
+    followers = [hasattr(b.attn, 'v') for stage in sharing.layers for b in stage.blocks]
     assert followers == [0, 1, 0, 1, 0, 0, 1, 0, 0, 1, 1]
 
 

@@ -18,6 +18,11 @@ DATA = Path(__file__).parents[1] / 'data'
 TABLE = DATA / 'stvit_r_keys.tsv'
 
 
+@pytest.fixture(params=[{}, dict(_use_new_zipfile_serialization=False)], ids=['zip', 'legacy'])
+def kind(request):
+    return request.param
+
+
 @pytest.fixture
 def save(tmp_path):
     """Saves what it is given, and returns the path."""

@@ -95,12 +95,6 @@ def test_source_that_it_is_not(state, message, save):
         load_into(Net(3, 2), save(state), source='swin')
 
 
-def test_two_names_for_one_tensor():
-    names = ('layers.0.ln1.weight', 'layers.0.attn.qkv.weight', 'blocks.0.attn.qkv.weight')
-    with pytest.raises(ValueError, match='both become blocks.0.attn.qkv.weight'):
-        convert({name: torch.zeros(1) for name in names}, 'vit')
-
-
 def test_half_precision_files(save):
     net, weight = Net(3, 2), torch.randn(2, 3).half()
     load_into(net, save(dict(weight=weight)))

@@ -16,7 +16,7 @@ from mmtoken.checkpoints import Report, fit_to, load_into
 from mmtoken.checkpoints.structure import LIFT, structure_layers
 from mmtoken.runtime.reference import reference_path
 
-from .test_swin import to_microsoft
+from .test_sources.test_swin import to_microsoft
 
 DEPTHS, HEADS = (2, 1, 2, 2), (1, 2, 4, 8)
 SWIN = dict(embed_dims=32, depths=DEPTHS, num_heads=HEADS)

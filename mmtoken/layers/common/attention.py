@@ -50,10 +50,15 @@ def attention_reference(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """:func:`attention`, written out."""
+    return attention_map(query, key, bias) @ value
+
+
+def attention_map(query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``softmax(q k^T / sqrt(d) + bias)``: ``(..., Q, d), (..., K, d) -> (..., Q, K)``."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     if bias is not None:
         scores = scores + bias.to(query.dtype)
-    return scores.softmax(dim=-1) @ value
+    return scores.softmax(dim=-1)
 
 
 def cross_attention(

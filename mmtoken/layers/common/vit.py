@@ -33,27 +33,29 @@ class Attention(nn.Module):
         embed_dims: Channels, C.
         num_heads: Attention heads.
         qkv_bias: Biases of queries, keys and values.
+        linear: Makes the projections, as ``nn.Linear(in_dims, out_dims, bias=True)`` does.
     """
 
-    def __init__(self, embed_dims: int, num_heads: int, qkv_bias: bool = True) -> None:
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        linear: Callable[..., nn.Module] = nn.Linear,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.head_dims = embed_dims // num_heads
-        self.qkv = nn.Linear(embed_dims, 3 * embed_dims, bias=qkv_bias)
-        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.qkv = linear(embed_dims, 3 * embed_dims, bias=qkv_bias)
+        self.proj = linear(embed_dims, embed_dims)
 
     def forward(self, x: Tensor, attn_fn: AttentionFn = self_attention) -> Tensor:
         """``(..., C) -> (..., C)``."""
-        return self.proj(self.attend(self.project(x), attn_fn))
+        return self.proj(self.attend(self.qkv(x), attn_fn))
 
-    def project(self, x: Tensor) -> Tensor:
-        """Queries, keys and values side by side: ``(..., C) -> (..., 3 * C)``."""
-        return self.qkv(x)
-
-    def attend(self, projected: Tensor, attn_fn: AttentionFn) -> Tensor:
-        """Attention of what :meth:`project` returns: ``(..., C)``, before the output projection."""
-        heads = projected.unflatten(-1, (-1, self.num_heads, self.head_dims))
-        return attn_fn(*heads.unbind(-3)).flatten(-2)
+    def attend(self, qkv: Tensor, attn_fn: AttentionFn) -> Tensor:
+        """Attention of projected tokens: ``(..., 3 * C) -> (..., C)``."""
+        query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        return attn_fn(query, key, value).flatten(-2)
 
 
 class CrossAttention(nn.Module):
@@ -90,14 +92,14 @@ class ViTBlock(nn.Module):
         qkv_bias: Biases of queries, keys and values.
         drop_path: Stochastic depth rate.
         layer_scale: Initial value of a LayerScale behind attention and MLP; None for none.
+        attn: Makes the attention, as ``Attention(embed_dims, num_heads, qkv_bias)`` does.
+        mlp: Makes the MLP, as ``Mlp(embed_dims, feedforward_channels)`` does.
 
     Example:
         >>> block = ViTBlock(embed_dims=32, num_heads=2, feedforward_channels=64)
         >>> block(torch.zeros(2, 10, 32)).shape
         torch.Size([2, 10, 32])
     """
-
-    attn_class: type[nn.Module] = Attention
 
     def __init__(
         self,
@@ -107,14 +109,16 @@ class ViTBlock(nn.Module):
         qkv_bias: bool = True,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
+        attn: Callable[..., nn.Module] = Attention,
+        mlp: Callable[..., nn.Module] = Mlp,
     ) -> None:
         super().__init__()
         scaled = layer_scale is not None
         self.norm1 = nn.LayerNorm(embed_dims, NORM_EPS)
-        self.attn = self.attn_class(embed_dims, num_heads, qkv_bias)
+        self.attn = attn(embed_dims, num_heads, qkv_bias)
         self.ls1 = LayerScale(embed_dims, layer_scale) if scaled else nn.Identity()
         self.norm2 = nn.LayerNorm(embed_dims, NORM_EPS)
-        self.mlp = Mlp(embed_dims, feedforward_channels)
+        self.mlp = mlp(embed_dims, feedforward_channels)
         self.ls2 = LayerScale(embed_dims, layer_scale) if scaled else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
@@ -157,7 +161,8 @@ class CrossAttentionBlock(ViTBlock):
     of :class:`ViTBlock`.
     """
 
-    attn_class = CrossAttention
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, attn=CrossAttention, **kwargs)
 
     def forward(self, query: Tensor, tokens: Tensor, residual: Tensor | None = None) -> Tensor:
         """Update queries.

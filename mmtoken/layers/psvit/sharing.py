@@ -5,13 +5,13 @@ Source: PSViT, arXiv 2108.03428. A layer that shares multiplies its own values b
 last third of ``attn.qkv`` there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn as nn
 from torch import Tensor
 
 from ...runtime.reference import on_reference_path
-from ..common.attention import attention
+from ..common.attention import attention, attention_map
 from ..common.utils import run_block
 from ..common.vit import Attention, ViTBlock
 from .windows import RaggedWindows, divide_into_windows
@@ -50,46 +50,25 @@ class SharedMap:
         return self.windows.join(out)
 
 
-def attention_map(query: Tensor, key: Tensor) -> Tensor:
-    """``(B, heads, L, d)`` each to ``(B, heads, L, L)``."""
-    return ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).softmax(dim=-1)
-
-
-class ValueOnlyAttention(Attention):
-    """Attention whose map is another layer's: it projects values and outputs alone.
-
-    Loading a dense layer's ``qkv`` takes the values of it.
+class ValueOnlyAttention(nn.Module):
+    """Attention with the map of another layer: it projects values and outputs alone.
 
     Args:
-        embed_dims: Channels.
+        embed_dims: Channels, C.
         num_heads: Attention heads.
         qkv_bias: Bias of values.
     """
 
     def __init__(self, embed_dims: int, num_heads: int, qkv_bias: bool = True) -> None:
-        super().__init__(embed_dims, num_heads, qkv_bias)
-        del self.qkv
+        super().__init__()
+        self.num_heads = num_heads
         self.v = nn.Linear(embed_dims, embed_dims, bias=qkv_bias)
+        self.proj = nn.Linear(embed_dims, embed_dims)
 
-    def project(self, x: Tensor) -> Tensor:
-        """Values: ``(..., C) -> (..., C)``."""
-        return self.v(x)
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        for kind in ('weight', 'bias'):
-            joint = state_dict.pop(f'{prefix}qkv.{kind}', None)
-            if joint is not None:
-                state_dict[f'{prefix}v.{kind}'] = joint[2 * len(joint) // 3 :]
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class SharedMapBlock(ViTBlock):
-    """A ViT block that uses the attention map of another block.
-
-    Arguments as for :class:`~mmtoken.layers.common.vit.ViTBlock`.
-    """
-
-    attn_class = ValueOnlyAttention
+    def forward(self, x: Tensor, attn_fn: Callable[[Tensor], Tensor]) -> Tensor:
+        """``(..., C) -> (..., C)``; ``attn_fn`` multiplies values by the map."""
+        value = self.v(x).unflatten(-1, (self.num_heads, -1))
+        return self.proj(attn_fn(value).flatten(-2))
 
 
 class SharingStage(nn.Module):
@@ -99,7 +78,7 @@ class SharingStage(nn.Module):
         embed_dims: Channels, C.
         num_heads: Attention heads.
         groups: Blocks of each group. The first of a group is a
-            :class:`~mmtoken.layers.common.vit.ViTBlock`, the others are :class:`SharedMapBlock`.
+            plain :class:`~mmtoken.layers.common.vit.ViTBlock`, the others project values alone.
         feedforward_channels: Hidden channels of the MLPs.
         qkv_bias: Biases of queries, keys and values.
         drop_path: Stochastic depth rate of each block; none by default.
@@ -131,11 +110,11 @@ class SharingStage(nn.Module):
         self.window_size = window_size
         self.with_cp = with_cp
         self.pool = pool or nn.Identity()
-        types = [t for size in groups for t in (ViTBlock, *[SharedMapBlock] * (size - 1))]
-        rates = drop_path or [0.0] * len(types)
+        attns = [attn for n in groups for attn in (Attention, *[ValueOnlyAttention] * (n - 1))]
+        rates = drop_path or [0.0] * len(attns)
         self.blocks = nn.ModuleList(
-            block_type(embed_dims, num_heads, feedforward_channels, qkv_bias, rate)
-            for block_type, rate in zip(types, rates, strict=True)
+            ViTBlock(embed_dims, num_heads, feedforward_channels, qkv_bias, rate, attn=attn)
+            for attn, rate in zip(attns, rates, strict=True)
         )
 
     def forward(self, x: Tensor) -> Tensor:

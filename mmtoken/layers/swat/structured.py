@@ -304,14 +304,12 @@ class StructuredAttention(Attention):
     def __init__(
         self, embed_dims: int, num_heads: int, qkv_bias: bool, side: int, kernel_size: int
     ) -> None:
-        super().__init__(embed_dims, num_heads, qkv_bias)
-        self.qkv = StructuredLinear(embed_dims, 3 * embed_dims, side, kernel_size, qkv_bias)
-        self.proj = StructuredLinear(embed_dims, embed_dims, side, kernel_size)
+        linear = partial(StructuredLinear, side=side, kernel_size=kernel_size)
+        super().__init__(embed_dims, num_heads, qkv_bias, linear)
 
-    def attend(self, projected: Tensor, attn_fn: AttentionFn) -> Tensor:
+    def attend(self, qkv: Tensor, attn_fn: AttentionFn) -> Tensor:
         """``(B, H, W, 3 * C) -> (B, H, W, C)``."""
-        grid = projected.shape[1:3]
-        return super().attend(projected.flatten(1, 2), attn_fn).unflatten(1, grid)
+        return super().attend(qkv.flatten(1, 2), attn_fn).unflatten(1, qkv.shape[1:3])
 
 
 class StructuredBlock(ViTBlock):
@@ -346,6 +344,12 @@ class StructuredBlock(ViTBlock):
         kernel_size: int = 3,
         mlp_kernel: int = 5,
     ) -> None:
-        super().__init__(embed_dims, num_heads, feedforward_channels, qkv_bias, drop_path)
-        self.attn = StructuredAttention(embed_dims, num_heads, qkv_bias, side, kernel_size)
-        self.mlp = StructuredMlp(embed_dims, feedforward_channels, mlp_kernel)
+        super().__init__(
+            embed_dims,
+            num_heads,
+            feedforward_channels,
+            qkv_bias,
+            drop_path,
+            attn=partial(StructuredAttention, side=side, kernel_size=kernel_size),
+            mlp=partial(StructuredMlp, kernel_size=mlp_kernel),
+        )

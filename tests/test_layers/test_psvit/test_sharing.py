@@ -8,10 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from mmtoken.layers.common.vit import ViTBlock
 from mmtoken.layers.psvit.sharing import (
     SharedMap,
-    SharedMapBlock,
     SharingStage,
     ValueOnlyAttention,
 )
@@ -109,18 +107,6 @@ def test_gradients_are_those_of_the_reference(with_cp):
         stage.zero_grad()
     for ours, reference in zip(*grads, strict=True):
         torch.testing.assert_close(ours, reference, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize('bias', [True, False])
-def test_values_of_dense_weights(bias):
-    """A warm start: what a dense block has beyond values is left out."""
-    dense, sharing = ViTBlock(24, 3, 36, bias), SharedMapBlock(24, 3, 36, bias)
-    state = dense.state_dict()
-    sharing.load_state_dict(state, strict=True)
-    assert 'attn.qkv.weight' in state
-    x = torch.randn(5, 24)
-    values = dense.attn.project(x).chunk(3, dim=1)[2]
-    torch.testing.assert_close(sharing.attn.project(x), values)
 
 
 def test_weights_without_values_are_refused():

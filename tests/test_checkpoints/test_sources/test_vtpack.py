@@ -8,7 +8,7 @@ import torch
 from mmtoken.backbones import DGEDPVT, DGEPVT, DGEDeiT
 from mmtoken.checkpoints import convert, detect_source, fit_to, load_into
 
-from .conftest import dge_weights
+from ..conftest import dge_weights
 
 MODELS = {
     'pvt-dge': (DGEPVT, dict(pretrain_img_size=256)),

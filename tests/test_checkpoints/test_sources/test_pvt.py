@@ -16,7 +16,7 @@ from timm.layers import resample_abs_pos_embed
 from mmtoken.backbones import DGEDPVT, DGEPVT, STViTRSwin
 from mmtoken.checkpoints import convert, detect_source, fit_to, load_into
 
-from .conftest import dge_weights
+from ..conftest import dge_weights
 
 HEADS, DEPTHS, RATIOS = (1, 2, 2, 4), (1, 2, 1, 1), (2, 2, 2, 2)
 WIDTHS = tuple(16 * heads for heads in HEADS)

@@ -11,7 +11,7 @@ from mmtoken.backbones.swat_deit import SWATDeiT
 from mmtoken.backbones.swat_swin import SWATSwin
 from mmtoken.checkpoints import convert, detect_source, fit_to, load_into
 
-from .conftest import DATA
+from ..conftest import DATA
 
 OUTPUT_NORMS = {f'norm{i}.{kind}' for i in range(4) for kind in ('weight', 'bias')}
 

@@ -8,7 +8,7 @@ import torch
 from mmtoken.backbones import STViTRSwin
 from mmtoken.checkpoints import convert, detect_source, find_weights, fit_to, read_checkpoint
 
-from .conftest import TABLE, official_weights
+from ..conftest import TABLE, official_weights
 
 OUTPUT_NORMS = {f'norm{i}.{kind}' for i in range(4) for kind in ('weight', 'bias')}
 
