@@ -2,12 +2,10 @@
 # norms, which are group norms here. Full precision; `--amp` turns on the half that ViTDet has.
 _base_ = [
     '../_base_/mmtoken.py',
-    'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
+    '../_base_/models/mask-rcnn_vit-s_sfp.py',
     '../_base_/common/vitdet-lsj-100e_coco-instance.py',
 ]
 
-# DeiT's ImageNet-1k weights: none of MSViT were released. For others see the README.
-checkpoint = 'https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth'
 norm_cfg = dict(type='GN', num_groups=32)
 custom_hooks = [dict(type='mmtoken.TokenLossHook')]
 model = dict(
@@ -16,27 +14,16 @@ model = dict(
         batch_augments=[dict(type='BatchFixedSizePad', size=(1024, 1024), pad_mask=True)]
     ),
     backbone=dict(
-        _delete_=True,
         type='mmtoken.MSViT',
-        arch='small',
         gate=dict(
             loss=dict(type='mmtoken.BatchShapingLoss', target_coarse_ratio=0.5, warmup_iters=36000)
         ),
         train_mode='gathered',
         cls_token=False,
         window_size=14,
-        drop_path_rate=0.1,
         out_type='tokens',
-        init_cfg=dict(type='Pretrained', checkpoint=checkpoint),
     ),
-    neck=dict(
-        _delete_=True,
-        type='mmtoken.MixedScaleNeck',
-        in_channels=384,
-        out_channels=256,
-        num_outs=5,
-    ),
-    rpn_head=dict(num_convs=2),
+    neck=dict(type='mmtoken.MixedScaleNeck'),
     roi_head=dict(
         bbox_head=dict(type='Shared4Conv1FCBBoxHead', conv_out_channels=256, norm_cfg=norm_cfg),
         mask_head=dict(norm_cfg=norm_cfg),

@@ -1,35 +1,12 @@
-# A plain backbone under ViTDet's simple feature pyramid. The recovery runs in the backbone.
+# The recovery runs in the backbone. It starts from DeiT: no weights of STViT on plain ViT were
+# released.
 _base_ = [
     '../_base_/mmtoken.py',
-    'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
+    '../_base_/models/mask-rcnn_vit-s_sfp.py',
     'mmdet::_base_/datasets/coco_instance.py',
-    '../_base_/schedules/coco_adamw_1x.py',
+    '../_base_/schedules/coco_vit_1x.py',
     'mmdet::_base_/default_runtime.py',
 ]
 
-# DeiT's ImageNet-1k weights: none of STViT on plain ViT were released.
-checkpoint = 'https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth'
-model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='mmtoken.STViTDeiT',
-        arch='small',
-        drop_path_rate=0.1,
-        init_cfg=dict(type='Pretrained', checkpoint=checkpoint),
-    ),
-    neck=dict(
-        _delete_=True,
-        type='mmtoken.SimpleFeaturePyramid',
-        in_channels=384,
-        out_channels=256,
-        num_outs=5,
-    ),
-    rpn_head=dict(num_convs=2),
-)
-optim_wrapper = dict(
-    optimizer=dict(weight_decay=0.1),
-    paramwise_cfg=dict(
-        norm_decay_mult=0.0,
-        custom_keys={'pos_embed': dict(decay_mult=0.0), 'centers': dict(decay_mult=0.0)},
-    ),
-)
+model = dict(backbone=dict(type='mmtoken.STViTDeiT'))
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'centers': dict(decay_mult=0.0)}))

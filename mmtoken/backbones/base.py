@@ -1,42 +1,27 @@
-"""Base classes of all backbones."""
+"""Base class of all backbones, and checks of their arguments."""
 
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from operator import attrgetter
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
-import torch
 import torch.nn as nn
-from timm.layers import to_2tuple, trunc_normal_
+from timm.layers import trunc_normal_
 from torch import Tensor
 
 from ..arguments import as_tuple
 from ..checkpoints.module import CheckpointedBackbone
-from ..layers.common.packed import SparseFeatures
-from ..layers.common.positions import resample
-from ..layers.common.stem import PatchEmbed
-from ..layers.common.utils import (
-    ceil_div,
-    check_heads,
-    drop_path_rates,
-    init_own,
-    join_maps,
-    run_block,
-    to_map,
-    trunc_normal_parameter,
-)
-from ..layers.common.vit import NORM_EPS
+from ..layers.common.utils import init_own
 
 MAX_STAGES = 10  # of a hierarchical architecture
 
 
 class TokenBackbone(CheckpointedBackbone):
-    """Freezing, initialisation and layer depths of a backbone: a stem, then stages in a row.
+    """Freezing, initialization and layer depths of a backbone: a stem, then stages in a row.
 
     A stage is what ``out_indices`` and ``frozen_stages`` count: in a hierarchical backbone a module
-    with a flat list ``blocks``, in a plain one (:class:`PlainBackbone`) a single block. Stages
-    behind the last of ``out_indices`` are not built, since nothing would use them.
+    with a flat list ``blocks``, in a plain ViT a single block. Stages behind the last of
+    ``out_indices`` are not built, since nothing would use them.
 
     Args:
         num_stages: Stages of the architecture.
@@ -45,7 +30,7 @@ class TokenBackbone(CheckpointedBackbone):
         frozen_stages: Stages kept fixed, counted from the stem: 0 freezes the stem, 1 the stem and
             the first stage, and so on; -1 freezes nothing.
         norm_eval: Keep batch norms in eval mode while training.
-        init_cfg: MMEngine's initialisation config, for example
+        init_cfg: MMEngine's initialization config, for example
             ``dict(type='Pretrained', checkpoint=..., prefix='backbone.')``.
 
     Raises:
@@ -174,258 +159,6 @@ class TokenBackbone(CheckpointedBackbone):
         else:
             block = depths[stage] if parts[2] == 'downsample' else 1
         return sum(depths[:stage]) + block, num_layers
-
-
-class DenseLayout(NamedTuple):
-    """All tokens of the grid are there, row by row.
-
-    Attributes:
-        grid: ``(H, W)``, in tokens.
-    """
-
-    grid: tuple[int, int]
-
-
-class PatchBackbone(TokenBackbone):
-    """A backbone that starts as ViT does: patch embedding and position embedding."""
-
-    stem_names = ('patch_embed', 'cls_token', 'reg_token', 'pos_embed')
-
-    def make_stem(
-        self,
-        embed_dims: int,
-        img_size: int | tuple[int, int],
-        patch_size: int,
-        in_channels: int,
-        cls_token: bool = False,
-        num_registers: int = 0,
-    ) -> None:
-        """Add the embeddings; for the arguments see :class:`PlainBackbone`."""
-        self.embed_dims = embed_dims
-        self.patch_size = patch_size
-        self.patch_embed = PatchEmbed(embed_dims, in_channels, patch_size, norm=False)
-        self.pos_grid = tuple(ceil_div(side, patch_size) for side in to_2tuple(img_size))
-        self.num_prefix_tokens = int(cls_token) + num_registers
-        self.cls_token = self.reg_token = None
-        if cls_token:
-            self.cls_token = trunc_normal_parameter(1, 1, embed_dims)
-        if num_registers:
-            self.reg_token = trunc_normal_parameter(1, num_registers, embed_dims)
-        self.pos_embed = trunc_normal_parameter(1, math.prod(self.pos_grid) + cls_token, embed_dims)
-
-    def embed(self, x: Tensor) -> tuple[Tensor, DenseLayout]:
-        """Embed the patches and add their positions.
-
-        Args:
-            x: Images, ``(B, in_channels, H, W)``; padded at the bottom and right to whole patches.
-
-        Returns:
-            Tokens ``(B, P + H' * W', C)``, prefix tokens first, then the grid row by row; and the
-            layout of the grid.
-        """
-        x = self.patch_embed(x)  # (B, H', W', C)
-        grid = (x.shape[1], x.shape[2])
-        prefix, position = self.positions(grid)
-        x = (x + position).flatten(1, 2)
-        if self.num_prefix_tokens:
-            x = torch.cat([prefix.expand(len(x), -1, -1).to(x), x], dim=1)
-        return x, DenseLayout(grid)
-
-    def positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Prefix tokens ``(1, P, C)``, and the position embedding of a grid, ``(1, H, W, C)``."""
-        num_cls = int(self.cls_token is not None)
-        prefix, position = self.pos_embed[:, :num_cls], self.pos_embed[:, num_cls:]
-        if self.cls_token is not None:
-            prefix = self.cls_token + prefix
-        if self.reg_token is not None:  # registers have no position
-            prefix = torch.cat([prefix, self.reg_token], dim=1)
-        return prefix, resample(position, self.pos_grid, grid, 'bicubic', True)
-
-
-class PlainBackbone(PatchBackbone):
-    """A plain ViT, the trunk of every method on it: reduce, run the blocks, restore.
-
-    A method overrides :meth:`reduce`, :meth:`run_block` and :meth:`restore`; as they are they give
-    the dense ViT. A subclass sets ``blocks`` and calls :meth:`finish_init`. Each block counts as a
-    stage in ``out_indices`` and ``frozen_stages``. Parameter names are timm's.
-
-    Args:
-        arch: ``'tiny'``, ``'small'``, ``'base'``, ``'large'``, or a dict with the keys
-            ``embed_dims``, ``num_layers``, ``num_heads`` and ``feedforward_channels``.
-        img_size: Image that the position embedding is laid out for, in pixels: a side, or
-            ``(H, W)``. Images of any size are accepted.
-        patch_size: Side of a patch, in pixels.
-        in_channels: Channels of the image.
-        cls_token: Whether there is a class token.
-        num_registers: Register tokens, as in some weights of DINOv2.
-        qkv_bias: Biases of queries, keys and values.
-        layer_scale: Initial LayerScale; None for none. Weights of DINOv2 need it.
-        drop_path_rate: Stochastic depth of the last block, rising linearly from 0.
-        out_indices: Blocks whose outputs are returned, in rising order; negative ones count from
-            the end. The last block is normalized, as in mmpretrain.
-        out_type: ``'map'`` for dense maps. For classification ``'cls_token'``, the normalized class
-            token of the last block, or ``'avg_featmap'``, the mean over its normalized map.
-        frozen_stages: Blocks kept fixed: 0 freezes the patch and position embedding, 1 the first
-            block too, and so on; -1 freezes nothing.
-        norm_eval: Accepted for compatibility; unused, since there is no BatchNorm.
-        with_cp: Recompute the activations of each block in backward.
-        init_cfg: MMEngine's initialization config.
-
-    Raises:
-        ValueError: Bad argument values; the message says what is allowed.
-        TypeError: ``arch`` is neither a name nor a dict.
-    """
-
-    stages_name = 'blocks'
-    out_types: ClassVar[tuple[str, ...]] = ('map', 'cls_token', 'avg_featmap')
-    ignorable_keys = r'(head|head_dist|norm|fc_norm)\..*|cls_token|dist_token'
-    arch_keys = ('embed_dims', 'num_layers', 'num_heads', 'feedforward_channels')
-    arch_zoo: ClassVar[dict[str, dict]] = dict(
-        tiny=dict(embed_dims=192, num_layers=12, num_heads=3, feedforward_channels=768),
-        small=dict(embed_dims=384, num_layers=12, num_heads=6, feedforward_channels=1536),
-        base=dict(embed_dims=768, num_layers=12, num_heads=12, feedforward_channels=3072),
-        large=dict(embed_dims=1024, num_layers=24, num_heads=16, feedforward_channels=4096),
-    )
-
-    def __init__(
-        self,
-        arch: str | Mapping = 'small',
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
-        in_channels: int = 3,
-        cls_token: bool = False,
-        num_registers: int = 0,
-        qkv_bias: bool = True,
-        layer_scale: float | None = None,
-        drop_path_rate: float = 0.0,
-        out_indices: Sequence[int] = (-1,),
-        out_type: str = 'map',
-        frozen_stages: int = -1,
-        norm_eval: bool = False,
-        with_cp: bool = False,
-        init_cfg: dict | list[dict] | None = None,
-    ) -> None:
-        arch = self.resolve_arch(arch)
-        dims, depth = arch['embed_dims'], arch['num_layers']
-        super().__init__(depth, out_indices, frozen_stages, norm_eval, init_cfg)
-        check_out_type(out_type, self.out_types, self.out_indices, depth - 1, cls_token)
-        self.make_stem(dims, img_size, patch_size, in_channels, cls_token, num_registers)
-        self.out_type = out_type
-        self.out_channels = (dims,) * len(self.out_indices)
-        self.with_cp = with_cp
-        # For subclasses, which make the blocks
-        self.drop_rates = drop_path_rates(drop_path_rate, [depth])[0][: self.num_built]
-        self.block_args = dict(
-            embed_dims=dims,
-            num_heads=arch['num_heads'],
-            feedforward_channels=arch['feedforward_channels'],
-            qkv_bias=qkv_bias,
-        )
-        if layer_scale is not None:
-            self.block_args.update(layer_scale=layer_scale)
-
-    def finish_init(self) -> None:
-        """Add the norm behind the last block, if an output needs it, and apply freezing."""
-        # Only where it is used: DDP refuses parameters without a gradient.
-        self.norm = nn.LayerNorm(self.embed_dims, NORM_EPS) if self.has_norm else nn.Identity()
-        self.train()
-
-    @property
-    def has_norm(self) -> bool:
-        """Whether the last block is normalized by this module."""
-        return self.num_stages - 1 in self.out_indices
-
-    @property
-    def unbuilt_keys(self) -> str | None:
-        """As in other backbones, but blocks beyond those of the architecture are a mistake."""
-        unbuilt = '|'.join(map(str, range(self.num_built, self.num_stages)))
-        return rf'{self.stages_name}\.({unbuilt})\..*' if unbuilt else None
-
-    @classmethod
-    def resolve_arch(cls, arch: str | Mapping) -> dict:
-        """Look an architecture up in the zoo, or check a user's own.
-
-        Raises:
-            ValueError, TypeError: As for :func:`resolve_arch`; heads that do not divide channels.
-        """
-        arch = resolve_arch(arch, cls.arch_zoo, cls.arch_keys)
-        check_heads(arch['embed_dims'], arch['num_heads'])
-        return arch
-
-    @classmethod
-    def library_baseline(cls, args: Mapping) -> dict | None:
-        """mmpretrain's ViT, which has neither registers nor DINOv2's layer scale."""
-        if args.get('num_registers') or args.get('layer_scale'):
-            return None
-        same = ('img_size', 'patch_size', 'in_channels', 'qkv_bias', 'drop_path_rate')
-        return dict(
-            type=('mmpretrain.VisionTransformer',),
-            arch={name: args['arch'][name] for name in PlainBackbone.arch_keys},
-            out_indices=list(args['out_indices']),
-            out_type='featmap' if args['out_type'] == 'map' else args['out_type'],
-            with_cls_token=bool(args.get('cls_token')),
-            **{name: args[name] for name in same},
-        )
-
-    def output_layers(self, index: int) -> list[nn.Module]:
-        return [self.norm] if index == self.num_stages - 1 else []
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...] | tuple[SparseFeatures, ...]:
-        """Compute the outputs.
-
-        Args:
-            x: Images, ``(B, in_channels, H, W)``, any H and W.
-
-        Returns:
-            One for each of ``out_indices``, according to ``out_type``: a map
-            ``(B, C, ceil(H / patch_size), ceil(W / patch_size))``, a vector ``(B, C)``, or
-            :class:`~mmtoken.layers.common.packed.SparseFeatures`.
-        """
-        tokens, layout = self.reduce(x)
-        outputs = []
-        for i in range(self.num_built):
-            tokens, layout = self.run_block(i, tokens, layout)
-            if i in self.out_indices:
-                outputs.append(self.output(i, tokens, layout))
-        self.finish(layout)
-        return join_maps(outputs)
-
-    def reduce(self, x: Tensor) -> tuple[Tensor, Any]:
-        """Images ``(B, in_channels, H, W)`` to tokens, and where on the grid they belong."""
-        return self.embed(x)
-
-    def run_block(self, index: int, tokens: Tensor, layout: Any) -> tuple[Tensor, Any]:
-        """Run one block; it may change the layout."""
-        return self.checkpoint(self.blocks[index], tokens), layout
-
-    def restore(self, index: int, tokens: Tensor, layout: Any) -> Tensor:
-        """Tokens behind a block to those of the whole grid, prefix first: ``(B, P + H * W, C)``."""
-        return tokens
-
-    def to_features(self, index: int, tokens: Tensor, layout: Any) -> SparseFeatures:
-        """Tokens behind a block for a neck that restores them, with ``out_type='tokens'``."""
-        raise NotImplementedError
-
-    def finish(self, layout: Any) -> None:
-        """Called with the last layout, behind all blocks."""
-
-    def output(self, index: int, tokens: Tensor, layout: Any) -> Tensor | SparseFeatures:
-        """The output behind one block."""
-        if index == self.num_stages - 1:
-            tokens = self.norm(tokens)
-        if self.out_type == 'tokens':
-            return self.to_features(index, tokens, layout)
-        dense = self.restore(index, tokens, layout)  # (B, P + H * W, C)
-        if self.out_type == 'cls_token':
-            return dense[:, 0]
-        dense = dense[:, self.num_prefix_tokens :]
-        if self.out_type == 'avg_featmap':
-            return dense.mean(dim=1)
-        return to_map(dense.unflatten(1, layout.grid))
-
-    def checkpoint(self, function: Callable, *args) -> Any:
-        """Call a block; with ``with_cp`` its activations are recomputed in backward."""
-        return run_block(function, *args, recompute=self.with_cp)
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -13,15 +13,12 @@ from torch import Tensor
 from ..arguments import as_tuple
 from ..layers.common.padding import padding_regions, valid_size
 from ..layers.common.vit import NORM_EPS, ViTBlock
-from ..layers.dge.block import (
-    Decisions,
-    DynamicGranularityBlock,
-    SpatialReductionAttention,
-    TrainMode,
-)
+from ..layers.dge.block import DynamicGranularityBlock, TrainMode
+from ..layers.dge.spatial_reduction import SpatialReductionAttention
+from ..layers.dge.stage import Decisions
 from ..losses.budget import BUDGET, BlockWidths, PatchWidths, build_budget, publish_budget
 from ..registry import MODELS
-from .base import DenseLayout, PlainBackbone
+from .vit_base import DenseLayout, PlainBackbone
 
 
 class RoutedLayout(NamedTuple):
@@ -60,8 +57,9 @@ class DGEDeiT(PlainBackbone):
             :class:`~mmtoken.layers.dge.block.DynamicGranularityBlock`.
         budget: Config of the loss that limits the number of queries; with it, training needs
             :class:`mmtoken.TokenLossHook`. None leaves routers to the loss of the task.
-        kwargs: As for :class:`~mmtoken.backbones.base.PlainBackbone`, without ``num_registers`` and
-            ``layer_scale``. Released DGE weights are for ``img_size=256`` and have a class token.
+        kwargs: As for :class:`~mmtoken.backbones.vit_base.PlainBackbone`, without ``num_registers``
+            and ``layer_scale``. Released DGE weights are for ``img_size=256`` and have a class
+            token.
 
     Raises:
         ValueError: Invalid argument values; the message says what is allowed.

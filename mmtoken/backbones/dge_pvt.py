@@ -15,13 +15,10 @@ from torch import Tensor
 from ..arguments import as_tuple
 from ..layers.common.padding import valid_size
 from ..layers.common.utils import ceil_div, check_heads, drop_path_rates, join_maps, to_map
-from ..layers.dge.block import (
-    DynamicGranularityBlock,
-    DynamicGranularityStage,
-    SpatialReductionAttention,
-    TrainMode,
-)
+from ..layers.dge.block import DynamicGranularityBlock, TrainMode
 from ..layers.dge.deformable import DeformableAttention
+from ..layers.dge.spatial_reduction import SpatialReductionAttention
+from ..layers.dge.stage import DynamicGranularityStage
 from ..losses.budget import BUDGET, BlockWidths, PatchWidths, build_budget, publish_budget
 from ..registry import MODELS
 from .base import TokenBackbone, check_out_type, resolve_arch

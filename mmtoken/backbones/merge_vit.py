@@ -18,7 +18,7 @@ from ..layers.merge.mutual_pairs import (
     unmerged_layout,
 )
 from ..registry import MODELS
-from .base import DenseLayout, PlainBackbone
+from .vit_base import DenseLayout, PlainBackbone
 
 
 @MODELS.register_module()
@@ -46,7 +46,7 @@ class MergeViT(PlainBackbone):
             gives the dense twin: ViT.
         proportional: Attention in which a key that stands for n patches counts n times.
         cls_token: Whether there is a class token, as in most weights.
-        kwargs: As for :class:`~mmtoken.backbones.base.PlainBackbone`.
+        kwargs: As for :class:`~mmtoken.backbones.vit_base.PlainBackbone`.
 
     Raises:
         ValueError: Bad argument values; the message says what is allowed.

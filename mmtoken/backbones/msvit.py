@@ -27,7 +27,7 @@ from ..layers.msvit.mixed_scale import PackedLayout, build_layout, fine_layout
 from ..registry import MODELS
 from ..runtime.aux_losses import publish, should_publish
 from ..runtime.decisions import RoutingDecision, record_decision
-from .base import DenseLayout, PlainBackbone
+from .vit_base import DenseLayout, PlainBackbone
 
 TrainMode = Literal['masked', 'gathered']
 GateInput = Literal['embed', 'pixels']
@@ -72,7 +72,7 @@ class MSViT(PlainBackbone):
             ``coarse_size / fine_size``. None for no windows. Windows need ``cls_token=False``.
         global_blocks: Blocks with global attention; negative ones count from the end. By default
             the last of each quarter of the network, as in ViTDet.
-        kwargs: As for :class:`~mmtoken.backbones.base.PlainBackbone`, without ``patch_size``.
+        kwargs: As for :class:`~mmtoken.backbones.vit_base.PlainBackbone`, without ``patch_size``.
             ``out_type='tokens'`` returns :class:`~mmtoken.layers.common.packed.SparseFeatures` for
             :class:`mmtoken.MixedScaleNeck`. ``frozen_stages=0`` freezes the gate too.
 

@@ -16,7 +16,8 @@ from ..layers.common.vit import NORM_EPS
 from ..layers.psvit.pooling import Pooling, TokenPooling, token_unpooling, unpool_map
 from ..layers.psvit.sharing import SharingStage
 from ..registry import MODELS
-from .base import PatchBackbone, resolve_arch
+from .base import resolve_arch
+from .vit_base import PatchBackbone
 
 
 @MODELS.register_module()

@@ -22,7 +22,7 @@ from ..layers.stvit.semantic_vit import (
     SemanticRefineBlock,
 )
 from ..registry import MODELS
-from .base import DenseLayout, PlainBackbone
+from .vit_base import DenseLayout, PlainBackbone
 
 NUM_GENERATION_LAYERS = 2
 
@@ -72,7 +72,7 @@ class STViTDeiT(PlainBackbone):
         refine_residual: What the second layer's attention is added to: its ``'query'``, or the
             ``'initial'`` tokens, pooled before the first layer.
         recovery_scale: Initial LayerScale of the recovery; None for none.
-        kwargs: As for :class:`~mmtoken.backbones.base.PlainBackbone`, without ``cls_token``,
+        kwargs: As for :class:`~mmtoken.backbones.vit_base.PlainBackbone`, without ``cls_token``,
             ``num_registers`` and ``layer_scale``. ``out_type='tokens'`` returns
             :class:`~mmtoken.layers.common.packed.SparseFeatures` for
             :class:`mmtoken.SemanticRecoveryNeck`: each image's tokens, row by row, and behind them

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..layers.common.vit import ViTBlock
 from ..layers.swat.structured import StructuredBlock, StructuredStem, check_planes
 from ..registry import MODELS
-from .base import DenseLayout, PlainBackbone
+from .vit_base import DenseLayout, PlainBackbone
 
 
 @MODELS.register_module()
@@ -38,7 +38,7 @@ class SWATDeiT(PlainBackbone):
         structured: False gives the dense twin: DeiT.
         plane_size: Side of a plane, in cells; ``embed_dims`` is a multiple of its square, and
             ``patch_size`` of its double.
-        kwargs: As for :class:`~mmtoken.backbones.base.PlainBackbone`, without ``patch_size``,
+        kwargs: As for :class:`~mmtoken.backbones.vit_base.PlainBackbone`, without ``patch_size``,
             ``cls_token``, ``num_registers`` and ``layer_scale``.
 
     Raises:

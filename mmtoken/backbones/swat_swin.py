@@ -74,7 +74,7 @@ class SWATSwin(SwinBackbone):
         frozen_stages: Stages kept fixed, counted from the stem; -1 freezes nothing.
         norm_eval: Of no effect here, since there is no batch norm.
         with_cp: Recompute the activations of each block in backward.
-        init_cfg: MMEngine's initialisation config.
+        init_cfg: MMEngine's initialization config.
 
     Raises:
         ValueError: Bad argument values; the message says what is allowed.

@@ -13,7 +13,8 @@ from mmengine.dist import all_reduce, get_world_size
 from torch import Tensor
 
 from ..layers.common.regions import RegionLayout
-from ..layers.dge.block import Decisions, DynamicGranularityBlock
+from ..layers.dge.block import DynamicGranularityBlock
+from ..layers.dge.stage import Decisions
 from ..registry import MODELS
 from ..runtime.aux_losses import publish, should_publish
 from .warm_up import WarmUpLoss

@@ -12,12 +12,9 @@ from ..arguments import as_tuple
 from ..checkpoints.module import CheckpointedModule
 from ..layers.common.padding import noted_sizes, padding_regions
 from ..layers.common.utils import check_heads, init_own, to_map
-from ..layers.dge.block import (
-    DynamicGranularityBlock,
-    SpatialReductionAttention,
-    TrainMode,
-    run_blocks,
-)
+from ..layers.dge.block import DynamicGranularityBlock, TrainMode
+from ..layers.dge.spatial_reduction import SpatialReductionAttention
+from ..layers.dge.stage import run_blocks
 from ..losses.budget import BUDGET, BlockWidths, build_budget, publish_budget
 from ..registry import MODELS
 from .simple_feature_pyramid import TRANSFORMER_INIT, Norm, SimpleFeaturePyramid

@@ -29,7 +29,7 @@ class MixedScaleNeck(SparseFeaturePyramid):
             :class:`~mmtoken.layers.msvit.refine.CoarseRefine`. It starts as the identity.
         out_channels, num_outs, multi_level, norm, scales: The pyramid, see
             :class:`mmtoken.SimpleFeaturePyramid`.
-        init_cfg: MMEngine's initialisation config.
+        init_cfg: MMEngine's initialization config.
 
     Raises:
         ValueError: Bad argument values; the message says what is allowed.

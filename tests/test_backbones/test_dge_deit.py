@@ -196,7 +196,7 @@ def test_routers_learn_from_both_losses(with_cp, monkeypatch):
 
 
 @pytest.mark.parametrize('source', [None, 'config', 'checkpoint', 'twin'])
-def test_new_routers_survive_initialisation(source, tmp_path):
+def test_new_routers_survive_initialization(source, tmp_path):
     init_cfg = dict(type='TruncNormal', layer='Linear', std=0.5) if source == 'config' else None
     if source in ('checkpoint', 'twin'):
         other = make() if source == 'checkpoint' else make(**DGEDeiT.twin_args)

@@ -317,7 +317,7 @@ def assert_new_routers(model):
 
 @pytest.mark.parametrize('init_cfg', [None, dict(type='TruncNormal', layer='Linear', std=0.5)])
 @pytest.mark.parametrize('cls, arch', KINDS)
-def test_new_routers_survive_initialisation(cls, arch, init_cfg):
+def test_new_routers_survive_initialization(cls, arch, init_cfg):
     model = make(cls, arch, init_cfg=init_cfg)
     assert_new_routers(model)
     model.init_weights()

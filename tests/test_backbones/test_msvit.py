@@ -786,7 +786,7 @@ def shared_kernel(model):
 
 
 @pytest.mark.parametrize('source', [None, 'config', 'own', 'twin', 'timm'])
-def test_initialisation(source, tmp_path, quiet):
+def test_initialization(source, tmp_path, quiet):
     """A separate projection starts as the shared one, and gates at the fine scale."""
     init_cfg = dict(type='TruncNormal', layer='Linear', std=0.5) if source == 'config' else None
     if source in ('own', 'twin', 'timm'):

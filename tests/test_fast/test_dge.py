@@ -7,8 +7,10 @@ from torch import nn
 from mmtoken import fast
 from mmtoken.fast import dge, tiling
 from mmtoken.layers.common.regions import all_cells, make_region_layout
-from mmtoken.layers.dge.block import DynamicGranularityBlock, SpatialReductionAttention, run_blocks
+from mmtoken.layers.dge.block import DynamicGranularityBlock
 from mmtoken.layers.dge.deformable import DeformableAttention
+from mmtoken.layers.dge.spatial_reduction import SpatialReductionAttention
+from mmtoken.layers.dge.stage import run_blocks
 from mmtoken.runtime.reference import reference_path
 from mmtoken.runtime.routing_override import routing_override
 

@@ -1,11 +1,9 @@
 import pytest
 import torch
 
-from mmtoken.layers.dge.block import (
-    DynamicGranularityBlock,
-    SpatialReductionAttention,
-    run_blocks,
-)
+from mmtoken.layers.dge.block import DynamicGranularityBlock
+from mmtoken.layers.dge.spatial_reduction import SpatialReductionAttention
+from mmtoken.layers.dge.stage import run_blocks
 from mmtoken.runtime.decisions import RoutingDecision, record_decision, record_routing
 from mmtoken.runtime.routing_override import routing_override
 

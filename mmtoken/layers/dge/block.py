@@ -1,7 +1,7 @@
-"""Dynamic granularity: a router for each region, a block with few queries, and a PVT stage of them.
+"""Dynamic granularity: a router for each region, and a block with few queries.
 
-Sources: DGE, arXiv 2301.03831, section 3, and PVT, arXiv 2102.12122, sections 3.2 and 3.3; released
-code github.com/StevenGrove/vtpack (Apache-2.0), for the initialization and the training modes.
+Source: DGE, arXiv 2301.03831, section 3; released code, github.com/StevenGrove/vtpack (Apache-2.0),
+for the initialization and the training modes.
 Differences: stochastic depth drops whole images, not queries; the grid may have any size, not only
 whole regions. Parameter names are the official ones, without the numbers of the stages.
 """
@@ -13,15 +13,11 @@ from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import Tensor
 
 from ...runtime.decisions import RoutingDecision, record_decision
-from ..common.attention import varlen_cross_attention
-from ..common.padding import padding_regions
 from ..common.plain import draws, weight_dtype
-from ..common.positions import resample
 from ..common.precision import full_precision
 from ..common.regions import (
     CellSet,
@@ -38,8 +34,6 @@ from ..common.regions import (
     unpool_regions,
 )
 from ..common.routing import choose, explores
-from ..common.stem import PatchEmbed
-from ..common.utils import run_block, trunc_normal_parameter
 
 TrainMode = Literal['exact', 'dense', 'sparse']
 FINEST_PROBABILITY = 0.95  # of a new router
@@ -77,66 +71,6 @@ class GranularityRouter(nn.Module):
             return self.gate(means).float()
 
 
-class SpatialReductionAttention(nn.Module):
-    """Attention of packed queries; a strided convolution reduces the map of keys and values.
-
-    Args:
-        embed_dims: Channels, C.
-        num_heads: Attention heads.
-        sr_ratio: Side of the patch that becomes one key, in tokens; 1 keeps every token.
-        qkv_bias: Biases of queries, keys and values.
-    """
-
-    def __init__(
-        self, embed_dims: int, num_heads: int, sr_ratio: int = 1, qkv_bias: bool = True
-    ) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.sr_ratio = sr_ratio
-        self.q = nn.Linear(embed_dims, embed_dims, bias=qkv_bias)
-        self.kv = nn.Linear(embed_dims, 2 * embed_dims, bias=qkv_bias)
-        self.proj = nn.Linear(embed_dims, embed_dims)
-        if sr_ratio > 1:
-            self.sr = nn.Conv2d(embed_dims, embed_dims, sr_ratio, sr_ratio)
-            self.norm = nn.LayerNorm(embed_dims)  # eps 1e-5, unlike the norms of the block
-
-    def keys(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Keys and values of a map.
-
-        Args:
-            x: Normalized tokens, ``(B, N, C)``. There may be prefix tokens if ``sr_ratio`` is 1.
-            grid: ``(H, W)``; padded with zeros at the bottom and right to whole patches.
-
-        Returns:
-            ``(B, 2, heads, K, d)``.
-        """
-        if self.sr_ratio > 1:
-            x = self.norm(self.reduce(x.unflatten(1, grid)).flatten(1, 2))  # B, K, C
-        kv = self.kv(x).unflatten(-1, (2, self.num_heads, -1))  # B, K, 2, heads, d
-        return kv.permute(0, 2, 3, 1, 4).contiguous()
-
-    def reduce(self, x: Tensor) -> Tensor:
-        """``(B, H, W, C) -> (B, ceil(H / sr_ratio), ceil(W / sr_ratio), C)``."""
-        height, width = x.shape[1:3]
-        x = F.pad(x, (0, 0, 0, -width % self.sr_ratio, 0, -height % self.sr_ratio))
-        return self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-    def forward(self, queries: Tensor, keys: Tensor, cells: CellSet) -> Tensor:
-        """Attend.
-
-        Args:
-            queries: Packed and normalized, ``(M, C)``.
-            keys: From :meth:`keys`.
-            cells: The cells of the queries.
-
-        Returns:
-            ``(M, C)``.
-        """
-        query = self.q(queries).unflatten(-1, (self.num_heads, -1))  # M, heads, d
-        key, value = keys.unbind(1)  # B, heads, K, d
-        return self.proj(varlen_cross_attention(query, key, value, cells.lengths).flatten(1))
-
-
 class Routing(NamedTuple):
     """What the regions of a batch chose for one block.
 
@@ -158,7 +92,8 @@ class DynamicGranularityBlock(nn.Module):
 
     Args:
         embed_dims: Channels, C.
-        attn: Attention with the interface of :class:`SpatialReductionAttention`.
+        attn: Attention with the interface of
+            :class:`~mmtoken.layers.dge.spatial_reduction.SpatialReductionAttention`.
         feedforward_channels: Hidden channels of the MLP.
         granularities: Sides of the cells, finest first, in tokens, starting with 1. ``(1,)`` makes
             a plain block without a router.
@@ -335,111 +270,6 @@ def update_sparse(pooled: Tensor, chosen: CellSet, update: Update) -> Tensor:
 
 
 TRAIN_MODES = dict(exact=update_exact, dense=update_dense, sparse=update_sparse)
-
-
-class Decisions(NamedTuple):
-    """What the blocks of a stage chose, as the budget needs it.
-
-    Attributes:
-        layout: Of the regions.
-        padding: Regions that are padding, ``(B, Hr, Wr)``; None if not looked for.
-        gates: Of each block, ``(B, Hr, Wr, K)``.
-    """
-
-    layout: RegionLayout
-    padding: Tensor | None
-    gates: list[Tensor]
-
-
-def run_blocks(
-    blocks: Iterable[DynamicGranularityBlock],
-    x: Tensor,
-    layout: RegionLayout,
-    padding: Tensor | None,
-    with_cp: bool = False,
-) -> tuple[Tensor, Decisions]:
-    """Route and run some blocks with the same regions.
-
-    Args:
-        blocks: The blocks.
-        x: Tokens, ``(B, N, C)``.
-        layout: Of the regions.
-        padding: Regions that are padding, ``(B, Hr, Wr)``, or None.
-        with_cp: Recompute the activations of each block in backward; choices are kept.
-
-    Returns:
-        Tokens, ``(B, N, C)``, and what was chosen.
-    """
-    gates = []
-    for block in blocks:
-        routing = block.route(x, layout, padding)
-        x = run_block(block, x, layout, routing, recompute=with_cp)
-        if routing is not None:
-            gates.append(routing.gates)
-    return x, Decisions(layout, padding, gates)
-
-
-class DynamicGranularityStage(nn.Module):
-    """A stage of a pyramid: patch embedding, position embedding, blocks.
-
-    Args:
-        in_channels: Channels of the input map.
-        patch_size: Side of the patch that becomes a token, in places of that map.
-        stride: Of the tokens, in pixels.
-        pos_grid: ``(H, W)`` of the position embedding, in tokens.
-        blocks: The blocks, with the same granularities.
-        cls_token: Whether there is a class token, in front.
-        with_cp: Recompute the activations of each block in backward; choices are kept.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        patch_size: int,
-        stride: int,
-        pos_grid: tuple[int, int],
-        blocks: Iterable[DynamicGranularityBlock],
-        cls_token: bool = False,
-        with_cp: bool = False,
-    ) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.stride = stride
-        self.pos_grid = pos_grid
-        self.with_cp = with_cp
-        dims = self.blocks[0].embed_dims
-        self.patch_embed = PatchEmbed(dims, in_channels, patch_size)
-        self.cls_token = trunc_normal_parameter(1, 1, dims) if cls_token else None
-        self.pos_embed = trunc_normal_parameter(1, math.prod(pos_grid) + cls_token, dims)
-
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor, Decisions]:
-        """Run the stage.
-
-        Args:
-            x: ``(B, in_channels, H, W)``, any H and W.
-            valid: Size of each image without padding, from
-                :func:`~mmtoken.layers.common.padding.valid_size`; None treats padding as image.
-
-        Returns:
-            Tokens on their grid, ``(B, ceil(H / patch_size), ceil(W / patch_size), C)``, the class
-            token, ``(B, 0 or 1, C)``, and what was chosen.
-        """
-        x = self.patch_embed(x)  # B, H, W, C
-        grid, num_prefix_tokens = (x.shape[1], x.shape[2]), int(self.cls_token is not None)
-        prefix, position = self.pos_embed.tensor_split([num_prefix_tokens], dim=1)
-        x = (x + resize_position(position, self.pos_grid, grid)).flatten(1, 2)  # B, H * W, C
-        if self.cls_token is not None:
-            cls_token = (self.cls_token + prefix).expand(len(x), -1, -1).to(x)
-            x = torch.cat([cls_token, x], dim=1)  # B, N, C
-        layout = self.blocks[0].layout(grid, num_prefix_tokens, x.device)
-        padding = None if valid is None else padding_regions(valid, self.stride, layout)
-        x, decisions = run_blocks(self.blocks, x, layout, padding, self.with_cp)
-        return x[:, num_prefix_tokens:].unflatten(1, grid), x[:, :num_prefix_tokens], decisions
-
-
-def resize_position(position: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Bilinear, as in PVT: ``(1, old rows * columns, C) -> (1, *new, C)``."""
-    return resample(position, old, new, 'bilinear', False)
 
 
 def check_granularities(granularities: Iterable[int], region_size: int) -> tuple[int, ...]:

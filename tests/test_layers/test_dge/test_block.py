@@ -14,13 +14,10 @@ from mmtoken.layers.common.regions import (
     pool_cells,
     unpool_cells,
 )
-from mmtoken.layers.dge.block import (
-    DynamicGranularityBlock,
-    GranularityRouter,
-    SpatialReductionAttention,
-    run_blocks,
-)
+from mmtoken.layers.dge.block import DynamicGranularityBlock, GranularityRouter
 from mmtoken.layers.dge.deformable import DeformableAttention
+from mmtoken.layers.dge.spatial_reduction import SpatialReductionAttention
+from mmtoken.layers.dge.stage import run_blocks
 from mmtoken.losses.budget import BlockWidths, block_complexity, count_tokens
 from mmtoken.runtime.decisions import record_routing
 from mmtoken.runtime.reference import reference_path

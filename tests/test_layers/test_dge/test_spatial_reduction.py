@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from mmtoken.layers.common.regions import all_cells, make_region_layout
-from mmtoken.layers.dge.block import SpatialReductionAttention
+from mmtoken.layers.dge.spatial_reduction import SpatialReductionAttention
 
 
 def dense(attn, x, norm, grid):

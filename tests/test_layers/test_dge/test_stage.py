@@ -3,13 +3,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mmtoken.layers.dge.block import (
-    DynamicGranularityBlock,
-    DynamicGranularityStage,
-    SpatialReductionAttention,
-    resize_position,
-    run_blocks,
-)
+from mmtoken.layers.dge.block import DynamicGranularityBlock
+from mmtoken.layers.dge.spatial_reduction import SpatialReductionAttention
+from mmtoken.layers.dge.stage import DynamicGranularityStage, resize_position, run_blocks
 from mmtoken.losses.budget import count_tokens
 from mmtoken.runtime.decisions import record_routing
 from mmtoken.runtime.routing_override import routing_override

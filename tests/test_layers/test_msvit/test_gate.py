@@ -43,7 +43,7 @@ def test_regions_decide_for_themselves():
 @pytest.mark.parametrize('start_ratio', [0.1, 0.5, 0.9])
 @pytest.mark.parametrize('num_layers', [1, 4])
 def test_start(start_ratio, num_layers):
-    """Nearly the same chance for every region, and for good after another initialisation."""
+    """Nearly the same chance for every region, and for good after another initialization."""
     gate, x = ScaleGate(16, num_layers=num_layers, start_ratio=start_ratio), torch.randn(500, 16)
     for again in (False, True):
         if again:
