@@ -3,9 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from metafiles import cache_metafiles
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / 'tools' / folder) for folder in ('', 'datasets', 'analysis')]
+cache_metafiles()
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mmdet
 import mmseg
+from metafiles import cache_metafiles
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / 'configs'
@@ -50,6 +51,7 @@ def _run(tool: str, args: list[str], folder: Path, output: Path) -> None:
     with output.open('w') as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    cache_metafiles()
     os.chdir(folder)
     sys.argv = [tool, *args]
     sys.path.insert(0, str(Path(tool).parent))

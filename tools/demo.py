@@ -115,7 +115,7 @@ def prepare_data(data: Path, quick: bool) -> None:
         return
     console.print(f'Data: making {data}')
     command = [sys.executable, ROOT / 'tools' / 'datasets' / 'make_shapes.py', '--out', data]
-    sizes = ['--train', '64', '--val', '16'] if quick else []
+    sizes = ['--train', '32', '--val', '8'] if quick else []
     if subprocess.run([*command, *sizes], stdout=subprocess.DEVNULL).returncode:
         sys.exit(1)  # its message is on the screen
 
