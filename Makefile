@@ -13,7 +13,7 @@ demo: setup  ## Train, test and measure small models on synthetic scenes; QUICK=
 
 test: setup lint  ## Lint, then run all tests
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest \
-		--numprocesses auto --maxprocesses 4 --dist loadgroup
+		--numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: setup  ## Check style and formatting of Python and shell code
 	.venv/bin/ruff check .

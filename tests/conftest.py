@@ -26,5 +26,5 @@ def shapes_root(tmp_path_factory):
 
 
 def pytest_collection_modifyitems(items):
-    """End-to-end tests first: they are long and in few groups, and nothing may wait for them."""
+    """End-to-end tests first: they are long and in few files, and nothing may wait for them."""
     items.sort(key=lambda item: item.get_closest_marker('e2e') is None)

@@ -24,7 +24,10 @@ ONE_PROCESS = [
 ] + ['randomness.seed=0']
 # After so few steps no score is high, and without any detection mmdet reports no AP at all.
 ANY_SCORE = 'model.test_cfg.rcnn.score_thr=0.0'
-SHORT_DETECTION = ['train_cfg.max_epochs=1', 'train_cfg.val_interval=1', ANY_SCORE]
+SHORT_DETECTION = [
+    'train_cfg.max_epochs=1', 'train_cfg.val_interval=1', ANY_SCORE,
+    'model.test_cfg.rpn.max_per_img=50', 'model.train_cfg.rcnn.sampler.num=32',
+]  # fmt: skip
 SHORT_SEGMENTATION = [
     'train_cfg.max_iters=2', 'train_cfg.val_interval=2', 'default_hooks.checkpoint.interval=2',
 ]  # fmt: skip

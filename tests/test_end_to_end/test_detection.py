@@ -21,8 +21,7 @@ from end_to_end import (
     train,
 )
 
-# In one process, since they share what they train
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group('detection')]
+pytestmark = pytest.mark.e2e
 
 SHAPES = CONFIGS / 'shapes'
 STVIT = SHAPES / 'mask-rcnn_stvit-r-swin-nano_fpn_1xb8-7e_shapes.py'

@@ -25,8 +25,7 @@ from shapes import CLASS_IDS
 
 from mmtoken.backbones import STViTRSwin
 
-# In one process, since they share what they train
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group('segmentation')]
+pytestmark = pytest.mark.e2e
 
 SHAPES = CONFIGS / 'shapes'
 STVIT = SHAPES / 'upernet_stvit-r-swin-nano_1xb16-750i_shapes-128x128.py'
