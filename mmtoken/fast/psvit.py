@@ -13,7 +13,7 @@ class TiledSharingStage(SharingStage):
     """:class:`~mmtoken.layers.psvit.sharing.SharingStage` for CPU inference."""
 
     def run(self, x: Tensor, windows: RaggedWindows) -> Tensor:
-        if not use_tiling(self, x):
+        if not use_tiling(self.blocks, x):  # which the pooling before them is no part of
             return super().run(x, windows)
         groups = []
         sizes = [number * length for number, length in windows.groups]

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from mmtoken.backbones import PSViT
 from mmtoken.fast import optimize_for_cpu, tiling
 from mmtoken.fast.psvit import TiledSharingStage
 from mmtoken.layers.psvit.sharing import SharingStage
@@ -22,3 +23,15 @@ def test_tiled_stage_is_the_stage(window_size, length, monkeypatch):
             torch.testing.assert_close(stage(x), expected, atol=1e-5, rtol=1e-5)
     optimize_for_cpu(stage, enabled=False)
     assert type(stage) is SharingStage
+
+
+def test_stages_behind_a_pooling_are_tiled_too(monkeypatch):
+    """Pooling is no part of what is run window by window."""
+    arch = dict(stages=[(24, 2, (2,)), (36, 3, (2, 1))])
+    model = PSViT(arch, window_sizes=(4, 4)).eval()
+    runs, run = [], SharingStage.run
+    monkeypatch.setattr(SharingStage, 'run', lambda *args: runs.append(args[1]) or run(*args))
+    monkeypatch.setattr(tiling, 'TILE_ELEMENTS', 1)
+    with torch.no_grad():
+        model(torch.randn(1, 3, 128, 128))  # 16 and 4 windows
+    assert [tuple(x.shape) for x in runs] == [(1, 16, 24)] * 16 + [(1, 16, 36)] * 4
