@@ -112,7 +112,15 @@ setup(
     extras_require={
         'onedl': ONEDL,
         'upstream': UPSTREAM,
-        'tools': ['opencv-python', 'pillow', 'pycocotools', 'pyyaml', 'rich', 'scikit-image'],
+        'tools': [
+            'opencv-python',
+            'pillow',
+            'pycocotools',
+            'pyyaml',
+            'rich',
+            'scikit-image',
+            'scipy',
+        ],
     },
     zip_safe=False,
 )

@@ -21,6 +21,7 @@ _FUNCTIONS = dict(
     optimize_for_cpu='mmtoken.fast',
     routing_override='mmtoken.runtime.routing_override',
     set_image_sizes='mmtoken.layers.common.padding',
+    set_label_maps='mmtoken.layers.common.labels',
     token_losses='mmtoken.runtime.aux_losses',
 )
 

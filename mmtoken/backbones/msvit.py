@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..arguments import as_tuple
 from ..checkpoints.fit import enlarge
+from ..layers.common.labels import noted_labels
 from ..layers.common.packed import SparseFeatures
 from ..layers.common.padding import padding_regions, valid_size
 from ..layers.common.plain import has_geometry
@@ -54,12 +55,15 @@ class MSViT(PlainBackbone):
             ``embed_dims``, ``num_layers``, ``num_heads`` and ``feedforward_channels``.
         coarse_size: Side of a region, in pixels; a multiple of ``fine_size``.
         fine_size: Side of a patch that becomes a fine token, in pixels.
-        gate: Arguments of the gate, all optional: ``hidden_channels``, ``num_layers`` and
-            ``start_ratio`` as for :class:`~mmtoken.layers.msvit.gate.ScaleGate`; ``input``,
-            ``'embed'`` for the coarse embedding of a region or ``'pixels'``; ``temperature`` of the
-            sigmoid whose gradient the gate has; ``loss``, config of the loss that shapes its
-            decisions, with which training needs :class:`mmtoken.TokenLossHook`, or None. ``None``
-            instead of a dict gives the dense twin: ViT.
+        gate: Arguments of the gate, all optional. ``None`` instead of a dict gives the dense twin:
+            ViT. ``hidden_channels``, ``num_layers``, ``start_ratio`` and ``kernel_size`` are as for
+            :class:`~mmtoken.layers.msvit.gate.ScaleGate`. ``input``: ``'embed'`` for the coarse
+            embedding of a region, or ``'pixels'``. ``temperature``: of the sigmoid whose gradient
+            the gate has. ``loss``: config of the loss that shapes its decisions, with which
+            training needs :class:`mmtoken.TokenLossHook`, or None. ``fine_ratio``: the share of the
+            regions of every image that are fine, so that all images cost the same; it needs no
+            ``loss``. ``label_loss``: config of :class:`mmtoken.LabelPurityLoss`, with which labels
+            teach the gate, or None.
         share_patch_embed: Embed a region, scaled down to ``fine_size``, by the projection of fine
             patches, as the paper does. Otherwise it has a projection of its own.
         train_mode: How the gate gets its gradient; both modes have the same forward values.
@@ -74,7 +78,8 @@ class MSViT(PlainBackbone):
             the last of each quarter of the network, as in ViTDet.
         kwargs: As for :class:`~mmtoken.backbones.vit_base.PlainBackbone`, without ``patch_size``.
             ``out_type='tokens'`` returns :class:`~mmtoken.layers.common.packed.SparseFeatures` for
-            :class:`mmtoken.MixedScaleNeck`. ``frozen_stages=0`` freezes the gate too.
+            :class:`mmtoken.MixedScaleNeck`. ``frozen_stages=0`` freezes the gate too, except
+            with a ``label_loss``.
 
     Raises:
         ValueError: Bad argument values; the message says what is allowed.
@@ -92,8 +97,10 @@ class MSViT(PlainBackbone):
     fixed_args = ('patch_size',)
     twin_args = dict(gate=None)
     ratio_name = 'coarse_ratio'
-    ignorable_keys = rf'{PlainBackbone.ignorable_keys}|(gate|gate_loss|patch_embed_coarse)\..*'
-    newly_initialized_keys = r'(gate|gate_loss|patch_embed_coarse)\..*'
+    ignorable_keys = (
+        rf'{PlainBackbone.ignorable_keys}|(gate|gate_loss|label_loss|patch_embed_coarse)\..*'
+    )
+    newly_initialized_keys = r'(gate|gate_loss|label_loss|patch_embed_coarse)\..*'
 
     def __init__(
         self,
@@ -121,7 +128,7 @@ class MSViT(PlainBackbone):
         self.granularities = (1,) if gate is None else (1, self.ratio)
         self.global_blocks = self.check_windows(window_size, global_blocks)
         self.window = None if window_size is None else window_size // self.ratio  # in regions
-        self.gate = self.gate_loss = self.patch_embed_coarse = None
+        self.gate = self.gate_loss = self.label_loss = self.patch_embed_coarse = None
         if gate is not None:
             if not share_patch_embed:
                 in_channels = self.patch_embed.proj.in_channels
@@ -146,7 +153,9 @@ class MSViT(PlainBackbone):
         Raises:
             ValueError: Unknown arguments, or values that are not allowed.
         """
-        loss = gate.pop('loss', GATE['loss'])
+        self.fine_ratio = gate.pop('fine_ratio', None)
+        loss = gate.pop('loss', GATE['loss'] if self.fine_ratio is None else None)
+        label_loss = gate.pop('label_loss', None)
         self.gate_input = gate.pop('input', 'embed')
         self.temperature = gate.pop('temperature', 1.0)
         if self.gate_input not in get_args(GateInput):
@@ -155,17 +164,21 @@ class MSViT(PlainBackbone):
             )
         if not self.temperature > 0:
             raise ValueError(f"gate['temperature'] must be above 0, got {self.temperature}")
-        allowed = ('hidden_channels', 'num_layers', 'start_ratio')
+        if self.fine_ratio is not None and not 0 <= self.fine_ratio <= 1:
+            raise ValueError(f"gate['fine_ratio'] must be from 0 to 1, got {self.fine_ratio}")
+        allowed = ('hidden_channels', 'num_layers', 'start_ratio', 'kernel_size')
+        others = ('input', 'temperature', 'loss', 'fine_ratio', 'label_loss')
         if not set(gate) <= set(allowed):
             raise ValueError(
-                f'gate takes {("input", "temperature", "loss", *allowed)}, '
-                f'got {sorted(set(gate) - set(allowed))}'
+                f'gate takes {(*others, *allowed)}, got {sorted(set(gate) - set(allowed))}'
             )
         pixel_values = self.patch_embed.proj.in_channels * coarse_size**2
         seen = self.embed_dims if self.gate_input == 'embed' else pixel_values
         self.gate = ScaleGate(seen, **gate)
         if loss is not None:
             self.gate_loss = MODELS.build(loss)
+        if label_loss is not None:
+            self.label_loss = MODELS.build(label_loss)
 
     def check_windows(
         self, window_size: int | None, global_blocks: Iterable[int] | None
@@ -211,8 +224,10 @@ class MSViT(PlainBackbone):
         return super().library_baseline(args)
 
     def frozen_modules(self) -> list[nn.Module | nn.Parameter]:
-        """As for all backbones; the gate is fixed with the stem."""
-        gate = [part for part in (self.gate, self.gate_loss) if part is not None]
+        """As for all backbones; the gate is fixed with the stem, unless labels teach it."""
+        gate = []
+        if self.label_loss is None:
+            gate = [part for part in (self.gate, self.gate_loss) if part is not None]
         frozen = super().frozen_modules()
         return frozen + gate if frozen else frozen
 
@@ -310,10 +325,16 @@ class MSViT(PlainBackbone):
             seen = F.pixel_unshuffle(pad_to_stride(x, side), side).permute(0, 2, 3, 1)
         else:
             seen = coarse.detach()  # no gradient from the gate to the embedding
-        scores, sampled = self.gate(seen), explores(self.gate, seen)
         padding = padding_regions(valid_size(x), self.patch_size, regions)
+        scores, sampled = self.gate(seen, padding), explores(self.gate, seen)
         gates = choose(
-            scores, regions.num_cells, self.ratio_name, sampled, padding, self.temperature
+            scores,
+            regions.num_cells,
+            self.ratio_name,
+            sampled,
+            padding,
+            self.temperature,
+            self.fine_ratio,
         )
         choice = gates.argmax(dim=-1)
         record_decision(
@@ -326,4 +347,8 @@ class MSViT(PlainBackbone):
             loss = self.gate_loss(scores.softmax(dim=-1)[..., 1], valid)
             ratio = (choice * valid).sum() / valid.sum().clamp(min=1)
             publish(dict(loss_gate=loss, coarse_ratio=ratio))
+        if self.label_loss is not None and should_publish(self.gate.training):
+            side = self.patch_size * self.ratio
+            loss = self.label_loss(scores, noted_labels(x), (self.patch_size, side), side)
+            publish(dict(loss_region_labels=loss))
         return gates

@@ -1,7 +1,8 @@
-"""Sizes of the images in a batch without padding, from the data samples of OpenMMLab's models."""
+"""What data samples of OpenMMLab's models say of a batch: sizes of the images, and labels."""
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,8 +10,10 @@ from mmengine.model import BaseModel
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
+from ..layers.common.labels import note_labels
 from ..layers.common.padding import note_sizes, noted_sizes
 from ..necks import GrainUnpoolNeck
+from .sample_labels import labels_of_samples
 
 Size = tuple[int, int]  # height and width, in pixels
 
@@ -27,7 +30,8 @@ def follow_image_sizes(model: nn.Module) -> None:
     Each time the model, or a model inside it (a student, or under test-time augmentation), is
     called with images and their data samples, :func:`sizes_of_samples` is noted on the images, see
     :func:`mmtoken.set_image_sizes`, and on the maps for a :class:`mmtoken.GrainUnpoolNeck` right
-    behind the backbone. A second call of this function changes nothing.
+    behind the backbone. In training the labels are noted too, for losses that teach regions by
+    them (:class:`mmtoken.LabelPurityLoss`). A second call of this function changes nothing.
 
     Args:
         model: A detector, segmentor, classifier, or a module that contains one.
@@ -95,6 +99,8 @@ def _note_sizes(model: BaseModel, args: tuple, kwargs: dict) -> None:
         sizes = sizes_of_samples(images, of_images, divisor)
         if sizes is not None:
             note_sizes(images, sizes)
+        if model.training and isinstance(images, Tensor):
+            note_labels(images, partial(labels_of_samples, of_images, images.shape[-2:]))
 
 
 def _pass_sizes_on(backbone: nn.Module, args: tuple, maps: Any) -> None:

@@ -2,6 +2,7 @@
 
 from .batch_shaping import BatchShapingLoss
 from .budget import BudgetLoss
+from .label_purity import LabelPurityLoss
 from .rate import CoarseRatioLoss
 
-__all__ = ['BatchShapingLoss', 'BudgetLoss', 'CoarseRatioLoss']
+__all__ = ['BatchShapingLoss', 'BudgetLoss', 'CoarseRatioLoss', 'LabelPurityLoss']

@@ -839,7 +839,7 @@ def test_initialization(source, tmp_path, quiet):
         (dict(gate=dict(input='map')), r"gate\['input'\] must be one of .*, got 'map'"),
         (dict(gate=dict(temperature=0)), r"gate\['temperature'\] must be above 0, got 0"),
         (dict(gate=dict(temperature=float('nan'))), 'got nan'),
-        (dict(gate=dict(hidden=3, layers=2)), r"start_ratio'\), got \['hidden', 'layers'\]"),
+        (dict(gate=dict(hidden=3, layers=2)), r"kernel_size'\), got \['hidden', 'layers'\]"),
         (dict(gate=dict(start_ratio=1)), 'start_ratio must be between 0 and 1, got 1'),
         (dict(gate=dict(num_layers=0)), 'num_layers must be 1 or more, got 0'),
         (dict(global_blocks=(1,)), 'global_blocks needs window_size'),
@@ -915,3 +915,65 @@ def test_costs(row):
         if not more:
             assert macs - gate - unused == pytest.approx(expected, rel=1e-3, abs=rounding)
     assert counts == sorted(counts, reverse=True)
+
+
+TAUGHT = dict(fine_ratio=0.25, kernel_size=3, label_loss=dict(type='mmtoken.LabelPurityLoss'))
+
+
+@pytest.mark.parametrize('train_mode', MODES)
+@pytest.mark.parametrize('ratio', [0, 0.25, 0.6, 1])
+def test_so_many_regions_are_fine(ratio, train_mode):
+    model = stir(make(gate=dict(fine_ratio=ratio), train_mode=train_mode))
+    assert model.gate_loss is None  # nothing has to hold a budget
+    images = torch.randn(3, 3, 160, 192)
+    images[1, :, 100:], images[2, :, :, 60:] = 0, 0  # 4 x 6 and 5 x 2 regions without padding
+    _, (trained,), _ = run(model.train(), images)
+    with torch.no_grad():
+        _, (tested,), _ = run(model.eval(), images, seed=4)
+    assert torch.equal(trained.choice, tested.choice)  # nothing is drawn
+    fine = (tested.choice == 0).flatten(1).sum(dim=1)
+    assert fine.tolist() == [round(ratio * n) for n in (30, 24, 10)]
+    assert not ((tested.choice == 0) & tested.padding).any()
+
+
+def test_labels_teach_the_gate():
+    """Fine where a label changes, which here is where colors do."""
+    torch.manual_seed(0)
+    images, labels = torch.zeros(4, 3, 128, 128), torch.zeros(4, 128, 128, dtype=torch.long)
+    for image, label in zip(images, labels, strict=True):
+        top, left = torch.randint(4, 60, (2,)).tolist()
+        image[:, top : top + 50, left : left + 50] = 1
+        label[top : top + 50, left : left + 50] = 1
+    images += 0.5  # no padding
+    model = make(gate=dict(TAUGHT, input='pixels'), train_mode='gathered').train()
+    optimizer = torch.optim.Adam(model.gate.parameters(), lr=0.01)
+    mmtoken.set_label_maps(images, labels)
+    for _ in range(60):
+        _, (decision,), published = run(model, images)
+        optimizer.zero_grad()
+        published.total().backward()
+        optimizer.step()
+    assert published['loss_region_labels'] < 0.1
+    mixed = model.label_loss.targets(labels, (16, 32), 32, (4, 4))[0] == 0
+    # As many as may be fine are, and all of them are mixed.
+    fine = decision.choice == 0
+    assert mixed.sum() > fine.sum() == 4 * 4 and not (fine & ~mixed).any()
+
+
+def test_labels_are_needed_in_training_alone():
+    model, images = make(gate=TAUGHT).train(), torch.randn(1, 3, 64, 64)
+    with pytest.raises(RuntimeError, match='mmtoken.set_label_maps'):
+        run(model, images)
+    run(model.eval(), images)
+    with torch.no_grad():
+        run(model.train(), images)
+
+
+def test_neighbors_in_the_padding_are_not_seen():
+    model = stir(make(gate=dict(TAUGHT, label_loss=None))).eval()
+    image = torch.randn(1, 3, 96, 128)
+    padded = torch.zeros(1, 3, 160, 192)
+    padded[..., :96, :128] = image
+    with torch.no_grad():
+        choices = [run(model, images)[1][0].choice for images in (image, padded)]
+    assert torch.equal(choices[0], choices[1][:, :3, :4])

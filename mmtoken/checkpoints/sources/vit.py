@@ -19,14 +19,14 @@ NAMES = (
     rf'cls_token|reg_token|pos_embed|patch_embed\.proj{PARAM}|(norm|fc_norm){PARAM}'
     rf'|blocks\.\d+\.(norm[12]|attn\.({ATTENTION})|mlp\.fc[12]|router\.gate){PARAM}'
     r'|blocks\.\d+\.ls[12]\.gamma'
-    r'|(gate|gate_loss|patch_embed_coarse)\..*'
+    r'|(gate|gate_loss|label_loss|patch_embed_coarse)\..*'
 )
 HEADS = (r'(head|head_dist|pre_logits)\.', None)
 REGISTERS = ('reg_token', 'register_tokens')  # in timm and officially
 PRETRAINING = (r'mask_token$|decoder_', None)
 # What our models of dynamic granularity have beyond a plain ViT or PVT, and those of mixed scale
 GRAINED = (rf'.*\.router\.gate{PARAM}', r'budget\..*')
-MIXED = (r'gate\..*', r'gate_loss\..*', r'patch_embed_coarse\..*')
+MIXED = (r'gate\..*', r'gate_loss\..*', r'label_loss\..*', r'patch_embed_coarse\..*')
 # The stem of structure-aware tokens, which has other layers than a projection of patches
 STRUCTURED_STEM = rf'patch_embed\.((conv|norm)[12]{PARAM}|plane_pos)'
 PATCH_STEM = rf'patch_embed\.proj{PARAM}'

@@ -34,6 +34,7 @@ def choose(
     training: bool,
     padding: Tensor | None = None,
     temperature: float = 1.0,
+    fine_ratio: float | None = None,
 ) -> Tensor:
     """One-hot choices of all regions: sampled in training, the highest score otherwise.
 
@@ -45,6 +46,8 @@ def choose(
             gradient of the softmax.
         padding: Regions that are padding, ``(B, Hr, Wr)``, bool; they take the coarsest choice.
         temperature: Of the Gumbel-softmax; it changes the gradient only.
+        fine_ratio: Share of the regions of each image, without padding, that are fine: those that
+            need it most. Nothing is sampled then. Only with two choices.
 
     Returns:
         ``(B, Hr, Wr, K)``, exactly 0 and 1.
@@ -68,6 +71,10 @@ def choose(
         gates = one_hot(drawn, scores)
         if training:
             gates = with_gradient_of(gates, scores.softmax(dim=-1))
+    elif fine_ratio is not None:
+        gates = one_hot(rank_regions(scores, fine_ratio, padding), scores)
+        if training:
+            gates = with_gradient_of(gates, (scores / temperature).softmax(dim=-1))
     elif training:
         gates = straight_through((scores + gumbel_noise(scores)) / temperature)
     else:
@@ -77,6 +84,26 @@ def choose(
         coarsest[..., -1] = 1
         gates = torch.where(padding[..., None], coarsest, gates)
     return gates
+
+
+def rank_regions(scores: Tensor, fine_ratio: float, padding: Tensor | None = None) -> Tensor:
+    """The choice of each region, if so many regions of an image are fine.
+
+    Args:
+        scores: Fine and coarse, ``(B, Hr, Wr, 2)``.
+        fine_ratio: Share of the regions without padding that are fine, rounded to whole regions.
+        padding: Regions that are padding, ``(B, Hr, Wr)``, bool; None for none.
+
+    Returns:
+        0 for fine and 1 for coarse, ``(B, Hr, Wr)``.
+    """
+    needs = (scores[..., 0] - scores[..., 1]).detach()
+    regions = torch.ones_like(needs, dtype=torch.bool) if padding is None else ~padding
+    needs = needs.masked_fill(~regions, -torch.inf).flatten(1)
+    order = needs.argsort(dim=1, descending=True, stable=True)
+    rank = order.argsort(dim=1)
+    number = (regions.flatten(1).sum(dim=1, keepdim=True) * fine_ratio).round()
+    return (rank >= number).long().view(scores.shape[:-1])
 
 
 def explores(chooser: nn.Module, x: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """The gate that decides which regions of an image deserve fine tokens.
 
 Source: MSViT, arXiv 2307.02321: a four-layer MLP on each coarse region by itself. What it reads and
-how wide it is were not published; that is decided here.
+how wide it is were not published; that is decided here, and so is the option to see neighbors.
 """
 
 import math
@@ -23,6 +23,8 @@ class ScaleGate(nn.Module):
         hidden_channels: Of the MLP.
         num_layers: Linear layers of the MLP; each but the last is followed by LayerNorm and GELU.
         start_ratio: Share of coarse regions before anything has been learned, in (0, 1).
+        kernel_size: Of a depth-wise convolution of regions behind each hidden layer, odd; 1 for
+            none. With 3 a gate sees where its region differs from its neighbors.
 
     Raises:
         ValueError: An argument out of range.
@@ -34,18 +36,22 @@ class ScaleGate(nn.Module):
         hidden_channels: int = 64,
         num_layers: int = 4,
         start_ratio: float = 0.1,
+        kernel_size: int = 1,
     ) -> None:
         super().__init__()
         if not 0 < start_ratio < 1:
             raise ValueError(f'start_ratio must be between 0 and 1, got {start_ratio}')
         if num_layers < 1:
             raise ValueError(f'num_layers must be 1 or more, got {num_layers}')
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f'kernel_size must be odd and 1 or more, got {kernel_size}')
         self.start_ratio = start_ratio
         layers = []
         for _ in range(num_layers - 1):
-            layers += [
-                nn.Linear(in_channels, hidden_channels), nn.LayerNorm(hidden_channels), nn.GELU(),
-            ]  # fmt: skip
+            layers.append(nn.Linear(in_channels, hidden_channels))
+            if kernel_size > 1:
+                layers.append(NeighborMixing(hidden_channels, kernel_size))
+            layers += [nn.LayerNorm(hidden_channels), nn.GELU()]
             in_channels = hidden_channels
         self.layers = nn.Sequential(*layers, nn.Linear(in_channels, 1))
         self.init_weights()
@@ -56,11 +62,39 @@ class ScaleGate(nn.Module):
         trunc_normal_(last.weight, std=0.01)
         nn.init.constant_(last.bias, math.log(self.start_ratio / (1 - self.start_ratio)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, Hr, Wr, in_channels) -> (B, Hr, Wr, 2)``: fine and coarse, float32.
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        """Score both scales.
 
-        Their softmax is the probability of a coarse token that the paper's sigmoid gives.
+        Args:
+            x: What is known of each region, ``(B, Hr, Wr, in_channels)``.
+            padding: Regions that are padding, ``(B, Hr, Wr)``, bool; their neighbors do not see
+                them.
+
+        Returns:
+            Fine and coarse, ``(B, Hr, Wr, 2)``, float32. Their softmax is the probability of a
+            coarse token that the paper's sigmoid gives.
         """
         with full_precision(x.device):
-            coarse = self.layers(x.to(weight_dtype(self.layers[0]))).float()
+            x = x.to(weight_dtype(self.layers[0]))
+            for layer in self.layers:
+                if padding is not None and isinstance(layer, NeighborMixing):
+                    x = x.masked_fill(padding[..., None], 0)
+                x = layer(x)
+            coarse = x.float()
         return torch.cat([torch.zeros_like(coarse), coarse], dim=-1)
+
+
+class NeighborMixing(nn.Conv2d):
+    """A depth-wise convolution of regions, with a residual.
+
+    Args:
+        channels: C.
+        kernel_size: In regions, odd.
+    """
+
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, Hr, Wr, C) -> (B, Hr, Wr, C)``."""
+        return x + super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

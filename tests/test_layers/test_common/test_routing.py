@@ -11,6 +11,7 @@ from mmtoken.layers.common.routing import (
     explores,
     gumbel_noise,
     one_hot,
+    rank_regions,
     straight_through,
     with_gradient_of,
 )
@@ -182,3 +183,23 @@ def test_choice_under_the_wrong_override():
         pytest.raises(ValueError, match=r'query_ratio=.* but this network has a coarse_ratio'),
     ):
         choose_scales(torch.randn(2, 3, 4, 2))
+
+
+def test_regions_are_ranked():
+    scores = torch.tensor([[3.0, 0.0], [1.0, 2.0], [0.0, 5.0], [9.0, 9.0]]).view(1, 2, 2, 2)
+    assert rank_regions(scores, 0.5).tolist() == [[[0, 1], [1, 0]]]
+    assert rank_regions(scores, 0.25).tolist() == [[[0, 1], [1, 1]]]
+    padding = torch.tensor([[[True, False], [False, False]]])
+    assert rank_regions(scores, 0.34, padding).tolist() == [[[1, 1], [1, 0]]]
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_a_ratio_leaves_nothing_to_chance(training):
+    scores = torch.randn(2, 6, 7, 2, requires_grad=True)
+    counts = torch.tensor([[4, 1]]).expand(42, 2)
+    gates = choose(scores, counts, 'coarse_ratio', training, fine_ratio=0.3)
+    assert torch.equal(gates.argmax(-1), rank_regions(scores, 0.3))
+    assert gates.requires_grad == training
+    if training:
+        (gates[..., 0].sum()).backward()
+        assert scores.grad.abs().sum() > 0

@@ -81,3 +81,19 @@ def test_half_precision_is_read_in_float32():
 def test_bad_arguments(bad, message):
     with pytest.raises(ValueError, match=message):
         ScaleGate(8, **bad)
+
+
+def test_regions_see_their_neighbors():
+    gate, x = ScaleGate(6, 8, num_layers=3, kernel_size=3), torch.randn(1, 7, 7, 6)
+    other = x.clone()
+    other[0, 0, 0] += 1
+    seen = (gate(x) != gate(other))[0, ..., 1]
+    rows, columns = torch.meshgrid(torch.arange(7), torch.arange(7), indexing='ij')
+    assert torch.equal(seen, (rows <= 2) & (columns <= 2))  # two layers of 3 x 3
+
+
+def test_padding_is_not_seen():
+    gate, x = ScaleGate(6, 8, kernel_size=3), torch.randn(1, 5, 6, 6)
+    padding = torch.zeros(1, 5, 6, dtype=torch.bool)
+    padding[:, 3:], padding[:, :, 4:] = True, True
+    torch.testing.assert_close(gate(x, padding)[:, :3, :4], gate(x[:, :3, :4]))
