@@ -28,7 +28,7 @@ def test_tiled_stage_is_the_stage(window_size, length, monkeypatch):
 def test_stages_behind_a_pooling_are_tiled_too(monkeypatch):
     """Pooling is no part of what is run window by window."""
     arch = dict(stages=[(24, 2, (2,)), (36, 3, (2, 1))])
-    model = PSViT(arch, window_sizes=(4, 4)).eval()
+    model = PSViT(arch, window_sizes=(4, 4), out_indices=(0, 1)).eval()
     runs, run = [], SharingStage.run
     monkeypatch.setattr(SharingStage, 'run', lambda *args: runs.append(args[1]) or run(*args))
     monkeypatch.setattr(tiling, 'TILE_ELEMENTS', 1)
