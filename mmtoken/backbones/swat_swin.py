@@ -79,6 +79,13 @@ class SWATSwin(SwinBackbone):
     Raises:
         ValueError: Bad argument values; the message says what is allowed.
         TypeError: ``arch`` is neither a name nor a dict.
+
+    Example:
+        >>> import torch
+        >>> arch = dict(embed_dims=16, depths=(1, 1), num_heads=(1, 2))
+        >>> backbone = SWATSwin(arch, out_indices=(0, 1)).eval()
+        >>> [tuple(m.shape) for m in backbone(torch.zeros(1, 3, 64, 96))]
+        [(1, 16, 16, 24), (1, 32, 8, 12)]
     """
 
     arch_zoo = dict(

@@ -47,7 +47,8 @@ CHOICE = (
      'at the input, 4 of a region stay or become 1', 'a gate loss',
      {'msvit-s_forward_1x1024x1024_run*': 'small, half of the regions coarse'}, {'msvit': ''}),
     ('any weights of a plain ViT; no training', 'merge', 'MPM',
-     'pairs of alike tokens become one, twice', 'score and time not measured', {}, {}),
+     'pairs of alike tokens become one, twice', 'score not measured',
+     {'merge-vit-s_forward_1x1024x1024_run*': 'small; depends on the image'}, {}),
     ('time to train from scratch', 'psvit', 'PSViT', 'pooled twice; layers share attention maps',
      'no pretrained weights', {'psvit-t_forward_800x1280_run*': 'tiny'}, {'psvit': ''}),
     ('time to spend on accuracy', 'swat', 'SWAT', 'all stay and keep their spatial structure',
@@ -95,7 +96,9 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     header, rows = list(header), [list(row) for row in rows]
     if not rows:
         raise ValueError(f'no rows for the table of {header}')
-    figures = [all(re.match(r'[\d−+.]|$', row[i]) for row in rows) for i in range(len(header))]
+    figures = [
+        all(re.match(r'[\d−+.][^×]*$|$', row[i]) for row in rows) for i in range(len(header))
+    ]
     rule = ['---:' if right and i else '---' for i, right in enumerate(figures)]
     return ''.join(f'| {" | ".join(cells)} |\n' for cells in (header, rule, *rows))
 
