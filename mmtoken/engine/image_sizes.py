@@ -46,8 +46,8 @@ def follow_image_sizes(model: nn.Module) -> None:
             'sizes by mmtoken.set_image_sizes(images, sizes)'
         )
     for part in models:
-        if _note_sizes not in part._forward_pre_hooks.values():
-            part.register_forward_pre_hook(_note_sizes, with_kwargs=True)
+        if _note_samples not in part._forward_pre_hooks.values():
+            part.register_forward_pre_hook(_note_samples, with_kwargs=True)
         backbone, neck = getattr(part, 'backbone', None), getattr(part, 'neck', None)
         if _starts_grained(neck) and _pass_sizes_on not in backbone._forward_hooks.values():
             backbone.register_forward_hook(_pass_sizes_on)
@@ -87,7 +87,7 @@ def sizes_of_samples(images: Any, samples: Any, size_divisor: int = 1) -> Tensor
     return torch.where(plain[:, None], outer.new_tensor(contents), outer)
 
 
-def _note_sizes(model: BaseModel, args: tuple, kwargs: dict) -> None:
+def _note_samples(model: BaseModel, args: tuple, kwargs: dict) -> None:
     """Before a call with images and data samples, of one or several branches."""
     given = dict(zip(('inputs', 'data_samples'), args, strict=False)) | kwargs
     inputs, samples = given.get('inputs'), given.get('data_samples')

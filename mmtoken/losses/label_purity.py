@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layers.common.labels import label_purity
+from ..layers.common.labels import UNLABELED, label_purity
 from ..registry import MODELS
 from .rate import check_open_interval
 from .warm_up import WarmUpLoss
@@ -73,10 +73,12 @@ class LabelPurityLoss(WarmUpLoss):
         """
         rows, columns = shape
         height, width = labels.shape[-2:]
-        labels = F.pad(labels, (0, columns * region - width, 0, rows * region - height), value=-1)
+        labels = F.pad(
+            labels, (0, columns * region - width, 0, rows * region - height), value=UNLABELED
+        )
         target = labels.new_zeros(len(labels), rows, columns)
         for index, side in enumerate(sides[1:], start=1):
             purity, _ = label_purity(labels, side)
             worst = -F.max_pool2d(-purity, region // side)
             target = torch.where(worst >= self.min_purity, index, target)
-        return target, label_purity(labels, region)[1]
+        return target, F.max_pool2d((labels >= 0).float(), region) > 0

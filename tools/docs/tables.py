@@ -11,6 +11,8 @@ from statistics import median
 
 import yaml
 
+from mmtoken.analysis.training_log import METRICS
+
 DESCRIPTION = """\
 Write the generated tables of README.md, docs/, benchmarks/ and configs/*/README.md. A table stands
 between two comments, the first of which names it and the files it shows:
@@ -30,7 +32,6 @@ BENCHMARKS = ROOT / 'benchmarks'
 MARK = re.compile(r'(<!-- table: (?P<name>\S+) ?(?P<argument>\S*) -->\n).*?(<!-- end -->)', re.S)
 SIZES = ('t', 's', 'm', 'b', 'base32')  # in this order
 SHORT = dict(tiny='t', small='s', medium='m', base='b')
-METRICS = {'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP', 'mIoU': 'mIoU'}
 # Rows of the README's first table: what the user has, folder and name of the method, what it does
 # to tokens, what else it costs; files of timings and of scores, with what was measured.
 CHOICE = (
@@ -144,7 +145,7 @@ def choice() -> str:
 def differences(results: dict) -> list[str]:
     """How far networks are from their dense twins, in points."""
     found = [
-        f'{METRICS[metric]} {signed(spreads["difference"]["mean"], 1)}'
+        f'{METRICS[metric].label} {signed(spreads["difference"]["mean"], 1)}'
         for pair in results['pairs']
         if '-dense_' in pair['twin']
         for metric, spreads in pair['metrics'].items()
@@ -184,7 +185,7 @@ def scores(glob: str = '*') -> str:
             for metric, spreads in pair['metrics'].items():
                 sparse, dense, difference = (spreads[k] for k in ('sparse', 'dense', 'difference'))
                 rows.append(
-                    (f'`{Path(pair["config"]).stem}`', METRICS[metric], plus_minus(sparse),
+                    (f'`{Path(pair["config"]).stem}`', METRICS[metric].label, plus_minus(sparse),
                      plus_minus(dense), plus_minus(difference, signed), str(len(pair['seeds'])))
                 )  # fmt: skip
     header = ('config', 'metric', 'score', 'of the other', 'difference', 'seeds')

@@ -77,14 +77,10 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = dict(
-    batch_size=1,
-    num_workers=2,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=False),
+    val_dataloader,
     dataset=dict(
-        **dataset,
+        val_dataloader['dataset'],
         data_prefix=dict(img_path='images/test', seg_map_path='labels/test'),
-        pipeline=test_pipeline,
     ),
 )
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
