@@ -6,6 +6,7 @@ model is built.
 """
 
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import Registry
@@ -16,6 +17,7 @@ MODELS = Registry(
     locations=['mmtoken.backbones', 'mmtoken.necks', 'mmtoken.losses'],
 )
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, locations=['mmtoken.engine'])
+METRICS = Registry('metric', parent=MMENGINE_METRICS, locations=['mmtoken.evaluation'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',
     parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,

@@ -175,7 +175,7 @@ def summarize(measured: dict, targets: dict) -> dict:
 
 def describe(args, setting, sparse) -> dict:
     """What was measured, and on what."""
-    from benchmarking.environment import describe_environment
+    from mmtoken.analysis.environment import describe_environment
 
     return dict(
         config=Path(args.config).name,

@@ -37,7 +37,7 @@ def main() -> int:
     if args.device == 'cpu':
         os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the runner takes a GPU if it sees one
     import torch  # after the arguments are known to be good
-    from benchmarking.environment import describe_environment
+    from mmtoken.analysis.environment import describe_environment
     from mmengine.config import Config
 
     if args.device == 'cuda' and not torch.cuda.is_available():

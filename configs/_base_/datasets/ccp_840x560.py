@@ -55,7 +55,7 @@ dataset = dict(
     seg_map_suffix='.png',
 )
 train_dataloader = dict(
-    batch_size=4,
+    batch_size=2,
     num_workers=2,
     persistent_workers=True,
     sampler=dict(type='InfiniteSampler', shuffle=True),
@@ -83,5 +83,8 @@ test_dataloader = dict(
         data_prefix=dict(img_path='images/test', seg_map_path='labels/test'),
     ),
 )
-val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
+val_evaluator = [
+    dict(type='IoUMetric', iou_metrics=['mIoU']),
+    dict(type='mmtoken.BoundaryIoUMetric', iou_metrics=['mIoU']),
+]
 test_evaluator = val_evaluator

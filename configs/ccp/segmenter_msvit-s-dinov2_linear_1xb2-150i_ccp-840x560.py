@@ -3,7 +3,7 @@
 _base_ = [
     '../_base_/mmtoken.py',
     '../_base_/datasets/ccp_840x560.py',
-    '../_base_/schedules/ccp_750i.py',
+    '../_base_/schedules/ccp_150i.py',
     'mmseg::_base_/default_runtime.py',
 ]
 

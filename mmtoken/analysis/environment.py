@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from mmtoken.stack import DISTRIBUTIONS, installed_version
-from mmtoken.version import __version__
+from ..stack import DISTRIBUTIONS, installed_version
+from ..version import __version__
 
-CHECKOUT = Path(__file__).resolve().parents[3]
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def describe_environment(device: torch.device) -> dict[str, str]:

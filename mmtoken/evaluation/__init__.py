@@ -1,0 +1,5 @@
+"""Metrics for MMEngine's runner."""
+
+from .boundary_iou import BoundaryIoUMetric
+
+__all__ = ['BoundaryIoUMetric']
