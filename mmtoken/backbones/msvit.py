@@ -63,7 +63,7 @@ class MSViT(PlainBackbone):
             training needs :class:`mmtoken.TokenLossHook`, or None. ``fine_ratio``: the share of the
             regions of every image that are fine, so that all images cost the same; it needs no
             ``loss``. ``label_loss``: config of :class:`mmtoken.LabelPurityLoss`, with which labels
-            teach the gate, or None.
+            teach the gate, or None; with ``fine_ratio`` it learns from the labels alone.
         share_patch_embed: Embed a region, scaled down to ``fine_size``, by the projection of fine
             patches, as the paper does. Otherwise it has a projection of its own.
         train_mode: How the gate gets its gradient; both modes have the same forward values.
@@ -326,12 +326,15 @@ class MSViT(PlainBackbone):
         else:
             seen = coarse.detach()  # no gradient from the gate to the embedding
         padding = padding_regions(valid_size(x), self.patch_size, regions)
-        scores, sampled = self.gate(seen, padding), explores(self.gate, seen)
+        scores = self.gate(seen, padding)
+        # A gate with a fixed budget that labels teach needs no gradient of the task, which would
+        # have to pass all blocks, frozen ones too.
+        taught = self.label_loss is not None and self.fine_ratio is not None
         gates = choose(
             scores,
             regions.num_cells,
             self.ratio_name,
-            sampled,
+            explores(self.gate, seen) and not taught,
             padding,
             self.temperature,
             self.fine_ratio,

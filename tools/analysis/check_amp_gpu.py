@@ -37,8 +37,9 @@ def main() -> int:
     if args.device == 'cpu':
         os.environ['CUDA_VISIBLE_DEVICES'] = ''  # the runner takes a GPU if it sees one
     import torch  # after the arguments are known to be good
-    from mmtoken.analysis.environment import describe_environment
     from mmengine.config import Config
+
+    from mmtoken.analysis.environment import describe_environment
 
     if args.device == 'cuda' and not torch.cuda.is_available():
         return fail('torch sees no CUDA device; --device cpu checks bfloat16 without a scaler')
