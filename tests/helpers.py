@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
+from mmtoken.layers.common.gate import RegionGate
 from mmtoken.layers.dge.block import GranularityRouter
-from mmtoken.layers.msvit.gate import ScaleGate
 
 
 def wake(model: nn.Module) -> nn.Module:
@@ -22,7 +22,7 @@ def wake(model: nn.Module) -> nn.Module:
             if isinstance(module, GranularityRouter):
                 module.gate.weight.normal_(0, 0.3, generator=generator)
                 module.gate.bias.normal_(0, 0.1, generator=generator)
-            if isinstance(module, ScaleGate):
+            if isinstance(module, RegionGate):
                 for layer in module.layers:
                     if isinstance(layer, nn.Linear):
                         layer.weight.normal_(0, 1, generator=generator)

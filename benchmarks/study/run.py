@@ -18,8 +18,9 @@ from mmtoken.runtime.decisions import record_routing
 
 DESCRIPTION = """\
 Train and test one row of benchmarks/study/TASK.yml with one seed, and write its scores to
-benchmarks/study/results/TASK/ROW_seedN.json. A finished row is not repeated; an interrupted training
-goes on from its last checkpoint. The data is expected under data/, as tools/datasets makes it.
+benchmarks/study/results/TASK/ROW_seedN.json. A finished row is not repeated; an interrupted
+training goes on from its last checkpoint. The data is expected under data/, as tools/datasets makes
+it.
 """
 EXAMPLES = """\
 examples:

@@ -26,6 +26,7 @@ model = dict(
         coarse_size=28,
         fine_size=14,
         gate=dict(
+            input='patches',
             fine_ratio=0.25,
             kernel_size=3,
             label_loss=dict(type='mmtoken.LabelPurityLoss'),

@@ -13,10 +13,12 @@ from torch import Tensor
 from ..arguments import as_tuple
 from ..layers.common.padding import padding_regions, valid_size
 from ..layers.common.vit import NORM_EPS, ViTBlock
-from ..layers.dge.block import DynamicGranularityBlock, TrainMode
+from ..layers.dge.block import DynamicGranularityBlock, Routing, TrainMode
+from ..layers.dge.shared_router import SharedRouter, split_router_args
 from ..layers.dge.spatial_reduction import SpatialReductionAttention
 from ..layers.dge.stage import Decisions
 from ..losses.budget import BUDGET, BlockWidths, PatchWidths, build_budget, publish_budget
+from ..losses.label_purity import publish_label_loss
 from ..registry import MODELS
 from .vit_base import DenseLayout, PlainBackbone
 
@@ -28,11 +30,13 @@ class RoutedLayout(NamedTuple):
         grid: ``(H, W)``, in tokens.
         valid: Sizes of the images, ``(B, 2)``, in pixels.
         decisions: The regions, and what the blocks so far chose for them.
+        shared: The choice of a router that all blocks share; None if each has its own.
     """
 
     grid: tuple[int, int]
     valid: Tensor
     decisions: Decisions
+    shared: Routing | None = None
 
 
 @MODELS.register_module()
@@ -57,6 +61,12 @@ class DGEDeiT(PlainBackbone):
             :class:`~mmtoken.layers.dge.block.DynamicGranularityBlock`.
         budget: Config of the loss that limits the number of queries; with it, training needs
             :class:`mmtoken.TokenLossHook`. None leaves routers to the loss of the task.
+        router: Arguments of one router, which chooses before the first block for all of them,
+            instead of a router in each: ``query_ratio``, the queries over tokens that each image
+            has at most, so that all images cost the same and ``budget`` is not used;
+            ``label_loss``, config of :class:`mmtoken.LabelPurityLoss`, with which labels teach the
+            router (with ``query_ratio`` they alone do); and those of
+            :class:`~mmtoken.layers.common.gate.RegionGate`.
         kwargs: As for :class:`~mmtoken.backbones.vit_base.PlainBackbone`, without ``num_registers``
             and ``layer_scale``. Released DGE weights are for ``img_size=256`` and have a class
             token.
@@ -76,8 +86,8 @@ class DGEDeiT(PlainBackbone):
     fixed_args = ('num_registers', 'layer_scale')
     ratio_name = DynamicGranularityBlock.ratio_name
     twin_args = dict(granularities=(1,), budget=None)
-    ignorable_keys = rf'{PlainBackbone.ignorable_keys}|budget\..*'
-    newly_initialized_keys = r'budget\..*'
+    ignorable_keys = rf'{PlainBackbone.ignorable_keys}|(budget|label_loss)\..*'
+    newly_initialized_keys = r'(budget|label_loss|router)\..*'
 
     def __init__(
         self,
@@ -86,11 +96,19 @@ class DGEDeiT(PlainBackbone):
         region_size: int = 4,
         train_mode: TrainMode = 'exact',
         budget: dict | None = BUDGET,
+        router: Mapping | None = None,
         **kwargs,
     ) -> None:
         super().__init__(arch, **kwargs)
         self.granularities = as_tuple(granularities)
         self.region_size = region_size
+        self.router = self.label_loss = None
+        if self.is_routed and router is not None:
+            args, label_loss, budget = split_router_args(router, budget)
+            self.label_loss = None if label_loss is None else MODELS.build(label_loss)
+            self.router = SharedRouter(
+                self.embed_dims, self.granularities, region_size, taught=bool(label_loss), **args
+            )
         self.budget = build_budget(budget, self.granularities)
         if self.is_routed:
             dims, heads, hidden, bias = self.block_args.values()
@@ -98,6 +116,7 @@ class DGEDeiT(PlainBackbone):
                 DynamicGranularityBlock(
                     dims, SpatialReductionAttention(dims, heads, 1, bias), hidden,
                     self.granularities, region_size, train_mode, rate, NORM_EPS,
+                    has_router=self.router is None,
                 )
                 for rate in self.drop_rates
             )  # fmt: skip
@@ -122,19 +141,33 @@ class DGEDeiT(PlainBackbone):
         valid = valid_size(x)
         regions = self.blocks[0].layout(dense.grid, self.num_prefix_tokens, x.device)
         padding = padding_regions(valid, self.patch_size, regions)
-        return tokens, RoutedLayout(dense.grid, valid, Decisions(regions, padding, []))
+        shared = None
+        if self.router is not None:
+            shared, scores = self.router(tokens, regions, padding, len(self.blocks))
+            sides = [side * self.patch_size for side in self.granularities]
+            region = self.region_size * self.patch_size
+            publish_label_loss(self.label_loss, scores, x, sides, region, self.router.training)
+        return tokens, RoutedLayout(dense.grid, valid, Decisions(regions, padding, []), shared)
 
     def run_block(
         self, index: int, tokens: Tensor, layout: DenseLayout | RoutedLayout
     ) -> tuple[Tensor, DenseLayout | RoutedLayout]:
         if not self.is_routed:
             return super().run_block(index, tokens, layout)
-        regions, padding, gates = layout.decisions
-        routing = self.blocks[index].route(tokens, regions, padding)
+        regions, padding, gates, _ = layout.decisions
+        routing = layout.shared
+        if routing is None:
+            routing = self.blocks[index].route(tokens, regions, padding)
         tokens = self.checkpoint(self.blocks[index], tokens, regions, routing)
         # torch.compile loses the fields of a NamedTuple that _replace makes.
         decisions = Decisions(regions, padding, [*gates, routing.gates])
-        return tokens, RoutedLayout(layout.grid, layout.valid, decisions)
+        return tokens, RoutedLayout(layout.grid, layout.valid, decisions, layout.shared)
+
+    def frozen_modules(self) -> list[nn.Module | nn.Parameter]:
+        """As for all backbones; a shared router is fixed with the stem, unless labels teach it."""
+        frozen = super().frozen_modules()
+        fixed = frozen and self.router is not None and self.label_loss is None
+        return [*frozen, self.router] if fixed else frozen
 
     def finish(self, layout: DenseLayout | RoutedLayout) -> None:
         if self.is_routed:

@@ -17,9 +17,11 @@ from ..layers.common.padding import valid_size
 from ..layers.common.utils import ceil_div, check_heads, drop_path_rates, join_maps, to_map
 from ..layers.dge.block import DynamicGranularityBlock, TrainMode
 from ..layers.dge.deformable import DeformableAttention
+from ..layers.dge.shared_router import SharedRouter, split_router_args
 from ..layers.dge.spatial_reduction import SpatialReductionAttention
 from ..layers.dge.stage import DynamicGranularityStage
 from ..losses.budget import BUDGET, BlockWidths, PatchWidths, build_budget, publish_budget
+from ..losses.label_purity import publish_label_loss
 from ..registry import MODELS
 from .base import TokenBackbone, check_out_type, resolve_arch
 
@@ -55,6 +57,8 @@ class DGEPVT(TokenBackbone):
             :class:`~mmtoken.layers.dge.block.DynamicGranularityBlock`.
         budget: Config of the loss that limits the number of queries; with it, training needs
             :class:`mmtoken.TokenLossHook`. None leaves routers to the loss of the task.
+        router: Arguments of one router for each stage, which chooses for all of its blocks, instead
+            of a router in each; see :class:`mmtoken.DGEDeiT`.
         cls_token: Whether the last stage has a class token, as the release has; PVT's detectors
             and segmentors have none.
         pretrain_img_size: Image size of the position embeddings, in pixels: a side, or ``(H, W)``.
@@ -89,8 +93,8 @@ class DGEPVT(TokenBackbone):
     ratio_name = DynamicGranularityBlock.ratio_name
     stem_names = ('layers.0.patch_embed', 'layers.0.pos_embed')
     twin_args = dict(granularities=(1,), budget=None)
-    ignorable_keys = r'(norm|head|budget)\..*|layers\.\d+\.cls_token'
-    newly_initialized_keys = r'budget\..*'
+    ignorable_keys = r'(norm|head|budget|label_loss)\..*|layers\.\d+\.cls_token'
+    newly_initialized_keys = r'(budget|label_loss|layers\.\d+\.router)\..*'
     arch_keys = (*WIDTHS, 'depths', 'sr_ratios')
     arch_zoo: ClassVar[dict[str, dict]] = {
         name: dict(WIDTHS, depths=depths, sr_ratios=(8, 4, 2, 1)) for name, depths in DEPTHS.items()
@@ -103,6 +107,7 @@ class DGEPVT(TokenBackbone):
         region_size: int = 4,
         train_mode: TrainMode = 'exact',
         budget: dict | None = BUDGET,
+        router: Mapping | None = None,
         cls_token: bool = False,
         pretrain_img_size: int | tuple[int, int] = 224,
         in_channels: int = 3,
@@ -126,6 +131,12 @@ class DGEPVT(TokenBackbone):
         self.out_type = out_type
         self.out_channels = tuple(dims[i] for i in self.out_indices)
         self.granularities = as_tuple(granularities)
+        self.region_size = region_size
+        self.label_loss, router_args = None, None
+        if router is not None and len(self.granularities) > 1:
+            router_args, label_loss, budget = split_router_args(router, budget)
+            self.label_loss = None if label_loss is None else MODELS.build(label_loss)
+            router_args.update(taught=bool(label_loss))
         self.budget = build_budget(budget, self.granularities)
 
         self.layers = nn.ModuleList()
@@ -144,13 +155,17 @@ class DGEPVT(TokenBackbone):
                     region_size,
                     train_mode,
                     rate,
+                    has_router=router_args is None,
                 )
                 for rate in rates[i]
             ]
+            shared = None
+            if router_args is not None:
+                shared = SharedRouter(dims[i], self.granularities, region_size, **router_args)
             has_token = cls_token and i == last
             self.layers.append(
                 DynamicGranularityStage(
-                    channels, patch_size, stride, side, blocks, has_token, with_cp
+                    channels, patch_size, stride, side, blocks, has_token, with_cp, shared
                 )
             )
             self.block_widths.append(BlockWidths.of(blocks[0]))
@@ -179,11 +194,17 @@ class DGEPVT(TokenBackbone):
             ``out_indices``, or one ``(B, C)`` according to ``out_type``.
         """
         valid = valid_size(x) if len(self.granularities) > 1 else None
-        maps, decisions = [], []
+        maps, decisions, inputs = [], [], x
         for i, stage in enumerate(self.layers):
-            tokens, cls_token, chosen = stage(x, valid)  # (B, H, W, C), (B, 0 or 1, C)
+            tokens, cls_token, chosen = stage(inputs, valid)  # (B, H, W, C), (B, 0 or 1, C)
+            if chosen.scores is not None:
+                sides = [side * stage.stride for side in self.granularities]
+                region = self.region_size * stage.stride
+                publish_label_loss(
+                    self.label_loss, chosen.scores, x, sides, region, stage.router.training
+                )
             decisions.append(chosen)
-            x = tokens.permute(0, 3, 1, 2)
+            inputs = tokens.permute(0, 3, 1, 2)
             if i in self.out_indices:
                 maps.append(self._output(tokens, cls_token))
         stages = list(zip(self.block_widths, decisions, strict=True))

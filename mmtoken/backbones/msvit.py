@@ -14,24 +14,24 @@ from torch import Tensor
 
 from ..arguments import as_tuple
 from ..checkpoints.fit import enlarge
-from ..layers.common.labels import noted_labels
+from ..layers.common.gate import RegionGate, start_of
 from ..layers.common.packed import SparseFeatures
 from ..layers.common.padding import padding_regions, valid_size
 from ..layers.common.plain import has_geometry
-from ..layers.common.regions import RegionLayout, make_region_layout, pool_cells
-from ..layers.common.routing import choose, explores
+from ..layers.common.regions import RegionLayout, describe_regions, make_region_layout, pool_cells
+from ..layers.common.routing import choose, explores, rank_regions
 from ..layers.common.stem import PatchEmbed, pad_to_stride
 from ..layers.common.utils import ceil_div
 from ..layers.common.vit import ViTBlock
-from ..layers.msvit.gate import ScaleGate
 from ..layers.msvit.mixed_scale import PackedLayout, build_layout, fine_layout
+from ..losses.label_purity import publish_label_loss
 from ..registry import MODELS
 from ..runtime.aux_losses import publish, should_publish
 from ..runtime.decisions import RoutingDecision, record_decision
 from .vit_base import DenseLayout, PlainBackbone
 
 TrainMode = Literal['masked', 'gathered']
-GateInput = Literal['embed', 'pixels']
+GateInput = Literal['embed', 'pixels', 'patches']
 GATE = dict(loss=dict(type='mmtoken.BatchShapingLoss', target_coarse_ratio=0.5))
 
 
@@ -57,13 +57,15 @@ class MSViT(PlainBackbone):
         fine_size: Side of a patch that becomes a fine token, in pixels.
         gate: Arguments of the gate, all optional. ``None`` instead of a dict gives the dense twin:
             ViT. ``hidden_channels``, ``num_layers``, ``start_ratio`` and ``kernel_size`` are as for
-            :class:`~mmtoken.layers.msvit.gate.ScaleGate`. ``input``: ``'embed'`` for the coarse
-            embedding of a region, or ``'pixels'``. ``temperature``: of the sigmoid whose gradient
-            the gate has. ``loss``: config of the loss that shapes its decisions, with which
-            training needs :class:`mmtoken.TokenLossHook`, or None. ``fine_ratio``: the share of the
-            regions of every image that are fine, so that all images cost the same; it needs no
-            ``loss``. ``label_loss``: config of :class:`mmtoken.LabelPurityLoss`, with which labels
-            teach the gate, or None; with ``fine_ratio`` it learns from the labels alone.
+            :class:`~mmtoken.layers.common.gate.RegionGate`. ``input``: ``'embed'`` for the coarse
+            embedding of a region, ``'pixels'``, or ``'patches'`` for the mean and the spread of the
+            embeddings of its patches, which are all computed then. ``temperature``: of the sigmoid
+            whose gradient the gate has. ``loss``: config of the loss that shapes its decisions,
+            with which training needs :class:`mmtoken.TokenLossHook`, or None. ``fine_ratio``: the
+            share of the regions of every image that are fine, so that all images cost the same; it
+            needs no ``loss``, and ``start_ratio`` follows it. ``label_loss``: config of
+            :class:`mmtoken.LabelPurityLoss`, with which labels teach the gate, or None; with
+            ``fine_ratio`` it learns from the labels alone.
         share_patch_embed: Embed a region, scaled down to ``fine_size``, by the projection of fine
             patches, as the paper does. Otherwise it has a projection of its own.
         train_mode: How the gate gets its gradient; both modes have the same forward values.
@@ -172,9 +174,14 @@ class MSViT(PlainBackbone):
             raise ValueError(
                 f'gate takes {(*others, *allowed)}, got {sorted(set(gate) - set(allowed))}'
             )
-        pixel_values = self.patch_embed.proj.in_channels * coarse_size**2
-        seen = self.embed_dims if self.gate_input == 'embed' else pixel_values
-        self.gate = ScaleGate(seen, **gate)
+        if self.fine_ratio is not None:
+            gate.setdefault('start_ratio', start_of(1 - self.fine_ratio))
+        seen = dict(
+            embed=self.embed_dims,
+            pixels=self.patch_embed.proj.in_channels * coarse_size**2,
+            patches=2 * self.embed_dims,
+        )
+        self.gate = RegionGate(seen[self.gate_input], **gate)
         if loss is not None:
             self.gate_loss = MODELS.build(loss)
         if label_loss is not None:
@@ -252,10 +259,12 @@ class MSViT(PlainBackbone):
             layout = fine_layout(regions, len(x), self.window)
             return layout.pack(tokens), layout
         coarse = self.embed_coarse(x)  # (B, Hr, Wr, C)
-        gates = self.choose_scales(x, coarse, regions)
+        patches = self.patch_embed(x) if self.gate_input == 'patches' else None  # (B, H, W, C)
+        gates = self.choose_scales(x, coarse, patches, regions)
         layout = build_layout(gates, regions, self.window, self.train_mode == 'masked')
         prefix, position = self.positions(grid)
-        fine = (self.embed_fine(x, layout) + position).flatten(1, 2)  # (B, H * W, C)
+        fine = self.embed_fine(x, layout) if patches is None else patches
+        fine = (fine + position).flatten(1, 2)  # (B, H * W, C)
         coarse = (coarse + pool_cells(position, self.ratio)).flatten(1, 2)
         prefix = prefix.expand(len(x), -1, -1).to(fine)
         return layout.pack(torch.cat([prefix, fine, coarse], dim=1)), layout
@@ -309,12 +318,15 @@ class MSViT(PlainBackbone):
         x = pad_to_stride(x, self.patch_size * self.ratio)
         return self.patch_embed(F.avg_pool2d(x, self.ratio))
 
-    def choose_scales(self, x: Tensor, coarse: Tensor, regions: RegionLayout) -> Tensor:
+    def choose_scales(
+        self, x: Tensor, coarse: Tensor, patches: Tensor | None, regions: RegionLayout
+    ) -> Tensor:
         """One-hot choices, with gradients in training, and their loss published.
 
         Args:
             x: Images, ``(B, in_channels, H, W)``.
             coarse: From :meth:`embed_coarse`.
+            patches: Embeddings of all patches, ``(B, H, W, C)``, if the gate reads them.
             regions: Of the grid of fine tokens.
 
         Returns:
@@ -323,6 +335,8 @@ class MSViT(PlainBackbone):
         if self.gate_input == 'pixels':
             side = self.patch_size * self.ratio
             seen = F.pixel_unshuffle(pad_to_stride(x, side), side).permute(0, 2, 3, 1)
+        elif patches is not None:
+            seen = describe_regions(patches.detach(), self.ratio)
         else:
             seen = coarse.detach()  # no gradient from the gate to the embedding
         padding = padding_regions(valid_size(x), self.patch_size, regions)
@@ -337,7 +351,7 @@ class MSViT(PlainBackbone):
             explores(self.gate, seen) and not taught,
             padding,
             self.temperature,
-            self.fine_ratio,
+            None if self.fine_ratio is None else rank_regions(scores, self.fine_ratio, padding),
         )
         choice = gates.argmax(dim=-1)
         record_decision(
@@ -350,8 +364,8 @@ class MSViT(PlainBackbone):
             loss = self.gate_loss(scores.softmax(dim=-1)[..., 1], valid)
             ratio = (choice * valid).sum() / valid.sum().clamp(min=1)
             publish(dict(loss_gate=loss, coarse_ratio=ratio))
-        if self.label_loss is not None and should_publish(self.gate.training):
-            side = self.patch_size * self.ratio
-            loss = self.label_loss(scores, noted_labels(x), (self.patch_size, side), side)
-            publish(dict(loss_region_labels=loss))
+        side = self.patch_size * self.ratio
+        publish_label_loss(
+            self.label_loss, scores, x, (self.patch_size, side), side, self.gate.training
+        )
         return gates

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layers.common.labels import UNLABELED, label_purity
+from ..layers.common.labels import UNLABELED, label_purity, noted_labels
 from ..registry import MODELS
+from ..runtime.aux_losses import publish, should_publish
 from .rate import check_open_interval
 from .warm_up import WarmUpLoss
 
@@ -21,7 +22,9 @@ class LabelPurityLoss(WarmUpLoss):
     are needed in training alone.
 
     The loss says what a region needs, and not how many tokens may be used: combine it with
-    ``gate=dict(fine_ratio=...)`` of :class:`mmtoken.MSViT`, or with a budget.
+    ``gate=dict(fine_ratio=...)`` of :class:`mmtoken.MSViT`, with
+    ``router=dict(query_ratio=...)`` of :class:`mmtoken.DGEDeiT` and :class:`mmtoken.DGEPVT`, or
+    with a budget.
 
     Args:
         min_purity: Share of the labelled pixels of a cell that must have its most frequent label,
@@ -82,3 +85,27 @@ class LabelPurityLoss(WarmUpLoss):
             worst = -F.max_pool2d(-purity, region // side)
             target = torch.where(worst >= self.min_purity, index, target)
         return target, F.max_pool2d((labels >= 0).float(), region) > 0
+
+
+def publish_label_loss(
+    loss: LabelPurityLoss | None,
+    scores: Tensor,
+    images: Tensor,
+    sides: Sequence[int],
+    region: int,
+    training: bool = True,
+) -> None:
+    """In training, publish what a loss says of scores, by the labels of the batch.
+
+    Args:
+        loss: None publishes nothing.
+        scores, sides, region: As for :meth:`LabelPurityLoss.forward`.
+        images: The batch, ``(B, C, H, W)``, whose labels are noted.
+        training: Whether what gave the scores trains.
+
+    Raises:
+        RuntimeError: Nobody collects losses, or the batch has no labels.
+    """
+    if loss is not None and should_publish(training):
+        published = loss(scores, noted_labels(images), sides, region)
+        publish(dict(loss_region_labels=published))

@@ -18,7 +18,7 @@ import mmtoken
 from mmtoken.analysis import count_macs
 from mmtoken.backbones import MSViT, msvit
 from mmtoken.layers.common.attention import varlen_attention
-from mmtoken.layers.msvit.gate import ScaleGate
+from mmtoken.layers.common.gate import RegionGate
 from mmtoken.layers.msvit.mixed_scale import restore_features
 from mmtoken.runtime.decisions import record_routing
 from mmtoken.runtime.reference import reference_path
@@ -862,7 +862,7 @@ def test_arguments_of_a_config_are_left_alone():
     gate = dict(hidden_channels=8, loss=loss, temperature=2.0)
     before = copy.deepcopy((gate, msvit.GATE))
     model = make(gate=gate)
-    assert isinstance(model.gate, ScaleGate) and model.gate.layers[0].out_features == 8
+    assert isinstance(model.gate, RegionGate) and model.gate.layers[0].out_features == 8
     assert model.temperature == 2 and model.gate_loss.target_coarse_ratio == 0.3
     assert make(gate={}).gate_loss.target_coarse_ratio == 0.5
     assert (gate, msvit.GATE) == before

@@ -12,8 +12,8 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 
 import mmtoken
 from mmtoken import backbones, necks
+from mmtoken.layers.common.gate import RegionGate
 from mmtoken.layers.common.padding import note_sizes
-from mmtoken.layers.msvit.gate import ScaleGate
 from mmtoken.runtime.decisions import record_routing
 
 SIZE, SHAPE = (128, 192), (256, 384)
@@ -38,7 +38,7 @@ def build(cfg):
     model = MMENGINE_MODELS.build(dict(cfg, drop_path_rate=0.0))
     wake(model)
     for module in model.modules():
-        if isinstance(module, ScaleGate):  # no tie between the scales of a black region
+        if isinstance(module, RegionGate):  # no tie between the scales of a black region
             module.layers[-1].bias.data.fill_(0.1)
     return model
 

@@ -20,8 +20,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import mmtoken
 from mmtoken.fast import tiling
+from mmtoken.layers.common.gate import RegionGate
 from mmtoken.layers.dge.block import GranularityRouter
-from mmtoken.layers.msvit.gate import ScaleGate
 from mmtoken.registry import MODELS
 from mmtoken.runtime.reference import reference_path
 
@@ -83,12 +83,12 @@ def build(name):
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.uniform_(-0.5, 0.5)
                 module.running_var.uniform_(0.5, 2)
-            if isinstance(module, (GranularityRouter, ScaleGate)):
+            if isinstance(module, (GranularityRouter, RegionGate)):
                 last = [m for m in module.modules() if isinstance(m, nn.Linear)][-1]
                 last.weight.normal_()
                 last.bias.zero_()
     network.double().eval()
-    for gate in [m for m in network.modules() if isinstance(m, ScaleGate)]:
+    for gate in [m for m in network.modules() if isinstance(m, RegionGate)]:
         hook = gate.register_forward_hook(halve)
         run(network)
         hook.remove()

@@ -313,6 +313,13 @@ def pool_cells(x: Tensor, side: int) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
 
+def describe_regions(x: Tensor, region_size: int) -> Tensor:
+    """Mean and standard deviation of the tokens of regions: ``(B, H, W, C) -> (B, Hr, Wr, 2C)``."""
+    mean = pool_cells(x, region_size)
+    variance = pool_cells(x.square(), region_size) - mean.square()
+    return torch.cat([mean, variance.clamp(min=0).add(1e-6).sqrt()], dim=-1)
+
+
 def unpool_cells(x: Tensor, side: int, grid: tuple[int, int]) -> Tensor:
     """Give each token the value of its cell: the shapes of :func:`pool_cells`, reversed."""
     if side == 1:

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from ...runtime.routing_override import current_override
 from ...runtime.tracing import untraced
 
+BISECTIONS = 40
+
 
 def straight_through(scores: Tensor) -> Tensor:
     """One-hot choices of the highest score, with the gradient of a softmax.
@@ -34,7 +36,7 @@ def choose(
     training: bool,
     padding: Tensor | None = None,
     temperature: float = 1.0,
-    fine_ratio: float | None = None,
+    settled: Tensor | None = None,
 ) -> Tensor:
     """One-hot choices of all regions: sampled in training, the highest score otherwise.
 
@@ -46,8 +48,8 @@ def choose(
             gradient of the softmax.
         padding: Regions that are padding, ``(B, Hr, Wr)``, bool; they take the coarsest choice.
         temperature: Of the Gumbel-softmax; it changes the gradient only.
-        fine_ratio: Share of the regions of each image, without padding, that are fine: those that
-            need it most. Nothing is sampled then. Only with two choices.
+        settled: Choices that meet a budget, ``(B, Hr, Wr)``, which are taken instead; nothing is
+            sampled then.
 
     Returns:
         ``(B, Hr, Wr, K)``, exactly 0 and 1.
@@ -71,8 +73,8 @@ def choose(
         gates = one_hot(drawn, scores)
         if training:
             gates = with_gradient_of(gates, scores.softmax(dim=-1))
-    elif fine_ratio is not None:
-        gates = one_hot(rank_regions(scores, fine_ratio, padding), scores)
+    elif settled is not None:
+        gates = one_hot(settled, scores)
         if training:
             gates = with_gradient_of(gates, (scores / temperature).softmax(dim=-1))
     elif training:
@@ -104,6 +106,47 @@ def rank_regions(scores: Tensor, fine_ratio: float, padding: Tensor | None = Non
     rank = order.argsort(dim=1)
     number = (regions.flatten(1).sum(dim=1, keepdim=True) * fine_ratio).round()
     return (rank >= number).long().view(scores.shape[:-1])
+
+
+def spend_queries(
+    scores: Tensor, counts: Tensor, query_ratio: float, padding: Tensor | None = None
+) -> Tensor:
+    """The choices that keep the labels of most regions with a given number of queries.
+
+    A choice serves a region if it is no coarser than the one that the region needs, so with the sum
+    of the probabilities of all choices that are as coarse or coarser. A price of a query, one for
+    each image, decides where finer choices pay; it is found by bisection.
+
+    Args:
+        scores: Of the choices of each region, finest first, ``(B, Hr, Wr, K)``.
+        counts: Queries that each region has under each choice, ``(Hr * Wr, K)``.
+        query_ratio: Queries of an image over those of the finest choice everywhere, without
+            padding. It is not exceeded, unless even the coarsest choice everywhere does.
+        padding: Regions that are padding, ``(B, Hr, Wr)``, bool; None for none.
+
+    Returns:
+        Indices of choices, ``(B, Hr, Wr)``.
+    """
+    serves = scores.detach().float().softmax(dim=-1).flatten(1, 2)  # (B, R, K)
+    serves = serves.flip(-1).cumsum(dim=-1).flip(-1)
+    counts = counts.to(serves)
+    costs = counts / counts[:, :1]
+    real = torch.ones_like(serves[..., 0]) if padding is None else (~padding).flatten(1).to(serves)
+    allowed = query_ratio * (real * counts[:, 0]).sum(dim=1)
+
+    def choice(price: Tensor) -> Tensor:
+        return (serves - price[:, None, None] * costs).argmax(dim=-1)
+
+    # Between prices at which all regions are finest and coarsest
+    least = (costs[:, :-1] - costs[:, 1:]).clamp(min=1e-6).min() if costs.shape[1] > 1 else 1
+    high = torch.full_like(allowed, 2 / float(least))
+    low = -high
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        spent = counts.expand(len(serves), -1, -1).gather(-1, choice(middle)[..., None])
+        affordable = (spent[..., 0] * real).sum(dim=1) <= allowed
+        low, high = torch.where(affordable, low, middle), torch.where(affordable, middle, high)
+    return choice(high).view(scores.shape[:-1])
 
 
 def explores(chooser: nn.Module, x: Tensor) -> bool:

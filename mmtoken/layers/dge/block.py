@@ -105,6 +105,7 @@ class DynamicGranularityBlock(nn.Module):
             what was chosen, so that a router learns from its own choices alone.
         drop_path: Stochastic depth rate.
         norm_eps: Epsilon of the two LayerNorms.
+        has_router: Whether it chooses itself; otherwise :meth:`forward` is told the choice.
 
     Raises:
         ValueError: Invalid granularities, region size or mode.
@@ -122,6 +123,7 @@ class DynamicGranularityBlock(nn.Module):
         train_mode: TrainMode = 'exact',
         drop_path: float = 0.0,
         norm_eps: float = 1e-6,
+        has_router: bool = True,
     ) -> None:
         super().__init__()
         self.granularities = check_granularities(granularities, region_size)
@@ -137,7 +139,7 @@ class DynamicGranularityBlock(nn.Module):
         self.mlp = Mlp(embed_dims, feedforward_channels)
         self.drop_path = DropPath(drop_path)
         self.router = None
-        if len(self.granularities) > 1:
+        if has_router and len(self.granularities) > 1:
             self.router = GranularityRouter(embed_dims, len(self.granularities), region_size)
 
     def layout(

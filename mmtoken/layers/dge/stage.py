@@ -5,7 +5,7 @@ official ones, without the numbers of the stages.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from ..common.regions import RegionLayout
 from ..common.stem import PatchEmbed
 from ..common.utils import run_block, trunc_normal_parameter
 from .block import DynamicGranularityBlock
+from .shared_router import SharedRouter
 
 
 class Decisions(NamedTuple):
@@ -26,20 +27,23 @@ class Decisions(NamedTuple):
     Attributes:
         layout: Of the regions.
         padding: Regions that are padding, ``(B, Hr, Wr)``; None if not looked for.
-        gates: Of each block, ``(B, Hr, Wr, K)``.
+        gates: Of each block with a router, ``(B, Hr, Wr, K)``.
+        scores: Of a router that blocks share, ``(B, Hr, Wr, K)``; None without one.
     """
 
     layout: RegionLayout
     padding: Tensor | None
     gates: list[Tensor]
+    scores: Tensor | None = None
 
 
 def run_blocks(
-    blocks: Iterable[DynamicGranularityBlock],
+    blocks: Sequence[DynamicGranularityBlock],
     x: Tensor,
     layout: RegionLayout,
     padding: Tensor | None,
     with_cp: bool = False,
+    router: SharedRouter | None = None,
 ) -> tuple[Tensor, Decisions]:
     """Route and run some blocks with the same regions.
 
@@ -49,17 +53,20 @@ def run_blocks(
         layout: Of the regions.
         padding: Regions that are padding, ``(B, Hr, Wr)``, or None.
         with_cp: Recompute the activations of each block in backward; choices are kept.
+        router: Chooses once, for all blocks, instead of a router in each.
 
     Returns:
         Tokens, ``(B, N, C)``, and what was chosen.
     """
-    gates = []
+    gates, shared, scores = [], None, None
+    if router is not None:
+        shared, scores = router(x, layout, padding, len(blocks))
     for block in blocks:
-        routing = block.route(x, layout, padding)
+        routing = block.route(x, layout, padding) if shared is None else shared
         x = run_block(block, x, layout, routing, recompute=with_cp)
         if routing is not None:
             gates.append(routing.gates)
-    return x, Decisions(layout, padding, gates)
+    return x, Decisions(layout, padding, gates, scores)
 
 
 class DynamicGranularityStage(nn.Module):
@@ -73,6 +80,7 @@ class DynamicGranularityStage(nn.Module):
         blocks: The blocks, with the same granularities.
         cls_token: Whether there is a class token, in front.
         with_cp: Recompute the activations of each block in backward; choices are kept.
+        router: What the blocks share, if they have no routers of their own.
     """
 
     def __init__(
@@ -84,8 +92,10 @@ class DynamicGranularityStage(nn.Module):
         blocks: Iterable[DynamicGranularityBlock],
         cls_token: bool = False,
         with_cp: bool = False,
+        router: SharedRouter | None = None,
     ) -> None:
         super().__init__()
+        self.router = router
         self.blocks = nn.ModuleList(blocks)
         self.stride = stride
         self.pos_grid = pos_grid
@@ -116,7 +126,7 @@ class DynamicGranularityStage(nn.Module):
             x = torch.cat([cls_token, x], dim=1)  # B, N, C
         layout = self.blocks[0].layout(grid, num_prefix_tokens, x.device)
         padding = None if valid is None else padding_regions(valid, self.stride, layout)
-        x, decisions = run_blocks(self.blocks, x, layout, padding, self.with_cp)
+        x, decisions = run_blocks(self.blocks, x, layout, padding, self.with_cp, self.router)
         return x[:, num_prefix_tokens:].unflatten(1, grid), x[:, :num_prefix_tokens], decisions
 
 

@@ -197,7 +197,7 @@ def test_regions_are_ranked():
 def test_a_ratio_leaves_nothing_to_chance(training):
     scores = torch.randn(2, 6, 7, 2, requires_grad=True)
     counts = torch.tensor([[4, 1]]).expand(42, 2)
-    gates = choose(scores, counts, 'coarse_ratio', training, fine_ratio=0.3)
+    gates = choose(scores, counts, 'coarse_ratio', training, settled=rank_regions(scores, 0.3))
     assert torch.equal(gates.argmax(-1), rank_regions(scores, 0.3))
     assert gates.requires_grad == training
     if training:

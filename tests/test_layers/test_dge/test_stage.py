@@ -13,7 +13,7 @@ from mmtoken.runtime.routing_override import routing_override
 
 def tokens_of(decisions):
     """Counted tokens of each image, in each block."""
-    layout, padding, gates = decisions
+    layout, padding, gates, _ = decisions
     return [count_tokens(g, layout, padding)[0].tolist() for g in gates]
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from mmtoken.layers.msvit.gate import ScaleGate
+from mmtoken.layers.common.gate import RegionGate
 
 
 def test_shapes():
-    gate = ScaleGate(384)
+    gate = RegionGate(384)
     linear = [m for m in gate.modules() if isinstance(m, nn.Linear)]
     assert [(m.in_features, m.out_features) for m in linear] == [
         (384, 64), (64, 64), (64, 64), (64, 1),
@@ -23,7 +23,7 @@ def test_shapes():
 
 @pytest.mark.parametrize('num_layers', [1, 2, 4])
 def test_score_is_that_of_a_sigmoid(num_layers):
-    gate, x = ScaleGate(6, 8, num_layers), torch.randn(2, 3, 5, 6)
+    gate, x = RegionGate(6, 8, num_layers), torch.randn(2, 3, 5, 6)
     for parameter in gate.parameters():
         nn.init.normal_(parameter)
     scores = gate(x)
@@ -34,7 +34,7 @@ def test_score_is_that_of_a_sigmoid(num_layers):
 
 
 def test_regions_decide_for_themselves():
-    gate, x = ScaleGate(6), torch.randn(2, 3, 5, 6)
+    gate, x = RegionGate(6), torch.randn(2, 3, 5, 6)
     nn.init.normal_(gate.layers[-1].weight)
     alone = torch.stack([gate(part.view(1, 1, 1, 6)).flatten() for part in x.view(-1, 6)])
     torch.testing.assert_close(gate(x).view(-1, 2), alone)
@@ -44,7 +44,7 @@ def test_regions_decide_for_themselves():
 @pytest.mark.parametrize('num_layers', [1, 4])
 def test_start(start_ratio, num_layers):
     """Nearly the same chance for every region, and for good after another initialization."""
-    gate, x = ScaleGate(16, num_layers=num_layers, start_ratio=start_ratio), torch.randn(500, 16)
+    gate, x = RegionGate(16, num_layers=num_layers, start_ratio=start_ratio), torch.randn(500, 16)
     for again in (False, True):
         if again:
             for parameter in gate.parameters():
@@ -60,7 +60,7 @@ def test_start(start_ratio, num_layers):
 
 
 def test_half_precision_is_read_in_float32():
-    gate, x = ScaleGate(16), torch.randn(2, 3, 5, 16)
+    gate, x = RegionGate(16), torch.randn(2, 3, 5, 16)
     nn.init.normal_(gate.layers[-1].weight)
     expected = gate(x.bfloat16().float())
     with torch.autocast('cpu', torch.bfloat16):
@@ -80,11 +80,11 @@ def test_half_precision_is_read_in_float32():
 )
 def test_bad_arguments(bad, message):
     with pytest.raises(ValueError, match=message):
-        ScaleGate(8, **bad)
+        RegionGate(8, **bad)
 
 
 def test_regions_see_their_neighbors():
-    gate, x = ScaleGate(6, 8, num_layers=3, kernel_size=3), torch.randn(1, 7, 7, 6)
+    gate, x = RegionGate(6, 8, num_layers=3, kernel_size=3), torch.randn(1, 7, 7, 6)
     other = x.clone()
     other[0, 0, 0] += 1
     seen = (gate(x) != gate(other))[0, ..., 1]
@@ -93,7 +93,7 @@ def test_regions_see_their_neighbors():
 
 
 def test_padding_is_not_seen():
-    gate, x = ScaleGate(6, 8, kernel_size=3), torch.randn(1, 5, 6, 6)
+    gate, x = RegionGate(6, 8, kernel_size=3), torch.randn(1, 5, 6, 6)
     padding = torch.zeros(1, 5, 6, dtype=torch.bool)
     padding[:, 3:], padding[:, :, 4:] = True, True
     torch.testing.assert_close(gate(x, padding)[:, :3, :4], gate(x[:, :3, :4]))

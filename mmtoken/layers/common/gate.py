@@ -1,7 +1,8 @@
-"""The gate that decides which regions of an image deserve fine tokens.
+"""A gate that decides how fine the tokens of each region of an image are.
 
 Source: MSViT, arXiv 2307.02321: a four-layer MLP on each coarse region by itself. What it reads and
-how wide it is were not published; that is decided here, and so is the option to see neighbors.
+how wide it is were not published; that is decided here, and so are the options to see neighbors and
+to choose between more than two scales.
 """
 
 import math
@@ -11,20 +12,21 @@ import torch.nn as nn
 from timm.layers import trunc_normal_
 from torch import Tensor
 
-from ..common.plain import weight_dtype
-from ..common.precision import full_precision
+from .plain import weight_dtype
+from .precision import full_precision
 
 
-class ScaleGate(nn.Module):
-    """Scores for the two scales of each region.
+class RegionGate(nn.Module):
+    """Scores for the scales of each region.
 
     Args:
         in_channels: Channels of what is known of a region.
         hidden_channels: Of the MLP.
         num_layers: Linear layers of the MLP; each but the last is followed by LayerNorm and GELU.
-        start_ratio: Share of coarse regions before anything has been learned, in (0, 1).
+        start_ratio: Share of regions that are not fine before anything has been learned, in (0, 1).
         kernel_size: Of a depth-wise convolution of regions behind each hidden layer, odd; 1 for
             none. With 3 a gate sees where its region differs from its neighbors.
+        num_choices: Scales, K.
 
     Raises:
         ValueError: An argument out of range.
@@ -37,6 +39,7 @@ class ScaleGate(nn.Module):
         num_layers: int = 4,
         start_ratio: float = 0.1,
         kernel_size: int = 1,
+        num_choices: int = 2,
     ) -> None:
         super().__init__()
         if not 0 < start_ratio < 1:
@@ -53,17 +56,18 @@ class ScaleGate(nn.Module):
                 layers.append(NeighborMixing(hidden_channels, kernel_size))
             layers += [nn.LayerNorm(hidden_channels), nn.GELU()]
             in_channels = hidden_channels
-        self.layers = nn.Sequential(*layers, nn.Linear(in_channels, 1))
+        self.layers = nn.Sequential(*layers, nn.Linear(in_channels, num_choices - 1))
         self.init_weights()
 
     def init_weights(self) -> None:
         """Nearly all regions start fine, where the network is the dense one."""
         last = self.layers[-1]
         trunc_normal_(last.weight, std=0.01)
-        nn.init.constant_(last.bias, math.log(self.start_ratio / (1 - self.start_ratio)))
+        each = self.start_ratio / last.out_features
+        nn.init.constant_(last.bias, math.log(each / (1 - self.start_ratio)))
 
     def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
-        """Score both scales.
+        """Score the scales.
 
         Args:
             x: What is known of each region, ``(B, Hr, Wr, in_channels)``.
@@ -71,8 +75,8 @@ class ScaleGate(nn.Module):
                 them.
 
         Returns:
-            Fine and coarse, ``(B, Hr, Wr, 2)``, float32. Their softmax is the probability of a
-            coarse token that the paper's sigmoid gives.
+            From fine to coarse, ``(B, Hr, Wr, K)``, float32. With two scales their softmax is the
+            probability of a coarse token that the paper's sigmoid gives.
         """
         with full_precision(x.device):
             x = x.to(weight_dtype(self.layers[0]))
@@ -81,7 +85,12 @@ class ScaleGate(nn.Module):
                     x = x.masked_fill(padding[..., None], 0)
                 x = layer(x)
             coarse = x.float()
-        return torch.cat([torch.zeros_like(coarse), coarse], dim=-1)
+        return torch.cat([torch.zeros_like(coarse[..., :1]), coarse], dim=-1)
+
+
+def start_of(ratio: float) -> float:
+    """A ``start_ratio`` near a share of regions that may be 0 or 1."""
+    return min(max(ratio, 0.05), 0.95)
 
 
 class NeighborMixing(nn.Conv2d):
