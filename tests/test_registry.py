@@ -1,5 +1,5 @@
 import pytest
-from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, DefaultScope
+from mmengine.registry import HOOKS, METRICS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, DefaultScope
 
 
 @pytest.mark.parametrize('scope', ['mmengine', 'mmdet', 'mmseg', 'mmpretrain'])
@@ -7,6 +7,7 @@ def test_our_types_are_found_from_every_scope(scope):
     with DefaultScope.overwrite_default_scope(scope):
         for name in ('STViTRSwin', 'MixedScaleNeck', 'BudgetLoss'):
             assert MODELS.get(f'mmtoken.{name}').__name__ == name
+        assert METRICS.get('mmtoken.BoundaryIoUMetric').__name__ == 'BoundaryIoUMetric'
         assert HOOKS.get('mmtoken.TokenLossHook').__name__ == 'TokenLossHook'
         name = 'LayerDecayOptimWrapperConstructor'
         assert OPTIM_WRAPPER_CONSTRUCTORS.get(f'mmtoken.{name}').__name__ == name

@@ -1,3 +1,4 @@
+import itertools
 import math
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from mmtoken.layers.common.routing import (
     gumbel_noise,
     one_hot,
     rank_regions,
+    spend_queries,
     straight_through,
     with_gradient_of,
 )
@@ -203,3 +205,38 @@ def test_a_ratio_leaves_nothing_to_chance(training):
     if training:
         (gates[..., 0].sum()).backward()
         assert scores.grad.abs().sum() > 0
+
+
+def serving(scores, choice):
+    """Expected number of regions that a choice serves."""
+    keeps = scores.softmax(-1).flip(-1).cumsum(-1).flip(-1)
+    return keeps.gather(-1, choice[..., None]).sum()
+
+
+@pytest.mark.parametrize('ratio', [0.1, 0.3, 0.55, 0.8])
+def test_queries_are_spent_where_they_serve_most(ratio):
+    """As well as any choice of six regions with as many queries."""
+    torch.manual_seed(3)
+    counts = torch.tensor([[16, 4, 1]] * 5 + [[8, 2, 1]])
+    scores = 2 * torch.randn(1, 2, 3, 3)
+    choice = spend_queries(scores, counts, ratio)
+    spent = counts.gather(-1, choice.flatten()[:, None]).sum()
+    assert spent <= ratio * counts[:, 0].sum()
+    for other in itertools.product(range(3), repeat=6):
+        other = torch.tensor(other).view(1, 2, 3)
+        if counts.gather(-1, other.flatten()[:, None]).sum() <= spent:
+            assert serving(scores, other) <= serving(scores, choice) + 1e-5
+
+
+def test_least_and_most_queries():
+    scores, counts = torch.randn(2, 3, 4, 3), torch.tensor([[16, 4, 1]] * 12)
+    assert (spend_queries(scores, counts, 1.0) == 0).all()
+    assert (spend_queries(scores, counts, 1 / 16) == 2).all()
+    assert (spend_queries(scores, counts, 0.01) == 2).all()  # no choice is coarser
+
+
+def test_two_choices_are_ranked():
+    torch.manual_seed(0)
+    scores, counts = torch.randn(3, 4, 5, 2), torch.tensor([[4, 1]] * 20)
+    choice = spend_queries(scores, counts, (0.3 * 4 + 0.7) / 4)
+    assert torch.equal(choice, rank_regions(scores, 0.3))
