@@ -46,8 +46,8 @@ def _make_parser() -> argparse.ArgumentParser:
             'Turn a checkpoint of another project into one of ours: names and layout become those\n'
             'of our backbones. The optimizer is left out, and so are heads and necks, unless\n'
             '--whole keeps them. With --config the weights are also fitted to a backbone (patch\n'
-            'embeddings and bias tables resized, projections split), and what does not fit is an\n'
-            'error.\n\n'
+            'embeddings and bias tables resized, projections split, layer scale folded where the\n'
+            'backbone has none), and what does not fit is an error.\n\n'
             'Backbones convert by themselves when they load a file (init_cfg or load_from); use\n'
             'this tool to inspect a file or to save the result. No code in a file is executed.'
         ),

@@ -115,7 +115,8 @@ class PlainBackbone(PatchBackbone):
         cls_token: Whether there is a class token.
         num_registers: Register tokens, as in some weights of DINOv2.
         qkv_bias: Biases of queries, keys and values.
-        layer_scale: Initial LayerScale; None for none. Weights of DINOv2 need it.
+        layer_scale: Initial LayerScale; None for none. That of weights, such as DINOv2's, is folded
+            into the layers before it where the model has none.
         drop_path_rate: Stochastic depth of the last block, rising linearly from 0.
         out_indices: Blocks whose outputs are returned, in rising order; negative ones count from
             the end. The last block is normalized, as in mmpretrain.

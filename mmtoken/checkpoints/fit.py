@@ -17,6 +17,7 @@ from timm.layers import (
 from timm.models import adapt_input_conv
 from torch import Tensor
 
+from .layer_scale import fold_scales
 from .report import Report
 from .sources.source import is_square
 from .structure import structure_layers
@@ -44,6 +45,8 @@ def fit(state: State, module: nn.Module, report: Report) -> State:
       Such a block has queries from other tokens, or another block's attention map; it has no bias
       table of windows, which is dropped.
     * ``attn.q`` and ``attn.kv`` are joined where the model has ``attn.qkv``.
+    * LayerScale is multiplied into the layers before it where the model has none, see
+      :mod:`~mmtoken.checkpoints.layer_scale`.
     * Structured layers are initialized from plain ones so that they compute the same, see
       :mod:`~mmtoken.checkpoints.structure`.
     * Bias tables are interpolated as in timm. Position embeddings are not: the module takes over
@@ -70,6 +73,7 @@ def fit(state: State, module: nn.Module, report: Report) -> State:
     _name_output_norm(state, own, report)
     _split_attention(state, own, report)
     _join_attention(state, own, report)
+    fold_scales(state, own, report)  # while the layers have their plain names
     structure_layers(state, own, report)
     _free_registers(state, own, report)
     for name in [name for name in own if name in state]:

@@ -22,6 +22,7 @@ class Report:
         split: Names in the file of joint projections that were split into query and key-value, or
             of which the model has the value only.
         joined: Names in the file of projections that were joined.
+        folded_scales: Names in the file of LayerScale that was multiplied into the layer before it.
         resized: Names of ours to the shape in the file and the new one.
         kept: Names in the file of necks and heads, which stay as they are.
         dropped: Names in the file that were left out.
@@ -39,6 +40,7 @@ class Report:
     mapped: dict[str, str] = field(default_factory=dict)
     split: list[str] = field(default_factory=list)
     joined: list[str] = field(default_factory=list)
+    folded_scales: list[str] = field(default_factory=list)
     resized: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 
-from mmtoken.backbones import STViTRSwin
+from mmtoken.backbones import DGEDeiT, STViTRSwin
 from mmtoken.checkpoints import load_into
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +83,30 @@ def test_fits_to_a_config(convert, swin, config, tmp_path):
     for name, tensor in content.items():
         assert torch.equal(from_source.state_dict()[name], tensor)
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_layer_scale_is_folded_for_a_config(convert, tmp_path):
+    """Only there is it known that the backbone has none."""
+    arch = dict(embed_dims=24, num_layers=3, num_heads=2, feedforward_channels=96)
+    backbone = dict(type='mmtoken.DGEDeiT', arch=arch, img_size=56, patch_size=14)
+    (tmp_path / 'config.py').write_text(f'model = dict(backbone={backbone!r})\n')
+    vit = timm.models.vision_transformer.VisionTransformer(
+        56, 14, embed_dim=24, depth=3, num_heads=2, init_values=0.3
+    )
+    torch.save(vit.state_dict(), tmp_path / 'src.pth')
+    paths = [tmp_path / name for name in ('src.pth', 'plain.pth', 'fitted.pth')]
+    code, out, err = convert(*paths[:2])
+    assert code == 0 and not err and 'folded scales' not in out
+    code, out, err = convert(paths[0], paths[2], '--config', tmp_path / 'config.py')
+    assert code == 0 and not err
+    assert re.search(r'folded scales +6 +blocks\.\*\.ls\*\.gamma x 6', out)
+    plain, fitted = (torch.load(path, weights_only=True)['state_dict'] for path in paths[1:])
+    assert 'blocks.2.ls1.gamma' in plain and not any('gamma' in name for name in fitted)
+    models = [DGEDeiT(arch, img_size=56, patch_size=14) for _ in paths]
+    for path, model in zip(paths, models, strict=True):
+        load_into(model, path)
+    for name in fitted:
+        assert all(torch.equal(model.state_dict()[name], fitted[name]) for model in models)
 
 
 def test_released_detector(convert, tmp_path):

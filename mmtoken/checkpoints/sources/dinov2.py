@@ -1,7 +1,8 @@
 """DINOv2 (arXiv 2304.07193), with or without registers (arXiv 2309.16588). Our names are timm's.
 
 A plain ViT with layer scale and patches of 14 pixels. DeiT III has the same names in timm and
-mmpretrain, so it is read as this too. The giant model, whose MLP is a SwiGLU, is refused.
+mmpretrain, so it is read as this too. Models without layer scale take it folded, see
+:mod:`~mmtoken.checkpoints.layer_scale`. The giant model, whose MLP is a SwiGLU, is refused.
 
 Source: github.com/facebookresearch/dinov2 (Apache-2.0): released backbones, and what its training
 saves, where blocks may be in chunks (``blocks.CHUNK.BLOCK``, the latter counted from the first
@@ -65,7 +66,7 @@ DINOV2 = Source(
         ),
     ),
     known_keys=vit.NAMES,
-    ignorable_keys='cls_token',
-    newly_initialized_keys=(*vit.GRAINED, *vit.MIXED),
+    ignorable_keys=f'cls_token|{vit.PATCH_STEM}',
+    newly_initialized_keys=vit.FRESH,
     check=vit.check_arguments,
 )

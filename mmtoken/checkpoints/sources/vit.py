@@ -55,7 +55,7 @@ def check_arguments(state: Mapping[str, Tensor], model: nn.Module) -> None:
         model: Any; it is compared if it is a plain ViT.
 
     Raises:
-        ValueError: One of them has layer scale and the other has not, or their numbers of registers
+        ValueError: The model has layer scale and the file has not, or their numbers of registers
             differ; the message names the argument.
     """
     own = model.state_dict()
@@ -68,9 +68,8 @@ def check_arguments(state: Mapping[str, Tensor], model: nn.Module) -> None:
         raise ValueError(f'{what}; {remedy}')
 
     scaled = any(key.endswith(('.ls1.gamma', '.attn.gamma1.weight')) for key in state)
-    if scaled != ('blocks.0.ls1.gamma' in own):
-        with_it, without, value = ('it', name, '1e-5') if scaled else (name, 'it', None)
-        refuse(f'{with_it} has layer scale, {without} has none', 'layer_scale', value)
+    if 'blocks.0.ls1.gamma' in own and not scaled:  # the reverse is folded
+        refuse(f'{name} has layer scale, it has none', 'layer_scale', None)
     registers = [t.shape[1] for key, t in state.items() if key.endswith(REGISTERS)]
     theirs, ours = (*registers, 0)[0], own['reg_token'].shape[1] if 'reg_token' in own else 0
     if theirs != ours:

@@ -10,7 +10,7 @@ from timm.layers import SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import nn
 
-from mmtoken.backbones import DGEDeiT, STViTDeiT, STViTRSwin
+from mmtoken.backbones import STViTRSwin
 from mmtoken.checkpoints import convert, detect_source, load_into
 
 ARCH = dict(embed_dims=32, num_layers=3, num_heads=2, feedforward_channels=64)
@@ -294,11 +294,6 @@ def test_gate_is_fresh_as_a_whole(layer_scale, save):
     'file, args, message',
     [
         (
-            {},
-            dict(layer_scale=False),
-            'it has layer scale, MixedViT has none; set layer_scale=1e-5',
-        ),
-        (
             dict(num_registers=4),
             {},
             'it has 4 register tokens, MixedViT has 0; set num_registers=4',
@@ -323,14 +318,6 @@ def test_what_the_model_must_be_built_with(file, args, message, save):
     for state in files:
         with pytest.raises(ValueError, match=f'file.pth: .*{message}'):
             load_into(MixedViT(**args), save(state))
-
-
-@pytest.mark.parametrize('model', [DGEDeiT, STViTDeiT])
-def test_backbones_without_layer_scale(model, save):
-    message = f'it has layer scale, {model.__name__} has none; it takes no layer_scale$'
-    args = dict(base_layers=1) if model is STViTDeiT else {}
-    with pytest.raises(ValueError, match=message):
-        load_into(model(ARCH, img_size=56, patch_size=14, **args), save(official()))
 
 
 def test_other_families(save):

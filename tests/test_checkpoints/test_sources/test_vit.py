@@ -255,15 +255,6 @@ def test_registers_are_not_ours(save):
         load_into(DGEDeiT(ARCH, img_size=64), save(timm_vit(reg_tokens=4).state_dict()))
 
 
-def test_layer_scale_is_not_ours(save):
-    message = 'it has layer scale, STViTDeiT has none; it takes no layer_scale'
-    with pytest.raises(ValueError, match=message):
-        load_into(
-            STViTDeiT(ARCH, img_size=64, base_layers=2),
-            save(timm_vit(init_values=1e-4).state_dict()),
-        )
-
-
 def with_decoder(state):
     """What an MAE has beside its encoder."""
     rest = (
