@@ -6,22 +6,19 @@ resident memory is read from Linux. Both include gradients in training, and excl
 images.
 """
 
-import ctypes
 import multiprocessing
-import re
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import torch
+
+from mmtoken.analysis.resident_memory import CLEAR_REFS, MEBIBYTE, resident_peak_mb
 
 from .step import Setting, make_step
 from .targets import BenchmarkTarget
 
 WARM_UP_SIDE = 64  # pixels
-MEBIBYTE = 2**20
-CLEAR_REFS = Path('/proc/self/clear_refs')
 
 
 def peak_mb(target: BenchmarkTarget, setting: Setting, step: Callable[[], object]) -> float | None:
@@ -57,14 +54,4 @@ def _peak_on_cpu(target: BenchmarkTarget, setting: Setting) -> float:
     small = replace(setting, shape=tuple(min(side, WARM_UP_SIDE) for side in setting.shape))
     warm_up, step = (make_step(target, network, s) for s in (small, setting))
     warm_up()
-    ctypes.CDLL(None).malloc_trim(0)  # or the step would reuse what was freed before, uncounted
-    CLEAR_REFS.write_text('5')  # sets the peak to what is resident now
-    before = _status('VmRSS')
-    step()
-    return (_status('VmHWM') - before) / MEBIBYTE
-
-
-def _status(key: str) -> int:
-    """A value of ``/proc/self/status``, in bytes."""
-    kilobytes = re.search(rf'{key}:\s*(\d+) kB', Path('/proc/self/status').read_text())[1]
-    return int(kilobytes) * 1024
+    return resident_peak_mb(step)
