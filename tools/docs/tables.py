@@ -6,8 +6,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 from statistics import median
+from types import ModuleType
 
 import yaml
 
@@ -26,6 +28,8 @@ between two comments, the first of which names it and the files it shows:
   scores [GLOB]     benchmarks/shapes/GLOB.json, of tools/analysis/compare.py
   networks FOLDER   parameters and MACs in configs/FOLDER/metafile.yml
   published         results that authors published, in all metafiles
+  study TASK        benchmarks/study/results/TASK, of benchmarks/study/run.py and measure.py
+  zoo               what we have trained ourselves, config by config
 """
 ROOT = Path(__file__).resolve().parent.parent.parent
 BENCHMARKS = ROOT / 'benchmarks'
@@ -79,7 +83,7 @@ def main() -> int:
 
 def pages() -> list[Path]:
     """All pages that may hold tables."""
-    globs = ('README.md', 'docs/*.md', 'benchmarks/README.md', 'configs/*/README.md')
+    globs = ('README.md', 'docs/*.md', 'benchmarks/**/README.md', 'configs/*/README.md')
     return [page for glob in globs for page in sorted(ROOT.glob(glob))]
 
 
@@ -258,14 +262,69 @@ def published() -> str:
     return markdown(('config', 'data', 'published by the authors', 'source'), rows)
 
 
+def study(task: str) -> str:
+    """Accuracy and cost of the rows of a task, beside the dense network at lower resolutions."""
+    module = study_summary()
+    summaries = module.summarize(task)
+    names, rows = list(summaries[0].scores), []
+    for summary in summaries:
+        above = (module.above_line(summary, summaries, name) for name in names)
+        ratio = summary.query_ratio
+        rows.append(
+            (f'`{summary.name}`', *map(module.plus_minus, summary.scores.values()),
+             ' / '.join('–' if points is None else signed(points, 1) for points in above),
+             *costs(summary.cost),
+             '–' if ratio is None else f'{ratio[0]:.2f} ± {ratio[1]:.2f}',
+             ' '.join(map(str, summary.seeds)))
+        )  # fmt: skip
+    header = ('row', *names, 'above the line', 'ms', 'G MACs', 'MiB', 'tokens', 'seeds')
+    return markdown(header, rows)
+
+
+def costs(cost: dict | None) -> tuple[str, str, str]:
+    """Milliseconds, billions of multiply-accumulates and MiB of a row of the study."""
+    if cost is None:
+        return '–', '–', '–'
+    figures = cost['ms']['median'], cost['gmacs']['mean'], cost['peak_mb']
+    return tuple(f'{value:.{i == 1:d}f}' for i, value in enumerate(figures))
+
+
+def zoo() -> str:
+    """Trained configs: those that are rows of the study without changes."""
+    module, rows = study_summary(), []
+    for task in module.tasks():
+        known = module.read_rows(task)
+        for summary in module.summarize(task):
+            row = known[summary.name]
+            if row.options or row.size or row.override:
+                continue
+            scores = (f'{k} {module.plus_minus(v)}' for k, v in summary.scores.items())
+            rows.append(
+                (f'[`{Path(row.config).stem}`](../{row.config})', module.weights_of(row),
+                 ', '.join(scores), ' '.join(map(str, summary.seeds)), *costs(summary.cost),
+                 f'`python benchmarks/study/run.py {task} {summary.name} --seed N`')
+            )  # fmt: skip
+    header = ('config', 'weights', 'scores', 'seeds', 'ms', 'G MACs', 'MiB', 'command')
+    return markdown(header, rows)
+
+
+def study_summary() -> ModuleType:
+    """``benchmarks/study/summary.py``, which is in no package."""
+    folder = str(BENCHMARKS / 'study')
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return import_module('summary')
+
+
 def metafile(folder: str) -> dict:
     """What a folder of configs lists."""
     return yaml.safe_load((ROOT / 'configs' / folder / 'metafile.yml').read_text())
 
 
 TABLES = dict(
-    choice=choice, speed=speed, macs=macs, scores=scores, networks=networks, published=published
-)
+    choice=choice, speed=speed, macs=macs, scores=scores, networks=networks, published=published,
+    study=study, zoo=zoo,
+)  # fmt: skip
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -1,0 +1,110 @@
+"""Results of the study, gathered for tables and plots."""
+
+import json
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, stdev
+
+from rows import RESULTS, Row, read_rows, tasks
+
+__all__ = ['Summary', 'above_line', 'plus_minus', 'read_rows', 'summarize', 'tasks', 'weights_of']
+
+# The scores that a task is judged by, as MMEngine names them, and their names in tables
+SCORES = {
+    'mIoU': 'mIoU',
+    'boundary/mIoU': 'boundary mIoU',
+    'coco/bbox_mAP': 'box AP',
+    'coco/segm_mAP': 'mask AP',
+}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A row with all of its seeds.
+
+    Attributes:
+        name: Of the row.
+        seeds: Those that have been run.
+        scores: Name of a score to its values, in points, one a seed.
+        query_ratio: Tokens over those of the dense network: mean over photographs and standard
+            deviation; None for networks that do not choose.
+        cost: What measure.py found, or None.
+    """
+
+    name: str
+    seeds: list[int]
+    scores: dict[str, list[float]]
+    query_ratio: tuple[float, float] | None
+    cost: dict | None
+
+
+def summarize(task: str) -> list[Summary]:
+    """The rows of a task that have results, in the order of its file."""
+    file = RESULTS / task / 'cost.json'
+    costs = json.loads(file.read_text())['rows'] if file.exists() else {}
+    summaries = []
+    for name in read_rows(task):
+        runs = [
+            json.loads(p.read_text()) for p in sorted(RESULTS.glob(f'{task}/{name}_seed*.json'))
+        ]
+        if not runs:
+            continue
+        for run in runs:
+            assert run['row'] == name, run['row']
+        ratios = [run['query_ratio'] for run in runs if run['query_ratio']]
+        ratio = (
+            (mean(r['mean'] for r in ratios), mean(r['std'] for r in ratios)) if ratios else None
+        )
+        scores = {
+            label: [points(key, run['scores'][key]) for run in runs]
+            for key, label in SCORES.items()
+            if all(key in run['scores'] for run in runs)
+        }
+        summaries.append(
+            Summary(name, [run['seed'] for run in runs], scores, ratio, costs.get(name))
+        )
+    return summaries
+
+
+def points(key: str, value: float) -> float:
+    """A score from 0 to 100; COCO's are from 0 to 1."""
+    return 100 * value if key.startswith('coco/') else value
+
+
+def plus_minus(values: list[float]) -> str:
+    """A mean and, of several values, their standard deviation (n - 1)."""
+    deviation = f' ± {stdev(values):.2f}' if len(values) > 1 else ''
+    return f'{mean(values):.2f}{deviation}'
+
+
+def is_dense(name: str) -> bool:
+    """Whether a row is the dense network, at whatever resolution."""
+    return name.split('_')[0] == 'dense'
+
+
+def above_line(summary: Summary, summaries: list[Summary], score: str) -> float | None:
+    """Points above the dense network at a resolution that costs as many milliseconds.
+
+    The dense network's scores are joined by straight lines. None for the dense network itself,
+    without times, and beyond the largest or the smallest resolution.
+    """
+    line = sorted(
+        (s.cost['ms']['median'], mean(s.scores[score]))
+        for s in summaries
+        if is_dense(s.name) and s.cost
+    )
+    if is_dense(summary.name) or not summary.cost:
+        return None
+    ms = summary.cost['ms']['median']
+    for (left, low), (right, high) in pairwise(line):
+        if left <= ms <= right:
+            expected = low + (high - low) * (ms - left) / (right - left)
+            return mean(summary.scores[score]) - expected
+    return None
+
+
+def weights_of(row: Row) -> str:
+    """What a row starts from, in words."""
+    init = row.load(0).model.backbone.get('init_cfg')
+    return 'none' if init is None else Path(init['checkpoint']).stem
