@@ -1,0 +1,127 @@
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+STUDY = Path(__file__).resolve().parents[2] / 'benchmarks' / 'study'
+NAMES = ('rows', 'run', 'summary', 'measure', 'plot')
+
+
+@pytest.fixture
+def study(monkeypatch, tmp_path):
+    """Modules of the study, whose results and work directories are in a folder of the test."""
+    monkeypatch.syspath_prepend(str(STUDY))
+    for name in NAMES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    modules = {name: importlib.import_module(name) for name in NAMES}
+    for name in ('rows', 'summary', 'measure'):
+        monkeypatch.setattr(modules[name], 'RESULTS', tmp_path / 'results')
+    monkeypatch.chdir(tmp_path)
+    return modules
+
+
+def tasks():
+    return sorted(path.stem for path in STUDY.glob('*.yml'))
+
+
+@pytest.mark.parametrize('task', tasks())
+def test_rows_are_configs(study, task):
+    rows = study['rows'].read_rows(task)
+    assert any(study['summary'].is_dense(name) for name in rows)
+    for row in rows.values():
+        cfg = row.load(seed=1)
+        assert cfg.randomness.seed == 1 and cfg.work_dir.endswith(f'{row.name}_seed1')
+        if row.size:
+            height, width = row.size
+            assert tuple(cfg.model.data_preprocessor.size) == (height, width)
+            scales = [t.scale for t in cfg.test_dataloader.dataset.pipeline if t.type == 'Resize']
+            assert scales == [(width, height)]
+
+
+def test_rows_build_on_others(study):
+    rows = study['rows'].read_rows('ccp')
+    assert rows['msvit_12'].config == rows['msvit'].config != rows['dense'].config
+    assert rows['msvit_12'].load(0).model.backbone.gate.fine_ratio == 0.12
+    assert rows['msvit'].load(0).model.backbone.gate.fine_ratio == 0.25
+
+
+def test_unknown_keys_are_refused(study, tmp_path, monkeypatch):
+    (tmp_path / 'bad.yml').write_text('config: a.py\nrows:\n  one: {sise: [1, 2]}\n')
+    monkeypatch.setattr(study['rows'], 'HERE', tmp_path)
+    with pytest.raises(ValueError, match=r"row one of bad.yml has unknown keys \['sise'\]"):
+        study['rows'].read_rows('bad')
+
+
+def make_summary(study, name, ms, score):
+    return study['summary'].Summary(
+        name, [0], {'mIoU': [score - 1, score + 1]}, None, dict(ms=dict(median=ms))
+    )
+
+
+def test_points_above_the_line(study):
+    made = [
+        make_summary(study, *row)
+        for row in [
+            ('dense', 400, 50), ('dense_2', 200, 40), ('dense_1', 100, 20), ('fast', 150, 33),
+            ('slow', 500, 60), ('uniform-28', 300, 41),
+        ]
+    ]  # fmt: skip
+    above = {s.name: study['summary'].above_line(s, made, 'mIoU') for s in made}
+    assert above['fast'] == pytest.approx(3) and above['uniform-28'] == pytest.approx(-4)
+    assert above['dense_2'] is None and above['slow'] is None  # on the line; beyond it
+
+
+def write_ccp(folder):
+    rng = np.random.default_rng(0)
+    for part, number in (('train', 3), ('test', 2)):
+        for kind, suffix, mode in (('images', 'jpg', 'RGB'), ('labels', 'png', 'L')):
+            (folder / kind / part).mkdir(parents=True)
+            for i in range(number):
+                shape = (90, 60, 3) if mode == 'RGB' else (90, 60)
+                pixels = rng.integers(0, 255 if mode == 'RGB' else 13, shape, dtype=np.uint8)
+                Image.fromarray(pixels, mode).save(folder / kind / part / f'{i}.{suffix}')
+
+
+def test_a_row_is_trained_tested_measured_and_drawn(study, tmp_path, monkeypatch, capsys):
+    write_ccp(tmp_path / 'data' / 'ccp')
+    options = [
+        '--cfg-options',
+        'model.backbone.init_cfg=None',
+        'train_cfg.max_iters=1',
+        'train_dataloader.num_workers=0',
+        'train_dataloader.persistent_workers=False',
+        'test_dataloader.num_workers=0',
+        'test_dataloader.persistent_workers=False',
+        'default_hooks.checkpoint.interval=1',
+    ]
+    monkeypatch.setattr(sys, 'argv', ['run.py', 'ccp', 'dense_420x280', *options])
+    assert study['run'].main() == 0
+    result = tmp_path / 'results' / 'ccp' / 'dense_420x280_seed0.json'
+    first = json.loads(result.read_text())
+    assert {'mIoU', 'boundary/mIoU'} <= first['scores'].keys() and first['size'] == [420, 280]
+    assert study['run'].main() == 0  # does nothing
+    assert 'delete it to repeat' in capsys.readouterr().out
+
+    monkeypatch.setattr(sys, 'argv', ['measure.py', 'ccp', '--photos', '1', '--rounds', '1'])
+    assert study['measure'].main() == 0
+    (summary,) = study['summary'].summarize('ccp')
+    assert summary.scores['mIoU'] == [first['scores']['mIoU']]
+    cost = summary.cost
+    assert 0 < cost['backbone_ms']['median'] < cost['ms']['median']
+    assert cost['gmacs']['mean'] == pytest.approx(16, rel=0.1)  # 601 tokens
+    out = tmp_path / 'plot.svg'
+    study['plot'].draw([summary], out)
+    drawn = out.read_text()
+    assert 'dense_420x280' in drawn and 'boundary mIoU' in drawn
+    study['plot'].draw([summary], out)
+    assert out.read_text() == drawn
+
+
+def test_an_unknown_row_is_named(study, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['run.py', 'ccp', 'dens'])
+    with pytest.raises(SystemExit, match=r"no row 'dens'; it has dense, "):
+        study['run'].main()
