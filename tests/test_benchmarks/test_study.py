@@ -88,15 +88,11 @@ def write_ccp(folder):
 
 def test_a_row_is_trained_tested_measured_and_drawn(study, tmp_path, monkeypatch, capsys):
     write_ccp(tmp_path / 'data' / 'ccp')
-    options = [
-        '--cfg-options',
-        'model.backbone.init_cfg=None',
-        'train_cfg.max_iters=1',
-        'train_dataloader.num_workers=0',
-        'train_dataloader.persistent_workers=False',
-        'test_dataloader.num_workers=0',
-        'test_dataloader.persistent_workers=False',
-        'default_hooks.checkpoint.interval=1',
+    options = ['--cfg-options', 'model.backbone.init_cfg=None', 'train_cfg.max_iters=1']
+    options += [
+        f'{part}_dataloader.{name}={value}'
+        for part in ('train', 'test')
+        for name, value in (('num_workers', 0), ('persistent_workers', False))
     ]
     monkeypatch.setattr(sys, 'argv', ['run.py', 'ccp', 'dense_420x280', *options])
     assert study['run'].main() == 0
