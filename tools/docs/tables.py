@@ -29,6 +29,7 @@ between two comments, the first of which names it and the files it shows:
   networks FOLDER   parameters and MACs in configs/FOLDER/metafile.yml
   published         results that authors published, in all metafiles
   study TASK        benchmarks/study/results/TASK, of benchmarks/study/run.py and measure.py
+  gates TASK        benchmarks/study/results/TASK/gates.json, of benchmarks/study/gates.py
   zoo               what we have trained ourselves, config by config
 """
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -289,6 +290,16 @@ def costs(cost: dict | None) -> tuple[str, str, str]:
     return tuple(f'{value:.{i == 1:d}f}' for i, value in enumerate(figures))
 
 
+def gates(task: str) -> str:
+    """How well gates find the regions whose labels change."""
+    results = json.loads((BENCHMARKS / 'study' / 'results' / task / 'gates.json').read_text())
+    rows = [
+        (setting['name'], f'{setting["coverage"]:.3f}', f'{setting["coverage_of_all"]:.3f}')
+        for setting in results['settings']
+    ]
+    return markdown(('gate', 'of each photograph', 'of all photographs'), rows)
+
+
 def zoo() -> str:
     """Trained configs: those that are rows of the study without changes."""
     module, rows = study_summary(), []
@@ -323,7 +334,7 @@ def metafile(folder: str) -> dict:
 
 TABLES = dict(
     choice=choice, speed=speed, macs=macs, scores=scores, networks=networks, published=published,
-    study=study, zoo=zoo,
+    study=study, gates=gates, zoo=zoo,
 )  # fmt: skip
 
 if __name__ == '__main__':
