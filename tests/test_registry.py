@@ -7,6 +7,7 @@ def test_our_types_are_found_from_every_scope(scope):
     with DefaultScope.overwrite_default_scope(scope):
         for name in ('STViTRSwin', 'MixedScaleNeck', 'BudgetLoss'):
             assert MODELS.get(f'mmtoken.{name}').__name__ == name
-        assert HOOKS.get('mmtoken.TokenLossHook').__name__ == 'TokenLossHook'
+        for name in ('TokenLossHook', 'TwinDistillHook'):
+            assert HOOKS.get(f'mmtoken.{name}').__name__ == name
         name = 'LayerDecayOptimWrapperConstructor'
         assert OPTIM_WRAPPER_CONSTRUCTORS.get(f'mmtoken.{name}').__name__ == name
