@@ -8,6 +8,7 @@ def test_our_types_are_found_from_every_scope(scope):
         for name in ('STViTRSwin', 'MixedScaleNeck', 'BudgetLoss'):
             assert MODELS.get(f'mmtoken.{name}').__name__ == name
         assert METRICS.get('mmtoken.BoundaryIoUMetric').__name__ == 'BoundaryIoUMetric'
-        assert HOOKS.get('mmtoken.TokenLossHook').__name__ == 'TokenLossHook'
+        for name in ('TokenLossHook', 'TwinDistillHook'):
+            assert HOOKS.get(f'mmtoken.{name}').__name__ == name
         name = 'LayerDecayOptimWrapperConstructor'
         assert OPTIM_WRAPPER_CONSTRUCTORS.get(f'mmtoken.{name}').__name__ == name

@@ -18,7 +18,7 @@ from mmengine.utils import get_object_from_string
 from ..backbones.base import TokenBackbone
 from ..registry import MODELS
 
-TOKEN_HOOK = 'TokenLossHook'
+TOKEN_HOOKS = ('TokenLossHook', 'TwinDistillHook')  # a dense twin has no use for them
 Cfg = TypeVar('Cfg', dict, Config)
 
 
@@ -31,8 +31,9 @@ def dense_twin(cfg: Cfg) -> Cfg:
 
     Returns:
         A changed deep copy: backbones and necks of ours compute densely and return maps, necks
-        that restore tokens are replaced by necks that take maps, and the hook for token losses is
-        removed from a ``Config``. The config of a dense twin is returned unchanged.
+        that restore tokens are replaced by necks that take maps, and the hooks for token losses and
+        for teaching by a dense twin are removed from a ``Config``. The config of a dense twin is
+        returned unchanged.
 
     Raises:
         TypeError: ``cfg`` is no mapping.
@@ -141,7 +142,7 @@ def mappings(node) -> Iterator[dict]:
 
 
 def _is_token_hook(hook: object) -> bool:
-    """Whether a config names the hook for token losses, by its name or its class."""
+    """Whether a config names one of :data:`TOKEN_HOOKS`, by its name or its class."""
     given = hook.get('type') if isinstance(hook, Mapping) else type(hook)
     name = given.__name__ if isinstance(given, type) else str(given).rpartition('.')[2]
-    return name == TOKEN_HOOK
+    return name in TOKEN_HOOKS

@@ -248,6 +248,16 @@ def has_grids(module: nn.Module) -> bool:
     )
 
 
+def grids_of(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Names of learned positions to their grids, as :func:`adopt_grids` takes them."""
+    grids = {}
+    for name, _ in module.named_parameters():
+        parent, _, last = name.rpartition('.')
+        if last in GRIDS and hasattr(module.get_submodule(parent), GRIDS[last]):
+            grids[name] = getattr(module.get_submodule(parent), GRIDS[last])
+    return grids
+
+
 def adopt_grids(module: nn.Module, grids: Mapping[str, tuple[int, int]]) -> None:
     """Change the grids of learned positions, whose values are to be loaded from a checkpoint.
 

@@ -3,5 +3,11 @@
 from .image_sizes import follow_image_sizes
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .token_loss_hook import TokenLossHook
+from .twin_distill_hook import TwinDistillHook
 
-__all__ = ['LayerDecayOptimWrapperConstructor', 'TokenLossHook', 'follow_image_sizes']
+__all__ = [
+    'LayerDecayOptimWrapperConstructor',
+    'TokenLossHook',
+    'TwinDistillHook',
+    'follow_image_sizes',
+]

@@ -11,7 +11,7 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from ..layers.common.labels import note_labels
-from ..layers.common.padding import note_sizes, noted_sizes
+from ..layers.common.padding import note_sizes, sizes_on_map
 from ..necks import GrainUnpoolNeck
 from .sample_labels import labels_of_samples
 
@@ -105,14 +105,13 @@ def _note_samples(model: BaseModel, args: tuple, kwargs: dict) -> None:
 
 def _pass_sizes_on(backbone: nn.Module, args: tuple, maps: Any) -> None:
     """Behind a backbone: note the sizes of images on its maps, in pixels of each map."""
-    sizes = noted_sizes(args[0]) if args and isinstance(args[0], Tensor) else None
-    if sizes is None or not isinstance(maps, Sequence):
+    if not (args and isinstance(args[0], Tensor) and isinstance(maps, Sequence)):
         return
-    sides = sizes.new_tensor(args[0].shape[-2:])
     for map_ in maps:
         if isinstance(map_, Tensor) and map_.ndim == 4:
-            places = sizes.new_tensor(map_.shape[-2:])
-            note_sizes(map_, -(-sizes * places // sides))  # rounded up
+            sizes = sizes_on_map(args[0], map_)
+            if sizes is not None:
+                note_sizes(map_, sizes)
 
 
 def _starts_grained(neck: nn.Module | None) -> bool:

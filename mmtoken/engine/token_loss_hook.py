@@ -41,13 +41,13 @@ class TokenLossHook(Hook):
             TypeError: The model's class has no ``loss``.
             RuntimeError: The model already has another ``loss`` than its class.
         """
-        model = _unwrapped(runner.model)
-        name = type(model).__name__
+        model = unwrapped(runner.model)
+        hook, name = type(self).__name__, type(model).__name__
         if not callable(getattr(type(model), 'loss', None)):
-            raise TypeError(f'TokenLossHook needs a model with a method `loss`, which {name} lacks')
+            raise TypeError(f'{hook} needs a model with a method `loss`, which {name} lacks')
         if 'loss' in vars(model) and not _is_wrapped(model):
             raise RuntimeError(
-                f'TokenLossHook would replace {model.loss!r}, which something else has set as '
+                f'{hook} would replace {model.loss!r}, which something else has set as '
                 f'`loss` of this {name}; remove one of the two'
             )
         # A bound method, which a deep copy of the model binds to the copy.
@@ -62,7 +62,7 @@ class TokenLossHook(Hook):
 
     def after_train(self, runner: Runner) -> None:
         """Give the model its own ``loss`` back."""
-        model = _unwrapped(runner.model)
+        model = unwrapped(runner.model)
         if _is_wrapped(model):
             del model.loss
 
@@ -88,7 +88,8 @@ def _follow(model: nn.Module) -> None:
         follow_image_sizes(model)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers, such as that of distributed training."""
     while is_model_wrapper(model):
         model = model.module
     return model

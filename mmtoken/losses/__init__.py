@@ -1,4 +1,4 @@
-"""Losses on how many tokens a network uses."""
+"""Losses on how many tokens a network uses, and how far maps are from those of another."""
 
 from .batch_shaping import BatchShapingLoss
 from .budget import BudgetLoss

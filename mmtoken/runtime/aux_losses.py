@@ -111,6 +111,17 @@ def publish(values: Mapping[str, Tensor]) -> None:
         collector.add(name, value)
 
 
+@torch.compiler.disable
+def is_collecting() -> bool:
+    """Whether a loss published now would be trained: with gradients, in :func:`token_losses`.
+
+    For losses that only a training loop of ours asks for. A module that must not lose its loss
+    asks :func:`should_publish`.
+    """
+    has_gradients = torch.is_grad_enabled() and not torch.jit.is_tracing()
+    return has_gradients and not in_recompute() and _collector.get() is not None
+
+
 def in_recompute() -> bool:
     """Whether backward is recomputing the activations of a checkpointed module."""
     return torch._C._current_graph_task_id() != -1  # the backward that this thread works on

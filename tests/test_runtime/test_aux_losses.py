@@ -4,7 +4,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mmtoken
-from mmtoken.runtime.aux_losses import publish, should_publish, token_losses
+from mmtoken.runtime.aux_losses import is_collecting, publish, should_publish, token_losses
 
 
 class Publisher(nn.Module):
@@ -87,6 +87,23 @@ def test_nothing_is_asked_for_outside_of_training():
     assert not published
     with torch.no_grad():
         publish(dict(loss=torch.tensor(1.0)))
+
+
+def test_when_a_loss_would_be_trained():
+    assert not is_collecting()
+    recomputing = []
+
+    def function(x):
+        recomputing.append(is_collecting())
+        return x.square()
+
+    with token_losses():
+        assert is_collecting()
+        with torch.no_grad():
+            assert not is_collecting()
+        x = torch.ones(4, requires_grad=True)
+        checkpoint(function, x, use_reentrant=False).sum().backward()
+    assert recomputing == [True, False]
 
 
 def test_a_sink_under_no_grad_takes_what_it_is_given():

@@ -74,6 +74,23 @@ def noted_sizes(x: Tensor) -> Tensor | None:
     return None if sizes is None else sizes.to(x.device)
 
 
+def sizes_on_map(images: Tensor, map_: Tensor) -> Tensor | None:
+    """Stored sizes of images in places of a map of them, rounded up.
+
+    Args:
+        images: ``(B, C, H, W)``.
+        map_: ``(B, C', H', W')``, of the whole batch.
+
+    Returns:
+        ``(B, 2)``, on the device of the images; None if none are stored.
+    """
+    sizes = noted_sizes(images)
+    if sizes is None:
+        return None
+    sides, places = (sizes.new_tensor(x.shape[-2:]) for x in (images, map_))
+    return -(-sizes * places // sides)
+
+
 def valid_size(images: Tensor) -> Tensor:
     """Height and width of each image without its padding.
 

@@ -6,7 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmtoken.layers.common.padding import padding_regions, set_image_sizes, valid_size
+from mmtoken.layers.common.padding import (
+    padding_regions,
+    set_image_sizes,
+    sizes_on_map,
+    valid_size,
+)
 from mmtoken.layers.common.regions import make_region_layout
 
 
@@ -139,6 +144,14 @@ def test_copies_of_a_batch_keep_its_sizes():
     images = torch.ones(1, 3, 8, 8)
     set_image_sizes(images, [(4, 4)])
     assert valid_size(copy.deepcopy(images)).tolist() == [[4, 4]]
+
+
+def test_sizes_on_a_map():
+    """A place counts if any of its pixels shows the image."""
+    images, map_ = torch.ones(2, 3, 32, 48), torch.ones(2, 5, 4, 6)
+    assert sizes_on_map(images, map_) is None
+    set_image_sizes(images, [(16, 48), (17, 1)])
+    assert sizes_on_map(images, map_).tolist() == [[2, 6], [3, 1]]
 
 
 def test_sizes_end_with_the_batch():
