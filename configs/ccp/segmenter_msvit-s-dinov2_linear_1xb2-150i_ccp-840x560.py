@@ -1,51 +1,11 @@
-# A quarter of the regions is fine; labels teach the gate which. The last four blocks are trained,
-# with a linear head.
+# A quarter of the regions of a photograph of people is fine: 1050 tokens instead of 2400.
 _base_ = [
     '../_base_/mmtoken.py',
+    '../_base_/models/segmenter_msvit-s-dinov2_linear.py',
     '../_base_/datasets/ccp_840x560.py',
-    '../_base_/schedules/ccp_150i.py',
+    '../_base_/schedules/linear_150i.py',
     'mmseg::_base_/default_runtime.py',
 ]
 
-checkpoint = 'https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth'
 custom_hooks = [dict(type='mmtoken.TokenLossHook')]
-model = dict(
-    type='EncoderDecoder',
-    data_preprocessor=dict(
-        type='SegDataPreProcessor',
-        size=(840, 560),
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_val=0,
-        seg_pad_val=255,
-    ),
-    backbone=dict(
-        type='mmtoken.MSViT',
-        arch='small',
-        coarse_size=28,
-        fine_size=14,
-        gate=dict(
-            input='patches',
-            fine_ratio=0.25,
-            kernel_size=3,
-            label_loss=dict(type='mmtoken.LabelPurityLoss'),
-        ),
-        train_mode='gathered',
-        layer_scale=1e-5,
-        img_size=518,  # as in the weights
-        frozen_stages=8,
-        init_cfg=dict(type='Pretrained', checkpoint=checkpoint),
-    ),
-    decode_head=dict(
-        type='FCNHead',
-        in_channels=384,
-        channels=384,
-        num_convs=0,
-        concat_input=False,
-        dropout_ratio=0.0,
-        num_classes=13,
-        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
-    ),
-    test_cfg=dict(mode='whole'),
-)
+model = dict(data_preprocessor=dict(size=(840, 560)), decode_head=dict(num_classes=13))
