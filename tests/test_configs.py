@@ -198,10 +198,11 @@ def count(backbone, shape):
         network, images = MODELS.build(backbone).eval(), torch.zeros(1, 3, *shape)
     parameters = sum(p.numel() for p in network.parameters())
     ratio = routing(backbone)
-    if ratio is None and not backbone.get('window_size'):
+    windowed = backbone['type'] == 'mmtoken.MSViT' and backbone.get('window_size')
+    if ratio is None and not windowed:
         with reference_path():
             return parameters, count_macs(network, images)
-    # Choices and windows need values, though not those of the weights.
+    # Choices and windows of mixed tokens need values, though not those of the weights.
     network, images = network.to_empty(device='cpu'), torch.zeros(1, 3, *shape)
     choices = routing_override(**ratio) if ratio else nullcontext()
     with choices, reference_path(), WithoutProducts():

@@ -133,7 +133,7 @@ def detection_sample(model):
         mask[top:bottom, left:right] = 1
     sample = DetDataSample(metainfo=meta())
     sample.gt_instances = InstanceData(
-        bboxes=boxes, labels=torch.tensor([0, 3]), masks=BitmapMasks(masks.numpy(), HEIGHT, WIDTH)
+        bboxes=boxes, labels=torch.tensor([0, 0]), masks=BitmapMasks(masks.numpy(), HEIGHT, WIDTH)
     )
     return sample
 

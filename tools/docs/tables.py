@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 BENCHMARKS = ROOT / 'benchmarks'
 MARK = re.compile(r'(<!-- table: (?P<name>\S+) ?(?P<argument>\S*) -->\n).*?(<!-- end -->)', re.S)
 SIZES = ('t', 's', 'm', 'b', 'base32')  # in this order
+DATA = ('COCO', 'ADE20K', 'ImageNet-1k', 'Data Science Bowl 2018')  # in this order
 SHORT = dict(tiny='t', small='s', medium='m', base='b')
 # Rows of the README's first table: what the user has, folder and name of the method, what it does
 # to tokens, what else it costs; files of timings and of scores, with what was measured.
@@ -223,7 +224,8 @@ def networks(folder: str) -> str:
         row.setdefault(('M parameters', twin), set()).add(f'{metadata["Parameters"] / 1e6:.2f}')
         data = f'{metadata["Training Data"]}, G MACs'
         row.setdefault((data, twin), set()).add(f'{metadata["FLOPs"] / 1e9:.2f}')
-    columns = ('M parameters', 'COCO, G MACs', 'ADE20K, G MACs', 'ImageNet-1k, G MACs')
+    known = {column for row in figures.values() for column, _ in row}
+    columns = ['M parameters', *(c for c in (f'{d}, G MACs' for d in DATA) if c in known)]
 
     def cell(row: dict, column: str) -> str:
         own, twin = (
