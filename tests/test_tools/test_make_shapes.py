@@ -15,6 +15,7 @@ from shapes import CLASS_IDS, UNLABELLED_ID, WALL_ID, make_dataset
 from shapes import build as build_module
 from shapes.coco import to_polygons, to_run_lengths
 from shapes.difficulty import MAX_COLOUR_ACCURACY, MIN_OVERLAPPED_SHARE, MIN_SMALL_SHARE
+from shapes.scene import draw_scene
 
 TOOLS = Path(__file__).parents[2] / 'tools' / 'datasets'
 
@@ -79,6 +80,21 @@ def test_smaller_set_is_beginning_of_larger(data, tmp_path):
     pictures = [path for path in few if path.parent.name != 'annotations' and len(path.parts) > 1]
     assert len(pictures) == 4 * 3
     assert all(few[path] == many[path] for path in pictures)
+
+
+def test_larger_scenes_hold_the_same_objects():
+    """And more: what found no room in the smaller scene."""
+    found = {}
+    for size in ((128, 176), (256, 352)):
+        scenes = [draw_scene(size, (0, 0, k)) for k in range(20)]
+        found[size] = [
+            {(i.name, np.count_nonzero(i.silhouette)) for i in scene.instances} for scene in scenes
+        ]
+        assert all(set(scene.semantic.shape) == set(size) for scene in scenes)
+    few, many = found.values()
+    kept = [len(a & b) for a, b in zip(few, many, strict=True)]
+    assert sum(kept) > 0.95 * sum(map(len, few))
+    assert sum(map(len, many)) > 1.2 * sum(map(len, few))
 
 
 def test_seed_changes_the_scenes(tmp_path):

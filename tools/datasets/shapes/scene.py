@@ -26,6 +26,9 @@ SIDES = (8.0, 16.0, 32.0, 76.0)
 MAX_EXTENT = 0.85
 """Limit to an object's longer side, as a share of the shorter side of the scene."""
 
+LARGEST_SIDE = 128
+"""Objects are no larger in a scene whose shorter side exceeds this, in pixels."""
+
 PLACEMENT_ATTEMPTS = 60
 
 
@@ -84,7 +87,7 @@ def draw_scene(size: tuple[int, int], seed: tuple[int, ...]) -> Scene:
     image = draw_wall(height, width, rng)
     add_clutter(image, centre, spread, rng)
     instances: list[Instance] = []
-    for sprite in _draw_sprites(MAX_EXTENT * min(size), rng):
+    for sprite in _draw_sprites(MAX_EXTENT * min(*size, LARGEST_SIDE), rng):
         spot = _find_spot(sprite, instances, frame, centre, spread, rng)
         if spot is not None:
             image[spot] += sprite.alpha[..., None] * (sprite.rgb - image[spot])
