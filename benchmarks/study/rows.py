@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 from mmengine.config import Config
+from mmengine.runner import find_latest_checkpoint
 
 from mmtoken import routing_override
 from mmtoken.analysis.configs import load_config
@@ -24,7 +25,8 @@ class Row:
         name: In that file.
         config: Path, from the root of the repository.
         options: Changes of the config, as for ``--cfg-options``.
-        size: Height and width that photographs are resized to; None for those of the config.
+        size: Height and width that a segmenter's photographs are resized to; None for those of the
+            config.
         override: Arguments of :func:`mmtoken.routing_override`: random choices, not learned ones.
     """
 
@@ -36,14 +38,20 @@ class Row:
     override: dict | None = None
 
     def load(self, seed: int) -> Config:
-        """The config of one training."""
+        """The config of one training, which goes on from its last checkpoint if there is one.
+
+        Raises:
+            ValueError: A size for a detector.
+        """
         cfg = load_config(ROOT / self.config)
         cfg.merge_from_dict(dict(self.options))
         if self.size:
             resize(cfg, *self.size)
         cfg.work_dir = str(self.work_dir(seed))
         cfg.randomness = dict(seed=seed)
-        cfg.resume = True  # from the last checkpoint, if there is one
+        if last := find_latest_checkpoint(cfg.work_dir):
+            # Not left to the runner, which would resume from weights that training starts from.
+            cfg.load_from, cfg.resume = last, True
         return cfg
 
     def choices(self) -> AbstractContextManager:
@@ -68,10 +76,10 @@ def read_rows(task: str) -> dict[str, Row]:
     """The rows of a task by name.
 
     Raises:
-        ValueError: A row has keys that are not known.
+        ValueError: A row has keys that are not known, or no config.
     """
     document = yaml.safe_load((HERE / f'{task}.yml').read_text())
-    default = dict(config=document['config'])
+    default = dict(config=document.get('config'))
     rows = {}
     for name, given in document['rows'].items():
         given = dict(given)
@@ -82,13 +90,23 @@ def read_rows(task: str) -> dict[str, Row]:
             config=base.config, size=base.size, override=base.override
         )  # fmt: skip
         merged = merged | given
+        if not merged['config']:
+            raise ValueError(f'row {name} of {task}.yml needs a config; the file has none for all')
         merged['options'] = {**(base.options if base else {}), **given.get('options', {})}
         rows[name] = Row(task, name, **merged)
     return rows
 
 
 def resize(cfg: Config, height: int, width: int) -> None:
-    """Resize the photographs of a segmenter's config, in training and testing."""
+    """Resize the photographs of a segmenter's config, in training and testing.
+
+    Raises:
+        ValueError: Its images have no fixed size, as those of a detector.
+    """
+    if 'size' not in cfg.model.data_preprocessor:
+        raise ValueError(
+            f'size {[height, width]} was given, which only segmenters have, not {cfg.model.type}'
+        )
     cfg.model.data_preprocessor.size = (height, width)
     for part in ('train', 'val', 'test'):
         for transform in cfg[f'{part}_dataloader'].dataset.pipeline:

@@ -26,6 +26,7 @@ EXAMPLES = """\
 examples:
   python benchmarks/study/run.py ccp --list
   python benchmarks/study/run.py ccp dense --seed 0
+  python benchmarks/study/run.py nuclei stvit-r
   python benchmarks/study/run.py ccp msvit --seed 1 --cfg-options \\
       model.backbone.init_cfg.checkpoint=dinov2_vits14.pth
 """
@@ -74,6 +75,7 @@ def run(row: Row, seed: int, options: dict) -> dict:
     cfg = row.load(seed)
     cfg.merge_from_dict(options)
     cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None  # the test set, once, at the end
+    cfg.test_dataloader.batch_size = 1  # decisions are counted by image
     runner = Runner.from_cfg(cfg)
     started = time.perf_counter()
     with row.choices():
@@ -82,7 +84,7 @@ def run(row: Row, seed: int, options: dict) -> dict:
         with record_routing() as decisions:
             scores = runner.test()
     images = len(runner.test_dataloader.dataset)
-    each = len(decisions) // images  # one image a batch
+    each = len(decisions) // images
     ratios = [
         query_ratio(decisions[i * each : (i + 1) * each]) for i in range(images if each else 0)
     ]
