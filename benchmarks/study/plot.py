@@ -51,7 +51,7 @@ def draw(summaries: list[Summary], out: Path) -> None:
 
 def draw_panel(ax: Axes, summaries: list[Summary], score: str) -> None:
     """One score against milliseconds."""
-    dense = sorted((s for s in summaries if kind(s.name) == DENSE), key=milliseconds)
+    dense = sorted((s for s in summaries if is_dense(s.name)), key=milliseconds)
     ax.plot(
         [milliseconds(s) for s in dense], [mean(s.scores[score]) for s in dense],
         color='0.5', linewidth=1, zorder=1, label='dense, lower resolutions',
@@ -77,7 +77,7 @@ def draw_panel(ax: Axes, summaries: list[Summary], score: str) -> None:
 
 def kind(name: str) -> str:
     """Whether a row is the dense network, another baseline, or a method."""
-    if is_dense(name):
+    if DENSE in name.split('_'):
         return DENSE
     return 'baseline' if any(word in name for word in BASELINES) else 'method'
 
