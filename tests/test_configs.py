@@ -27,6 +27,7 @@ from mmtoken import routing_override
 from mmtoken.analysis import count_macs, dense_twin
 from mmtoken.analysis.configs import default_shape
 from mmtoken.analysis.twin import our_class
+from mmtoken.backbones import MergeViT
 from mmtoken.runtime.reference import reference_path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,7 +119,8 @@ def test_widths_fit(path, monkeypatch):
     # mmseg's mask transformer reads the values of its stochastic depth.
     monkeypatch.setattr(torch, 'linspace', functools.partial(torch.linspace, device='cpu'))
     cfg = load(path)
-    if is_routed(cfg.model.backbone):
+    backbone = cfg.model.backbone
+    if is_routed(backbone) or issubclass(our_class(backbone), MergeViT):
         cfg = dense_twin(cfg)  # whose widths are the same
     cfg.model.backbone.pop('window_size', None)  # what is in a window depends on values, too
     with torch.device('meta'):

@@ -19,7 +19,7 @@ from mmengine.structures import InstanceData, PixelData
 from rich.console import Console
 from rich.table import Table
 
-from mmtoken import token_losses
+from mmtoken import follow_image_sizes, token_losses
 
 CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
 HEIGHT, WIDTH = 96, 160
@@ -73,7 +73,8 @@ def run(cfg: Config) -> tuple[int, float]:
     )
     model.train()
     data = model.data_preprocessor(batch, training=True)
-    with token_losses() as published:  # as mmtoken.TokenLossHook does
+    follow_image_sizes(model)  # as mmtoken.TokenLossHook does
+    with token_losses() as published:
         losses = model(**data, mode='loss')
     loss, logs = model.parse_losses({**losses, **published})
     if not loss.isfinite():
