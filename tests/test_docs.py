@@ -142,7 +142,8 @@ def exists(name):
 
 @cache
 def registered(name):
-    registries = (registry.MODELS, registry.HOOKS, registry.OPTIM_WRAPPER_CONSTRUCTORS)
+    names = ('MODELS', 'HOOKS', 'METRICS', 'OPTIM_WRAPPER_CONSTRUCTORS')
+    registries = [getattr(registry, n) for n in names]
     return any(known.get(name) is not None for known in registries)
 
 

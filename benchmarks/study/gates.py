@@ -122,7 +122,7 @@ def read_regions(cfg: Config, part: str, number: int) -> Iterator[tuple[dict[str
         labels = labels_of_samples(batch['data_samples'], tuple(images.shape[-2:]))
         with torch.no_grad():
             seen = dict(
-                embed=backbone.embed_coarse(images, ratio)[0],
+                embed=backbone.embed_coarse(images)[0],
                 patches=describe_regions(backbone.patch_embed(images), ratio)[0],
             )
         purity, _ = label_purity(labels, backbone.patch_size * ratio)

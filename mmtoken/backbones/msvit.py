@@ -4,7 +4,7 @@ Source: MSViT, arXiv 2307.02321. Only its loss was released; what the paper leav
 here, see :class:`MSViT`. Parameter names are timm's where timm has the layer.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Literal, get_args
 
 import torch
@@ -19,7 +19,7 @@ from ..layers.common.packed import SparseFeatures
 from ..layers.common.padding import padding_regions, valid_size
 from ..layers.common.plain import has_geometry
 from ..layers.common.regions import RegionLayout, describe_regions, make_region_layout, pool_cells
-from ..layers.common.routing import choose, explores, rank_regions, spend_queries
+from ..layers.common.routing import choose, explores, rank_regions
 from ..layers.common.stem import PatchEmbed, pad_to_stride
 from ..layers.common.utils import ceil_div
 from ..layers.common.vit import ViTBlock
@@ -40,8 +40,8 @@ class MSViT(PlainBackbone):
     """ViT whose image regions become one coarse token or several fine ones.
 
     A gate looks at each region of ``coarse_size`` pixels and decides, once, before the first block.
-    Nothing is discarded, so dense maps are complete: a coarse token is copied to all places that it
-    stands for. With fine tokens everywhere it is ViT. More than two scales are ours.
+    Nothing is discarded, so dense maps are complete: a coarse token is copied to all places of its
+    region. With fine tokens everywhere it is ViT.
 
     Padding: regions wholly in the padding of a batch are coarse and do not count, whatever their
     color where the sizes of images are known (:class:`mmtoken.TokenLossHook`,
@@ -53,10 +53,7 @@ class MSViT(PlainBackbone):
     Args:
         arch: ``'tiny'``, ``'small'``, ``'base'``, ``'large'``, or a dict with the keys
             ``embed_dims``, ``num_layers``, ``num_heads`` and ``feedforward_channels``.
-        coarse_size: Side of a region, which may become one token, in pixels; a multiple of
-            ``fine_size``. Several sides, rising, each a multiple of the one before, are as many
-            coarse scales, all tokens of a region having one; they need ``train_mode='gathered'``
-            and ``share_patch_embed=True``.
+        coarse_size: Side of a region, in pixels; a multiple of ``fine_size``.
         fine_size: Side of a patch that becomes a fine token, in pixels.
         gate: Arguments of the gate, all optional. ``None`` instead of a dict gives the dense twin:
             ViT. ``hidden_channels``, ``num_layers``, ``start_ratio`` and ``kernel_size`` are as for
@@ -65,11 +62,10 @@ class MSViT(PlainBackbone):
             embeddings of its patches, which are all computed then. ``temperature``: of the sigmoid
             whose gradient the gate has. ``loss``: config of the loss that shapes its decisions,
             with which training needs :class:`mmtoken.TokenLossHook`, or None. ``fine_ratio``: the
-            share of the regions of every image that are fine (with two scales), or
-            ``token_ratio``, the tokens over those of ViT that every image has at most: all images
-            cost the same, no ``loss`` is needed, and ``start_ratio`` follows. ``label_loss``:
-            config of :class:`mmtoken.LabelPurityLoss`, with which labels teach the gate, or None;
-            with one of the ratios it learns from the labels alone.
+            share of the regions of every image that are fine, so that all images cost the same; it
+            needs no ``loss``, and ``start_ratio`` follows it. ``label_loss``: config of
+            :class:`mmtoken.LabelPurityLoss`, with which labels teach the gate, or None; with
+            ``fine_ratio`` it learns from the labels alone.
         share_patch_embed: Embed a region, scaled down to ``fine_size``, by the projection of fine
             patches, as the paper does. Otherwise it has a projection of its own.
         train_mode: How the gate gets its gradient; both modes have the same forward values.
@@ -111,7 +107,7 @@ class MSViT(PlainBackbone):
     def __init__(
         self,
         arch: str | Mapping = 'small',
-        coarse_size: int | Sequence[int] = 32,
+        coarse_size: int = 32,
         fine_size: int = 16,
         gate: Mapping | None = GATE,
         share_patch_embed: bool = True,
@@ -121,23 +117,17 @@ class MSViT(PlainBackbone):
         global_blocks: Iterable[int] | None = None,
         **kwargs,
     ) -> None:
+        if coarse_size <= fine_size or coarse_size % fine_size:
+            raise ValueError(
+                f'coarse_size must be a multiple of fine_size={fine_size}, from '
+                f'{2 * fine_size} on, got {coarse_size}'
+            )
         if train_mode not in get_args(TrainMode):
             raise ValueError(f'train_mode must be one of {get_args(TrainMode)}, got {train_mode!r}')
-        sizes = check_sizes(fine_size, coarse_size)
-        if (
-            len(sizes) > 2
-            and gate is not None
-            and not (train_mode == 'gathered' and share_patch_embed)
-        ):
-            raise ValueError(
-                "several coarse sizes need train_mode='gathered' and share_patch_embed=True, got "
-                f'{train_mode!r} and {share_patch_embed}'
-            )
         super().__init__(arch, patch_size=fine_size, cls_token=cls_token, **kwargs)
         self.train_mode = train_mode
-        granularities = tuple(size // fine_size for size in sizes)
-        self.ratio = granularities[-1]  # side of a region
-        self.granularities = (1,) if gate is None else granularities
+        self.ratio = coarse_size // fine_size
+        self.granularities = (1,) if gate is None else (1, self.ratio)
         self.global_blocks = self.check_windows(window_size, global_blocks)
         self.window = None if window_size is None else window_size // self.ratio  # in regions
         self.gate = self.gate_loss = self.label_loss = self.patch_embed_coarse = None
@@ -145,7 +135,7 @@ class MSViT(PlainBackbone):
             if not share_patch_embed:
                 in_channels = self.patch_embed.proj.in_channels
                 self.patch_embed_coarse = PatchEmbed(
-                    self.embed_dims, in_channels, sizes[-1], norm=False
+                    self.embed_dims, in_channels, coarse_size, norm=False
                 )
                 self.patch_embed_coarse.proj.load_state_dict(
                     dict(
@@ -153,23 +143,20 @@ class MSViT(PlainBackbone):
                         bias=self.patch_embed.proj.bias,
                     )
                 )
-            self.make_gate(dict(gate), sizes[-1])
+            self.make_gate(dict(gate), coarse_size)
         self.blocks = nn.ModuleList(
             ViTBlock(**self.block_args, drop_path=rate) for rate in self.drop_rates
         )
         self.finish_init()
 
-    def make_gate(self, gate: dict, region_size: int) -> None:
-        """Build the gate and its loss from their arguments; ``region_size`` is in pixels.
+    def make_gate(self, gate: dict, coarse_size: int) -> None:
+        """Build the gate and its loss from their arguments.
 
         Raises:
             ValueError: Unknown arguments, or values that are not allowed.
         """
         self.fine_ratio = gate.pop('fine_ratio', None)
-        self.token_ratio = gate.pop('token_ratio', None)
-        given = self.token_ratio if self.fine_ratio is None else self.fine_ratio
-        self.has_budget = given is not None
-        loss = gate.pop('loss', None if self.has_budget else GATE['loss'])
+        loss = gate.pop('loss', GATE['loss'] if self.fine_ratio is None else None)
         label_loss = gate.pop('label_loss', None)
         self.gate_input = gate.pop('input', 'embed')
         self.temperature = gate.pop('temperature', 1.0)
@@ -179,27 +166,22 @@ class MSViT(PlainBackbone):
             )
         if not self.temperature > 0:
             raise ValueError(f"gate['temperature'] must be above 0, got {self.temperature}")
-        if None not in (self.fine_ratio, self.token_ratio):
-            raise ValueError("gate takes 'fine_ratio' or 'token_ratio', not both")
-        if self.has_budget and not 0 <= given <= 1:
-            name = 'token_ratio' if self.fine_ratio is None else 'fine_ratio'
-            raise ValueError(f"gate['{name}'] must be from 0 to 1, got {given}")
-        if self.fine_ratio is not None and len(self.granularities) > 2:
-            raise ValueError("with several coarse sizes gate takes 'token_ratio', not 'fine_ratio'")
+        if self.fine_ratio is not None and not 0 <= self.fine_ratio <= 1:
+            raise ValueError(f"gate['fine_ratio'] must be from 0 to 1, got {self.fine_ratio}")
         allowed = ('hidden_channels', 'num_layers', 'start_ratio', 'kernel_size')
-        others = ('input', 'temperature', 'loss', 'fine_ratio', 'token_ratio', 'label_loss')
+        others = ('input', 'temperature', 'loss', 'fine_ratio', 'label_loss')
         if not set(gate) <= set(allowed):
             raise ValueError(
                 f'gate takes {(*others, *allowed)}, got {sorted(set(gate) - set(allowed))}'
             )
-        if self.has_budget:
-            gate.setdefault('start_ratio', start_of(1 - given))
+        if self.fine_ratio is not None:
+            gate.setdefault('start_ratio', start_of(1 - self.fine_ratio))
         seen = dict(
             embed=self.embed_dims,
-            pixels=self.patch_embed.proj.in_channels * region_size**2,
+            pixels=self.patch_embed.proj.in_channels * coarse_size**2,
             patches=2 * self.embed_dims,
         )
-        self.gate = RegionGate(seen[self.gate_input], num_choices=len(self.granularities), **gate)
+        self.gate = RegionGate(seen[self.gate_input], **gate)
         if loss is not None:
             self.gate_loss = MODELS.build(loss)
         if label_loss is not None:
@@ -276,19 +258,16 @@ class MSViT(PlainBackbone):
                 return tokens, layout
             layout = fine_layout(regions, len(x), self.window)
             return layout.pack(tokens), layout
-        coarse = [self.embed_coarse(x, side) for side in self.granularities[1:]]
+        coarse = self.embed_coarse(x)  # (B, Hr, Wr, C)
         patches = self.patch_embed(x) if self.gate_input == 'patches' else None  # (B, H, W, C)
-        gates = self.choose_scales(x, coarse[-1], patches, regions)
+        gates = self.choose_scales(x, coarse, patches, regions)
         layout = build_layout(gates, regions, self.window, self.train_mode == 'masked')
         prefix, position = self.positions(grid)
         fine = self.embed_fine(x, layout) if patches is None else patches
         fine = (fine + position).flatten(1, 2)  # (B, H * W, C)
-        coarse = [
-            (tokens + pool_cells(position, side)).flatten(1, 2)
-            for tokens, side in zip(coarse, self.granularities[1:], strict=True)
-        ]
+        coarse = (coarse + pool_cells(position, self.ratio)).flatten(1, 2)
         prefix = prefix.expand(len(x), -1, -1).to(fine)
-        return layout.pack(torch.cat([prefix, fine, *coarse], dim=1)), layout
+        return layout.pack(torch.cat([prefix, fine, coarse], dim=1)), layout
 
     def run_block(
         self, index: int, tokens: Tensor, layout: DenseLayout | PackedLayout
@@ -332,20 +311,12 @@ class MSViT(PlainBackbone):
         fine = embedded.new_zeros(layout.num_places, embedded.shape[1])
         return fine.index_copy(0, layout.fine, embedded).unflatten(0, (len(x), *layout.grid))
 
-    def embed_coarse(self, x: Tensor, side: int) -> Tensor:
-        """Embed cells of a coarse scale, without positions.
-
-        Args:
-            x: Images, ``(B, in_channels, H, W)``.
-            side: Of a cell, in fine tokens.
-
-        Returns:
-            ``(B, rows, columns, C)``.
-        """
+    def embed_coarse(self, x: Tensor) -> Tensor:
+        """Embed whole regions, without positions: ``(B, in_channels, H, W) -> (B, Hr, Wr, C)``."""
         if self.patch_embed_coarse is not None:
             return self.patch_embed_coarse(x)
-        x = pad_to_stride(x, self.patch_size * side)
-        return self.patch_embed(F.avg_pool2d(x, side))
+        x = pad_to_stride(x, self.patch_size * self.ratio)
+        return self.patch_embed(F.avg_pool2d(x, self.ratio))
 
     def choose_scales(
         self, x: Tensor, coarse: Tensor, patches: Tensor | None, regions: RegionLayout
@@ -354,12 +325,12 @@ class MSViT(PlainBackbone):
 
         Args:
             x: Images, ``(B, in_channels, H, W)``.
-            coarse: The coarsest tokens, ``(B, Hr, Wr, C)``.
+            coarse: From :meth:`embed_coarse`.
             patches: Embeddings of all patches, ``(B, H, W, C)``, if the gate reads them.
             regions: Of the grid of fine tokens.
 
         Returns:
-            From fine to coarse, ``(B, Hr, Wr, K)``.
+            Fine and coarse, ``(B, Hr, Wr, 2)``.
         """
         if self.gate_input == 'pixels':
             side = self.patch_size * self.ratio
@@ -372,12 +343,7 @@ class MSViT(PlainBackbone):
         scores = self.gate(seen, padding)
         # A gate with a fixed budget that labels teach needs no gradient of the task, which would
         # have to pass all blocks, frozen ones too.
-        taught = self.label_loss is not None and self.has_budget
-        settled = None
-        if self.fine_ratio is not None:
-            settled = rank_regions(scores, self.fine_ratio, padding)
-        elif self.token_ratio is not None:
-            settled = spend_queries(scores, regions.num_cells, self.token_ratio, padding)
+        taught = self.label_loss is not None and self.fine_ratio is not None
         gates = choose(
             scores,
             regions.num_cells,
@@ -385,7 +351,7 @@ class MSViT(PlainBackbone):
             explores(self.gate, seen) and not taught,
             padding,
             self.temperature,
-            settled,
+            None if self.fine_ratio is None else rank_regions(scores, self.fine_ratio, padding),
         )
         choice = gates.argmax(dim=-1)
         record_decision(
@@ -395,25 +361,11 @@ class MSViT(PlainBackbone):
         )
         if self.gate_loss is not None and should_publish(self.gate.training):
             valid = ~padding
-            loss = self.gate_loss(scores.softmax(dim=-1)[..., 1:].sum(dim=-1), valid)
-            ratio = ((choice > 0) & valid).sum() / valid.sum().clamp(min=1)
+            loss = self.gate_loss(scores.softmax(dim=-1)[..., 1], valid)
+            ratio = (choice * valid).sum() / valid.sum().clamp(min=1)
             publish(dict(loss_gate=loss, coarse_ratio=ratio))
-        sides = [side * self.patch_size for side in self.granularities]
-        publish_label_loss(self.label_loss, scores, x, sides, sides[-1], self.gate.training)
+        side = self.patch_size * self.ratio
+        publish_label_loss(
+            self.label_loss, scores, x, (self.patch_size, side), side, self.gate.training
+        )
         return gates
-
-
-def check_sizes(fine_size: int, coarse_size: int | Sequence[int]) -> tuple[int, ...]:
-    """Sides of the scales, in pixels, finest first.
-
-    Raises:
-        ValueError: One is no multiple of the one before.
-    """
-    sizes = (fine_size, *as_tuple(coarse_size))
-    for finer, coarser in zip(sizes, sizes[1:], strict=False):
-        if coarser <= finer or coarser % finer:
-            raise ValueError(
-                f'coarse_size must be a multiple of fine_size={fine_size}, from {2 * fine_size} '
-                f'on, or several, each a multiple of the one before; got {coarse_size}'
-            )
-    return sizes

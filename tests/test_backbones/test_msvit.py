@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_map_only
 
 import mmtoken
 from mmtoken.analysis import count_macs
-from mmtoken.analysis.decisions import image_ratios
 from mmtoken.backbones import MSViT, msvit
 from mmtoken.layers.common.attention import varlen_attention
 from mmtoken.layers.common.gate import RegionGate
@@ -28,7 +27,6 @@ from mmtoken.runtime.routing_override import routing_override
 DATA = Path(__file__).parent.parent / 'data'
 VIT = dict(embed_dims=32, num_layers=4, num_heads=2, feedforward_channels=48)
 WINDOWS = dict(cls_token=False, window_size=4, global_blocks=(1, -1))
-THREE = dict(coarse_size=(32, 64), train_mode='gathered')
 MODES = ['masked', 'gathered']
 SIZES = [(128, 128), (100, 150), (20, 70), (1, 1)]
 
@@ -109,7 +107,7 @@ def golden_model(golden, **kwargs):
 def test_golden_embedding(golden, shared, monkeypatch):
     """Of both scales, with positions."""
     model = golden_model(golden, share_patch_embed=shared)
-    coarse = model.embed_coarse(golden['img'], 2).permute(0, 3, 1, 2)
+    coarse = model.embed_coarse(golden['img']).permute(0, 3, 1, 2)
     close(coarse, golden['coarse_embed'], 1e-12)
     order = torch.cat([torch.arange(16, 80), torch.arange(16)])  # theirs are coarse first
     for choice in (golden['gate'], 1 - golden['gate']):
@@ -489,7 +487,7 @@ def test_what_the_gate_reads(given):
     _, _, published = run(model, images)
     (seen,) = read
     if given == 'embed':
-        assert torch.equal(seen, model.embed_coarse(images, 2)) and not seen.requires_grad
+        assert torch.equal(seen, model.embed_coarse(images)) and not seen.requires_grad
     elif given == 'patches':
         assert seen.shape == (2, 4, 5, 2 * 32) and not seen.requires_grad
         patches = model.patch_embed(images)[1, 4:6, 2:4].flatten(0, 1)
@@ -834,13 +832,7 @@ def test_initialization(source, tmp_path, quiet):
     'bad, message',
     [
         (dict(arch={**VIT, 'num_heads': 5}), 'embed_dims=32 is no multiple of num_heads=5'),
-        (dict(coarse_size=16), 'coarse_size must be a multiple of fine_size=16, from 32 on, or s'),
-        (dict(THREE, coarse_size=(32, 48)), r'got \(32, 48\)'),
-        (dict(THREE, train_mode='masked'), "several coarse sizes need train_mode='gathered'"),
-        (dict(THREE, share_patch_embed=False), "'gathered' and False"),
-        (dict(THREE, gate=dict(fine_ratio=0.3)), "takes 'token_ratio', not 'fine_ratio'"),
-        (dict(gate=dict(fine_ratio=0.3, token_ratio=0.3)), 'not both'),
-        (dict(gate=dict(token_ratio=1.1)), r"gate\['token_ratio'\] must be from 0 to 1, got 1.1"),
+        (dict(coarse_size=16), 'coarse_size must be a multiple of fine_size=16, from 32 on, got 1'),
         (dict(coarse_size=40), 'got 40'),
         (dict(coarse_size=8), 'got 8'),
         (dict(coarse_size=32, fine_size=14), 'fine_size=14, from 28 on, or several, .* got 32'),
@@ -989,75 +981,3 @@ def test_neighbors_in_the_padding_are_not_seen():
     with torch.no_grad():
         choices = [run(model, images)[1][0].choice for images in (image, padded)]
     assert torch.equal(choices[0], choices[1][:, :3, :4])
-
-
-# More than two scales
-
-
-def choose_scale(monkeypatch, choice):
-    """As :func:`choose`, of three scales."""
-    gates = F.one_hot(choice.long(), 3).float()
-    monkeypatch.setattr(msvit, 'choose', lambda *args, **kwargs: gates)
-
-
-@pytest.mark.parametrize('size', [(128, 192), (100, 150)])
-def test_tokens_of_three_scales(size, monkeypatch):
-    """A cell is embedded as the same image of a lower resolution would be, and copied back."""
-    model, images = stir(make(**THREE)).eval(), torch.randn(2, 3, *size)
-    shape = (2, -(-size[0] // 64), -(-size[1] // 64))
-    choice = torch.randint(3, shape, generator=torch.Generator().manual_seed(1))
-    choice.view(-1)[:3] = torch.arange(3)
-    choose_scale(monkeypatch, choice)
-    with torch.no_grad():
-        tokens, layout = model.reduce(images)
-        restored = model.restore(0, tokens, layout)[:, 1:].unflatten(1, layout.grid)
-        position = model.positions(layout.grid)[1]
-        for level, side in enumerate((1, 2, 4)):
-            padded = F.pad(images, (0, -size[1] % (16 * side), 0, -size[0] % (16 * side)))
-            cells = model.patch_embed(F.avg_pool2d(padded, side))
-            mean = F.avg_pool2d(
-                position.permute(0, 3, 1, 2), side, ceil_mode=True, count_include_pad=False
-            )
-            cells = (cells + mean.permute(0, 2, 3, 1)).repeat_interleave(side, 1)
-            cells = cells.repeat_interleave(side, 2)[:, : layout.grid[0], : layout.grid[1]]
-            here = (choice == level).repeat_interleave(4, 1).repeat_interleave(4, 2)
-            here = here[:, : layout.grid[0], : layout.grid[1]]
-            close(restored[here], cells[here])
-
-
-@pytest.mark.parametrize('ratio', [0.15, 0.4, 0.8, 1.0])
-def test_every_image_has_so_many_tokens(ratio):
-    gate = dict(token_ratio=ratio, input='patches', label_loss=TAUGHT['label_loss'])
-    model, images = stir(make(gate=gate, **THREE)), torch.randn(3, 3, 256, 320)
-    mmtoken.set_label_maps(images, torch.zeros(3, 256, 320, dtype=torch.long))
-    trained, decisions, published = run(model.train(), images)
-    assert list(published) == ['loss_region_labels']
-    with torch.no_grad():
-        tested, _, _ = run(model.eval(), images)
-    close(trained[0], tested[0])
-    ratios = image_ratios(decisions)
-    assert (ratios <= ratio).all() and (ratios > ratio - 0.08).all(), ratios
-    if ratio == 1:
-        twin = with_same(model, gate=None, **THREE)
-        with torch.no_grad():
-            close(tested[0], twin(images)[0])
-
-
-def test_features_say_where_tokens_are_coarse(monkeypatch):
-    model = stir(make(**THREE, out_type='tokens')).eval()
-    choice = torch.tensor([[[0, 1], [2, 0]]])
-    choose_scale(monkeypatch, choice)
-    with torch.no_grad():
-        (features,) = model(torch.randn(1, 3, 128, 128))
-    _, coarse = restore_features(features)
-    assert torch.equal(coarse[0, 0, ::4, ::4].long(), (choice[0] > 0).long())
-
-
-@pytest.mark.parametrize('window_size', [None, 4])
-def test_task_teaches_a_gate_of_three_scales(window_size):
-    windows = dict(cls_token=False, window_size=window_size) if window_size else {}
-    model = stir(make(**THREE, **windows)).train()
-    maps, _, published = run(model, torch.randn(2, 3, 128, 192))
-    assert {'loss_gate', 'coarse_ratio'} == set(published)
-    maps[0].square().mean().backward()
-    assert all(p.grad.any() for name, p in model.named_parameters() if 'gate.layers.9' in name)

@@ -40,7 +40,7 @@ class PackedLayout:
 
     Attributes:
         regions: The grid, its regions and the tokens it can have.
-        choice: 0 where a region is fine, ``(B, Hr, Wr)``.
+        choice: 1 where a region is coarse, ``(B, Hr, Wr)``.
         index: Which of the ``B * L`` possible tokens each token is, ``(M,)``.
         lengths: Tokens of each image.
         windows: Tokens of each attention window; ``lengths`` without windows.
@@ -86,7 +86,7 @@ class PackedLayout:
         coarse: ``(B, 2, H * W)``.
         """
         owner = self.owner[:, self.regions.num_prefix_tokens :]
-        coarse = (self.choice > 0).long().flatten(1)[:, self.regions.token_region]
+        coarse = self.choice.flatten(1)[:, self.regions.token_region]
         lengths = torch.tensor(self.lengths).to(tokens.device, non_blocking=True)
         return SparseFeatures(tokens, lengths, torch.stack([owner, coarse], dim=1), self.grid)
 
@@ -173,10 +173,10 @@ def build_layout(
     """Lay out the tokens that regions choose. Waits for the device once, or twice with windows.
 
     Args:
-        gates: One-hot choices, from fine to coarse, ``(B, Hr, Wr, K)``.
+        gates: One-hot choices, fine and coarse, ``(B, Hr, Wr, 2)``.
         regions: Of the grid.
         window: Side of an attention window, in regions; None for none.
-        masked: If the gates have a gradient, keep the tokens that are not in use; with two scales.
+        masked: If the gates have a gradient, keep the tokens that are not in use.
 
     Returns:
         :class:`PackedLayout`; if the gates have a gradient, one of the other two.
