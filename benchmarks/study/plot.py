@@ -10,7 +10,7 @@ matplotlib.use('svg')
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from rows import ROOT, tasks
-from summary import Summary, is_dense, summarize
+from summaries import Summary, is_dense, summarize
 
 DESCRIPTION = """\
 Draw docs/images/study_TASK.svg from the results in benchmarks/study/results/TASK: a panel for each

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 STUDY = Path(__file__).resolve().parents[2] / 'benchmarks' / 'study'
-NAMES = ('rows', 'run', 'summary', 'measure', 'plot')
+NAMES = ('rows', 'run', 'summaries', 'measure', 'plot')
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def study(monkeypatch, tmp_path):
     for name in NAMES:
         monkeypatch.delitem(sys.modules, name, raising=False)
     modules = {name: importlib.import_module(name) for name in NAMES}
-    for name in ('rows', 'summary', 'measure'):
+    for name in ('rows', 'summaries', 'measure'):
         monkeypatch.setattr(modules[name], 'RESULTS', tmp_path / 'results')
     monkeypatch.chdir(tmp_path)
     return modules
@@ -32,7 +32,7 @@ def test_rows_build_on_others(study):
 
 
 def make_summary(study, name, ms, score):
-    return study['summary'].Summary(
+    return study['summaries'].Summary(
         name, [0], {'mIoU': [score - 1, score + 1]}, None, dict(ms=dict(median=ms))
     )
 
@@ -45,7 +45,7 @@ def test_points_above_the_line(study):
             ('slow', 500, 60), ('uniform-28', 300, 41),
         ]
     ]  # fmt: skip
-    above = {s.name: study['summary'].above_line(s, made, 'mIoU') for s in made}
+    above = {s.name: study['summaries'].above_line(s, made, 'mIoU') for s in made}
     assert above['fast'] == pytest.approx(3) and above['uniform-28'] == pytest.approx(-4)
     assert above['dense_2'] is None and above['slow'] is None  # on the line; beyond it
 
@@ -79,7 +79,7 @@ def test_a_row_is_trained_tested_measured_and_drawn(study, tmp_path, monkeypatch
 
     monkeypatch.setattr(sys, 'argv', ['measure.py', 'ccp', '--photos', '1', '--rounds', '1'])
     assert study['measure'].main() == 0
-    (summary,) = study['summary'].summarize('ccp')
+    (summary,) = study['summaries'].summarize('ccp')
     assert summary.scores['mIoU'] == [first['scores']['mIoU']]
     cost = summary.cost
     assert 0 < cost['backbone_ms']['median'] < cost['ms']['median']

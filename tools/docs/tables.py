@@ -267,7 +267,7 @@ def published() -> str:
 
 def study(task: str) -> str:
     """Accuracy and cost of the rows of a task, beside the dense network at lower resolutions."""
-    module = study_summary()
+    module = study_summaries()
     summaries = module.summarize(task)
     names, rows = list(summaries[0].scores), []
     for summary in summaries:
@@ -304,7 +304,7 @@ def gates(task: str) -> str:
 
 def zoo() -> str:
     """Trained configs: those that are rows of the study without changes."""
-    module, rows = study_summary(), []
+    module, rows = study_summaries(), []
     for task in module.tasks():
         known = module.read_rows(task)
         for summary in module.summarize(task):
@@ -321,12 +321,12 @@ def zoo() -> str:
     return markdown(header, rows)
 
 
-def study_summary() -> ModuleType:
-    """``benchmarks/study/summary.py``, which is in no package."""
+def study_summaries() -> ModuleType:
+    """``benchmarks/study/summaries.py``, which is in no package."""
     folder = str(BENCHMARKS / 'study')
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    return import_module('summary')
+    return import_module('summaries')
 
 
 def metafile(folder: str) -> dict:
