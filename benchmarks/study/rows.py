@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 from mmengine.config import Config
-from mmengine.runner import find_latest_checkpoint
+from mmengine.runner.checkpoint import find_latest_checkpoint
 
 from mmtoken import routing_override
 from mmtoken.analysis.configs import load_config
@@ -49,9 +49,9 @@ class Row:
             resize(cfg, *self.size)
         cfg.work_dir = str(self.work_dir(seed))
         cfg.randomness = dict(seed=seed)
-        if last := find_latest_checkpoint(cfg.work_dir):
+        if (self.work_dir(seed) / 'last_checkpoint').exists():
             # Not left to the runner, which would resume from weights that training starts from.
-            cfg.load_from, cfg.resume = last, True
+            cfg.load_from, cfg.resume = find_latest_checkpoint(cfg.work_dir), True
         return cfg
 
     def choices(self) -> AbstractContextManager:
