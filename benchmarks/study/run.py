@@ -4,12 +4,14 @@ import argparse
 import json
 import resource
 import time
+from pathlib import Path
 
 import torch
-from mmengine.config import DictAction
+from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
-from rows import Row, read_rows, tasks
+from rows import ROOT, Row, read_rows, tasks
 
+from mmtoken.analysis.configs import load_config
 from mmtoken.analysis.decisions import query_ratio
 from mmtoken.analysis.environment import describe_environment
 from mmtoken.analysis.spread import spread
@@ -96,6 +98,7 @@ def run(row: Row, seed: int, options: dict) -> dict:
         options=row.options,
         size=row.size,
         override=row.override,
+        weights=weights_of(row, cfg),
         scores={name: round(float(value), 3) for name, value in scores.items()},
         train_seconds=round(trained, 1),
         train_peak_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
@@ -103,6 +106,14 @@ def run(row: Row, seed: int, options: dict) -> dict:
         query_ratio=spread(ratios) if ratios else None,
         environment=describe_environment(torch.device('cpu')),
     )
+
+
+def weights_of(row: Row, cfg: Config) -> str | None:
+    """The file that training starts from; None from scratch."""
+    of_backbone = (cfg.model.backbone.get('init_cfg') or {}).get('checkpoint')
+    # Of the file, since a training that goes on has its own checkpoint there.
+    given = of_backbone or load_config(ROOT / row.config).get('load_from')
+    return None if given is None else Path(given).name
 
 
 if __name__ == '__main__':

@@ -3,12 +3,18 @@
 import json
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from statistics import mean, stdev
 
-from rows import RESULTS, Row, read_rows, tasks
+from rows import RESULTS, read_rows, tasks
 
-__all__ = ['Summary', 'above_line', 'plus_minus', 'read_rows', 'summarize', 'tasks', 'weights_of']
+__all__ = [
+    'Summary',
+    'above_line',
+    'plus_minus',
+    'read_rows',
+    'summarize',
+    'tasks',
+]
 
 # The scores that a task is judged by, as MMEngine names them, and their names in tables
 SCORES = {
@@ -30,6 +36,7 @@ class Summary:
         query_ratio: Tokens over those of the dense network: mean over photographs and standard
             deviation; None for networks that do not choose.
         cost: What measure.py found, or None.
+        weights: File that training started from; None from scratch.
     """
 
     name: str
@@ -37,6 +44,7 @@ class Summary:
     scores: dict[str, list[float]]
     query_ratio: tuple[float, float] | None
     cost: dict | None
+    weights: str | None
 
 
 def summarize(task: str) -> list[Summary]:
@@ -62,7 +70,14 @@ def summarize(task: str) -> list[Summary]:
             if all(key in run['scores'] for run in runs)
         }
         summaries.append(
-            Summary(name, [run['seed'] for run in runs], scores, ratio, costs.get(name))
+            Summary(
+                name,
+                [run['seed'] for run in runs],
+                scores,
+                ratio,
+                costs.get(name),
+                runs[0]['weights'],
+            )
         )
     return summaries
 
@@ -102,9 +117,3 @@ def above_line(summary: Summary, summaries: list[Summary], score: str) -> float 
             expected = low + (high - low) * (ms - left) / (right - left)
             return mean(summary.scores[score]) - expected
     return None
-
-
-def weights_of(row: Row) -> str:
-    """What a row starts from, in words."""
-    init = row.load(0).model.backbone.get('init_cfg')
-    return 'none' if init is None else Path(init['checkpoint']).stem

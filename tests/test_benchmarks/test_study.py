@@ -33,7 +33,7 @@ def test_rows_build_on_others(study):
 
 def make_summary(study, name, ms, score):
     return study['summaries'].Summary(
-        name, [0], {'mIoU': [score - 1, score + 1]}, None, dict(ms=dict(median=ms))
+        name, [0], {'mIoU': [score - 1, score + 1]}, None, dict(ms=dict(median=ms)), None
     )
 
 

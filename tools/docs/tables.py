@@ -313,7 +313,7 @@ def zoo() -> str:
                 continue
             scores = (f'{k} {module.plus_minus(v)}' for k, v in summary.scores.items())
             rows.append(
-                (f'[`{Path(row.config).stem}`](../{row.config})', module.weights_of(row),
+                (f'[`{Path(row.config).stem}`](../{row.config})', summary.weights or 'none',
                  ', '.join(scores), ' '.join(map(str, summary.seeds)), *costs(summary.cost),
                  f'`python benchmarks/study/run.py {task} {summary.name} --seed N`')
             )  # fmt: skip
