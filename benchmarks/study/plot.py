@@ -63,9 +63,10 @@ def draw_panel(ax: Axes, summaries: list[Summary], score: str) -> None:
         deviation = stdev(values) if len(values) > 1 else None
         x, y = milliseconds(summary), mean(values)
         ax.errorbar(x, y, deviation, fmt=marker, color=color, markersize=5, capsize=2, zorder=2)
+        below = kind(summary.name) == DENSE
         ax.annotate(
-            summary.name, (x, y), xytext=(5, -9 if kind(summary.name) == DENSE else 4),
-            textcoords='offset points', fontsize=7, color=color,
+            short(summary.name), (x, y), xytext=(5, -9) if below else (-4, 4),
+            ha='left' if below else 'right', textcoords='offset points', fontsize=7, color=color,
         )  # fmt: skip
     ax.set_xlabel('milliseconds a photograph')
     ax.set_ylabel(score)
@@ -80,6 +81,11 @@ def kind(name: str) -> str:
     if DENSE in name.split('_'):
         return DENSE
     return 'baseline' if any(word in name for word in BASELINES) else 'method'
+
+
+def short(name: str) -> str:
+    """``'504×336'`` of ``'dense_504x336'``; other names as they are."""
+    return name.removeprefix(f'{DENSE}_').replace('x', '×') if is_dense(name) else name
 
 
 def milliseconds(summary: Summary) -> float:
