@@ -87,7 +87,7 @@ def test_a_row_is_trained_tested_measured_and_drawn(study, tmp_path, monkeypatch
     out = tmp_path / 'plot.svg'
     study['plot'].draw([summary], out)
     drawn = out.read_text()
-    assert 'dense_420x280' in drawn and 'boundary mIoU' in drawn
+    assert '420×280' in drawn and 'boundary mIoU' in drawn
     study['plot'].draw([summary], out)
     assert out.read_text() == drawn
 

@@ -10,7 +10,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHAPES = ROOT / 'configs' / 'shapes'
 DENSE = SHAPES / 'mask-rcnn_stvit-r-swin-nano_fpn_1xb8-7e_shapes.py'
-(DETECTOR,) = SHAPES.glob('mask-rcnn_dge-pvt-nano_fpn_*.py')
+(DETECTOR,) = SHAPES.glob('mask-rcnn_dge-pvt-nano_fpn_*_shapes.py')
 (SEGMENTER,) = SHAPES.glob('fpn_dge-pvt-nano_1xb16-*.py')
 
 
