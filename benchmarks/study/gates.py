@@ -70,7 +70,11 @@ def main() -> int:
     row = read_rows(args.task)['msvit']
     cfg = row.load(0)
     cfg.merge_from_dict(args.cfg_options or {})
-    train, val = (list(read_regions(cfg, part, args.photos)) for part in ('train', 'val'))
+    init_default_scope(cfg.default_scope)
+    model = build_model(cfg.model)
+    model.init_weights()
+    model.eval()
+    train, val = (list(read_regions(cfg, model, part, args.photos)) for part in ('train', 'val'))
     results = []
     for setting in track(SETTINGS, 'Training gates'):
         found = [coverage(train_gate(setting, train, seed), setting, val) for seed in args.seeds]
@@ -104,16 +108,16 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_regions(cfg: Config, part: str, number: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+def read_regions(
+    cfg: Config, model: nn.Module, part: str, number: int
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """What gates read of each photograph, and the purity of its regions, ``(Hr, Wr)``."""
-    init_default_scope(cfg.default_scope)
     settings = dict(cfg[f'{part}_dataloader'].dataset)
-    settings['pipeline'] = cfg.train_dataloader.dataset.pipeline  # labels in the size of the images
-    settings['pipeline'] = [t for t in settings['pipeline'] if t['type'] != 'RandomFlip']
+    # That of training, where labels have the size of the images
+    pipeline = cfg.train_dataloader.dataset.pipeline
+    settings['pipeline'] = [t for t in pipeline if t['type'] != 'RandomFlip']
     dataset = DATASETS.build(settings)
-    model = build_model(cfg.model)
-    model.init_weights()
-    backbone, ratio = model.eval().backbone, model.backbone.ratio
+    backbone, ratio = model.backbone, model.backbone.ratio
     for index in track(range(min(number, len(dataset))), f'Reading {part}'):
         item = dataset[index]
         item = dict(inputs=[item['inputs']], data_samples=[item['data_samples']])

@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import torch
 from mmengine.config import Config
@@ -139,7 +138,7 @@ def measure(rows: list[Row], args: argparse.Namespace) -> dict:
             ms=spread(whole),
             backbone_ms=spread(backbone),
             gmacs=spread([model.macs(photo) for photo in photos]),
-            peak_mb=peak_mb(model.row, args.seed),
+            peak_mb=peak_mb(model.row, args.seed, args.threads),
         )
     return dict(
         photos=len(photos),
@@ -150,17 +149,17 @@ def measure(rows: list[Row], args: argparse.Namespace) -> dict:
     )
 
 
-def peak_mb(row: Row, seed: int) -> float | None:
+def peak_mb(row: Row, seed: int, threads: int) -> float | None:
     """Peak of memory in a process of its own; None without Linux."""
     if not CLEAR_REFS.exists():
         return None
     context = multiprocessing.get_context('spawn')
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(_peak, row, seed, Path.cwd()).result()
+        return pool.submit(_peak, row, seed, threads).result()
 
 
-def _peak(row: Row, seed: int, folder: Path) -> float:
-    torch.set_num_threads(1)
+def _peak(row: Row, seed: int, threads: int) -> float:
+    torch.set_num_threads(threads)
     model = TimedModel(row, seed, photos=1)
     with torch.no_grad():
         model.model.backbone(torch.rand(1, 3, 64, 64))  # loads libraries and starts threads

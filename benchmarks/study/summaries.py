@@ -3,18 +3,9 @@
 import json
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import mean, stdev
+from statistics import mean
 
-from rows import RESULTS, read_rows, tasks
-
-__all__ = [
-    'Summary',
-    'above_line',
-    'plus_minus',
-    'read_rows',
-    'summarize',
-    'tasks',
-]
+from rows import RESULTS, read_rows
 
 # The scores that a task is judged by, as MMEngine names them, and their names in tables
 SCORES = {
@@ -85,12 +76,6 @@ def summarize(task: str) -> list[Summary]:
 def points(key: str, value: float) -> float:
     """A score from 0 to 100; COCO's are from 0 to 1."""
     return 100 * value if key.startswith('coco/') else value
-
-
-def plus_minus(values: list[float]) -> str:
-    """A mean and, of several values, their standard deviation (n - 1)."""
-    deviation = f' ± {stdev(values):.2f}' if len(values) > 1 else ''
-    return f'{mean(values):.2f}{deviation}'
 
 
 def is_dense(name: str) -> bool:

@@ -106,9 +106,7 @@ class DGEDeiT(PlainBackbone):
         if self.is_routed and router is not None:
             args, label_loss, budget = split_router_args(router, budget)
             self.label_loss = None if label_loss is None else MODELS.build(label_loss)
-            self.router = SharedRouter(
-                self.embed_dims, self.granularities, region_size, taught=bool(label_loss), **args
-            )
+            self.router = SharedRouter(self.embed_dims, self.granularities, region_size, **args)
         self.budget = build_budget(budget, self.granularities)
         if self.is_routed:
             dims, heads, hidden, bias = self.block_args.values()

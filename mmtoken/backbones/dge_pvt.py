@@ -136,7 +136,6 @@ class DGEPVT(TokenBackbone):
         if router is not None and len(self.granularities) > 1:
             router_args, label_loss, budget = split_router_args(router, budget)
             self.label_loss = None if label_loss is None else MODELS.build(label_loss)
-            router_args.update(taught=bool(label_loss))
         self.budget = build_budget(budget, self.granularities)
 
         self.layers = nn.ModuleList()

@@ -13,6 +13,7 @@ from types import ModuleType
 
 import yaml
 
+from mmtoken.analysis.spread import spread
 from mmtoken.analysis.training_log import METRICS
 
 DESCRIPTION = """\
@@ -198,10 +199,10 @@ def scores(glob: str = '*') -> str:
     return markdown(header, rows)
 
 
-def plus_minus(spread: dict, form=lambda value: f'{value:.2f}') -> str:
+def plus_minus(values: dict, form=lambda value: f'{value:.2f}') -> str:
     """A mean, and its standard deviation if there is one."""
-    deviation = '' if spread['std'] is None else f' ± {spread["std"]:.2f}'
-    return form(spread['mean']) + deviation
+    deviation = '' if values['std'] is None else f' ± {values["std"]:.2f}'
+    return form(values['mean']) + deviation
 
 
 def signed(value: float, decimals: int = 2) -> str:
@@ -267,14 +268,14 @@ def published() -> str:
 
 def study(task: str) -> str:
     """Accuracy and cost of the rows of a task, beside the dense network at lower resolutions."""
-    module = study_summaries()
+    module = study_module('summaries')
     summaries = module.summarize(task)
     names, rows = list(summaries[0].scores), []
     for summary in summaries:
         above = (module.above_line(summary, summaries, name) for name in names)
         ratio = summary.query_ratio
         rows.append(
-            (f'`{summary.name}`', *map(module.plus_minus, summary.scores.values()),
+            (f'`{summary.name}`', *(plus_minus(spread(v)) for v in summary.scores.values()),
              ' / '.join('–' if points is None else signed(points, 1) for points in above),
              *costs(summary.cost),
              '–' if ratio is None else f'{ratio[0]:.2f} ± {ratio[1]:.2f}',
@@ -304,14 +305,14 @@ def gates(task: str) -> str:
 
 def zoo() -> str:
     """Trained configs: those that are rows of the study without changes."""
-    module, rows = study_summaries(), []
-    for task in module.tasks():
-        known = module.read_rows(task)
-        for summary in module.summarize(task):
+    study_rows, rows = study_module('rows'), []
+    for task in study_rows.tasks():
+        known = study_rows.read_rows(task)
+        for summary in study_module('summaries').summarize(task):
             row = known[summary.name]
             if row.options or row.size or row.override:
                 continue
-            scores = (f'{k} {module.plus_minus(v)}' for k, v in summary.scores.items())
+            scores = (f'{k} {plus_minus(spread(v))}' for k, v in summary.scores.items())
             rows.append(
                 (f'[`{Path(row.config).stem}`](../{row.config})', summary.weights or 'none',
                  ', '.join(scores), ' '.join(map(str, summary.seeds)), *costs(summary.cost),
@@ -321,12 +322,12 @@ def zoo() -> str:
     return markdown(header, rows)
 
 
-def study_summaries() -> ModuleType:
-    """``benchmarks/study/summaries.py``, which is in no package."""
+def study_module(name: str) -> ModuleType:
+    """A module of ``benchmarks/study``, which is no package."""
     folder = str(BENCHMARKS / 'study')
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    return import_module('summaries')
+    return import_module(name)
 
 
 def metafile(folder: str) -> dict:

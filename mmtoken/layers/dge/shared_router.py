@@ -49,7 +49,6 @@ class SharedRouter(nn.Module):
         self.granularities = granularities
         self.region_size = region_size
         self.query_ratio = query_ratio
-        self.taught = taught
         self.learns_from_task = not (taught and query_ratio is not None)
         self.gate = RegionGate(2 * embed_dims, num_choices=len(granularities), **gate)
 
@@ -111,4 +110,5 @@ def split_router_args(
     allowed = ('query_ratio', 'hidden_channels', 'num_layers', 'start_ratio', 'kernel_size')
     if unknown := args.keys() - set(allowed):
         raise ValueError(f'router takes {("label_loss", *allowed)}, got {sorted(unknown)}')
+    args['taught'] = label_loss is not None
     return args, label_loss, budget if args.get('query_ratio') is None else None
