@@ -1,4 +1,4 @@
-# DGE from scratch. Nuclei are a few tokens wide, so regions are small.
+# DGE from scratch. Nuclei are a few tokens wide, so regions are small; masks teach which are fine.
 _base_ = [
     '../_base_/mmtoken.py',
     '../_base_/models/nuclei_mask-rcnn.py',
@@ -20,18 +20,12 @@ model = dict(
         ),
         granularities=(1, 2),
         region_size=2,
-        budget=dict(type='mmtoken.BudgetLoss', target=0.48, loss_weight=10.0, warmup_iters=250),
+        router=dict(
+            query_ratio=0.44,
+            kernel_size=3,
+            label_loss=dict(type='mmtoken.LabelPurityLoss'),
+        ),
         pretrain_img_size=256,
         drop_path_rate=0.0,
-    ),
-)
-# As for the embedded data set: without these factors the deep stages alone would meet the budget.
-optim_wrapper = dict(
-    paramwise_cfg=dict(
-        custom_keys={
-            f'layers.{stage}.blocks.{block}.router': dict(lr_mult=factor)
-            for stage, factor in enumerate((10.0, 3.0, 0.1, 0.03))
-            for block in range(4)
-        }
     ),
 )

@@ -1,4 +1,5 @@
-# MSViT from the weights of ViT: regions of 16 pixels become one token, or four of 8 pixels.
+# MSViT from the weights of ViT: regions of 16 pixels become one token, or four of 8 pixels,
+# as labels teach.
 _base_ = './fpn_vit-nano_1xb16-1500i_shapes-128x128.py'
 
 load_from = 'work_dirs/fpn_vit-nano_1xb16-1500i_shapes-128x128/iter_1500.pth'
@@ -7,13 +8,10 @@ model = dict(
     backbone=dict(
         gate=dict(
             _delete_=True,
-            loss=dict(
-                type='mmtoken.BatchShapingLoss',
-                target_coarse_ratio=0.5,
-                loss_weight=4.0,
-                temperature=0.15,
-                warmup_iters=30,
-            ),
+            input='patches',
+            fine_ratio=0.5,
+            kernel_size=3,
+            loss=dict(type='mmtoken.LabelPurityLoss'),
         ),
         share_patch_embed=False,
         out_type='tokens',
@@ -26,12 +24,4 @@ param_scheduler = [
     dict(type='PolyLR', eta_min=0.0, power=1.0, begin=30, end=300, by_epoch=False),
 ]
 default_hooks = dict(checkpoint=dict(interval=300))
-optim_wrapper = dict(
-    optimizer=dict(lr=5e-4),
-    paramwise_cfg=dict(
-        custom_keys={
-            'backbone.gate': dict(lr_mult=10.0),
-            'backbone.gate_loss': dict(decay_mult=0.0),
-        }
-    ),
-)
+optim_wrapper = dict(optimizer=dict(lr=5e-4))
