@@ -21,6 +21,7 @@ from ..common.plain import is_plain, is_plain_conv
 from ..common.stem import pad_to_stride
 from ..common.swin import SwinBlock
 from ..common.vit import Attention, AttentionFn, ViTBlock
+from .depthwise import depthwise_conv
 from .planes import fold_planes, unfold_planes
 
 STRIDE = 2  # of the stem's first convolution
@@ -230,7 +231,8 @@ class StructuredMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C) -> (B, H, W, C)``."""
         x = F.gelu(self.fc1(x))  # (B, H, W, hidden_dims)
-        x = F.gelu(self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        x = depthwise_conv(self.dwconv, x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = F.gelu(x)
         return self.fc2(x)
 
 
