@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
+from statistics import mean, median
 
 import torch
 from mmengine.config import Config
@@ -27,15 +28,17 @@ from mmtoken.files import replacing
 
 DESCRIPTION = """\
 Measure the trained rows of benchmarks/study/TASK.yml on photographs of the test set, with the
-choices that each network makes on them, and write benchmarks/study/results/TASK/cost.json:
+choices that each network makes on them, and write benchmarks/study/results/TASK/cost.json, or
+cost_batchN.json for batches of N photographs:
 
-  ms            the model: from pixels to scores of the photograph's own size
+  ms            the model, for a photograph: from pixels to scores of the photograph's own size
+  over photos   standard deviation of these over batches
   backbone ms   the backbone alone, inside of the same calls
-  G MACs        of the backbone
+  G MACs        of the backbone, for a photograph
   MiB           peak of memory of a call above what the model holds
 
-All models are in one process and run in turn, photograph by photograph, so that their times can be
-compared; the figure of a round is the mean over photographs, and the median over rounds is shown.
+All models are in one process and run in turn, batch by batch, so that their times can be compared;
+the figure of a round is the mean over photographs, and the median over rounds is shown.
 Rows without a checkpoint in work_dirs/study are left out.
 """
 
@@ -45,10 +48,13 @@ def main() -> int:
     args = parse_args()
     torch.set_num_threads(args.threads)
     rows = [row for row in read_rows(args.task).values() if checkpoint(row, args.seed)]
+    if args.rows:
+        rows = [row for row in rows if row.name in args.rows]
     if not rows:
         raise SystemExit(f'no row of {args.task}.yml has a checkpoint in work_dirs/study')
     costs = measure(rows, args)
-    with replacing(RESULTS / args.task / 'cost.json') as new:
+    suffix = '' if args.batch_size == 1 else f'_batch{args.batch_size}'
+    with replacing(RESULTS / args.task / f'cost{suffix}.json') as new:
         new.write_text(json.dumps(costs, indent=2) + '\n')
     report(costs['rows'])
     return 0
@@ -59,6 +65,8 @@ def parse_args() -> argparse.Namespace:
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('task', choices=tasks())
+    parser.add_argument('--rows', nargs='+', metavar='ROW', help='these alone (default: all)')
+    parser.add_argument('--batch-size', type=int, default=1, metavar='N', help='default: 1')
     parser.add_argument('--seed', type=int, default=0, help='whose checkpoints (default: 0)')
     parser.add_argument('--photos', type=int, default=8, help='of the test set (default: 8)')
     parser.add_argument('--rounds', type=int, default=3, help='of timing (default: 3)')
@@ -75,12 +83,13 @@ def checkpoint(row: Row, seed: int) -> str | None:
 class TimedModel:
     """A trained model, its photographs, and a clock on its backbone."""
 
-    def __init__(self, row: Row, seed: int, photos: int) -> None:
+    def __init__(self, row: Row, seed: int, photos: int, batch_size: int) -> None:
         cfg = row.load(seed)
         cfg.model.backbone.pop('init_cfg', None)  # the checkpoint has all
         self.row = row
         self.model = load_model(cfg, checkpoint(row, seed))
-        self.batches = load_photos(cfg, photos)
+        self.batch_size = batch_size
+        self.batches = load_photos(cfg, photos, batch_size)
         self.backbone_seconds = 0.0
         self.model.backbone.register_forward_pre_hook(self._start)
         self.model.backbone.register_forward_hook(self._stop)
@@ -93,55 +102,70 @@ class TimedModel:
 
     @torch.no_grad()
     def run(self, index: int) -> tuple[float, float]:
-        """Milliseconds of the model and of its backbone on one photograph."""
+        """Milliseconds of the model and of its backbone for a photograph of a batch."""
         started = time.perf_counter()
         with self.row.choices():
             self.model.test_step(self.batches[index])
-        return 1e3 * (time.perf_counter() - started), 1e3 * self.backbone_seconds
+        seconds = (time.perf_counter() - started, self.backbone_seconds)
+        return tuple(1e3 * s / self.batch_size for s in seconds)
 
     def macs(self, index: int) -> float:
-        """Billions of multiply-accumulates of the backbone on one photograph."""
+        """Billions of multiply-accumulates of the backbone for a photograph of a batch."""
         batch = self.model.data_preprocessor(self.batches[index], False)
         with torch.no_grad():
-            cost = measure_cost(self.model.backbone, batch['inputs'], context=self.row.choices)
+            cost = measure_cost(
+                self.model.backbone,
+                batch['inputs'],
+                batch_size=self.batch_size,
+                context=self.row.choices,
+            )
         return cost.macs / 1e9
 
 
-def load_photos(cfg: Config, number: int) -> list[dict]:
-    """Batches of one photograph, evenly over the test set."""
+def load_photos(cfg: Config, number: int, batch_size: int) -> list[dict]:
+    """Batches of photographs, evenly over the test set.
+
+    Raises:
+        SystemExit: Photographs have different sizes, or there are too few.
+    """
     init_default_scope(cfg.default_scope)
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
-    number = min(number, len(dataset))
-    return [pseudo_collate([dataset[i * len(dataset) // number]]) for i in range(number)]
+    number = min(number, len(dataset)) // batch_size * batch_size
+    photos = [dataset[i * len(dataset) // number] for i in range(number)]
+    if not photos or len({photo['inputs'].shape for photo in photos}) > 1 < batch_size:
+        raise SystemExit(f'--batch-size {batch_size}: not enough photographs of one size')
+    return [pseudo_collate(photos[i : i + batch_size]) for i in range(0, number, batch_size)]
 
 
 def measure(rows: list[Row], args: argparse.Namespace) -> dict:
     """What the JSON holds."""
-    models = [TimedModel(row, args.seed, args.photos) for row in rows]
-    photos = range(len(models[0].batches))
+    models = [TimedModel(row, args.seed, args.photos, args.batch_size) for row in rows]
+    batches = range(len(models[0].batches))
     for model in track(models, 'Warming up'):
         model.run(0)
-    times = {model.row.name: [] for model in models}
+    times = {model.row.name: [] for model in models}  # of each round: of each batch
     for turn in track(range(args.rounds), 'Timing'):
-        sums = {name: [0.0, 0.0] for name in times}
-        for photo in photos:
-            for model in models[:: -1 if (turn + photo) % 2 else 1]:
-                for i, value in enumerate(model.run(photo)):
-                    sums[model.row.name][i] += value / len(photos)
-        for name, pair in sums.items():
-            times[name].append(pair)
+        for of_rounds in times.values():
+            of_rounds.append([])
+        for batch in batches:
+            for model in models[:: -1 if (turn + batch) % 2 else 1]:
+                times[model.row.name][-1].append(model.run(batch))
     results = {}
     for model in track(models, 'Counting'):
         name = model.row.name
-        whole, backbone = zip(*times[name], strict=True)
+        whole, backbone = (
+            [[pair[i] for pair in of_batches] for of_batches in times[name]] for i in range(2)
+        )
         results[name] = dict(
-            ms=spread(whole),
-            backbone_ms=spread(backbone),
-            gmacs=spread([model.macs(photo) for photo in photos]),
-            peak_mb=peak_mb(model.row, args.seed, args.threads),
+            ms=spread([mean(of_batches) for of_batches in whole]),
+            ms_by_batch=spread([median(of_rounds) for of_rounds in zip(*whole, strict=True)]),
+            backbone_ms=spread([mean(of_batches) for of_batches in backbone]),
+            gmacs=spread([model.macs(batch) for batch in batches]),
+            peak_mb=peak_mb(model.row, args),
         )
     return dict(
-        photos=len(photos),
+        photos=len(batches) * args.batch_size,
+        batch_size=args.batch_size,
         rounds=args.rounds,
         threads=args.threads,
         environment=describe_environment(torch.device('cpu')),
@@ -149,18 +173,18 @@ def measure(rows: list[Row], args: argparse.Namespace) -> dict:
     )
 
 
-def peak_mb(row: Row, seed: int, threads: int) -> float | None:
+def peak_mb(row: Row, args: argparse.Namespace) -> float | None:
     """Peak of memory in a process of its own; None without Linux."""
     if not CLEAR_REFS.exists():
         return None
     context = multiprocessing.get_context('spawn')
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(_peak, row, seed, threads).result()
+        return pool.submit(_peak, row, args).result()
 
 
-def _peak(row: Row, seed: int, threads: int) -> float:
-    torch.set_num_threads(threads)
-    model = TimedModel(row, seed, photos=1)
+def _peak(row: Row, args: argparse.Namespace) -> float:
+    torch.set_num_threads(args.threads)
+    model = TimedModel(row, args.seed, args.batch_size, args.batch_size)
     with torch.no_grad():
         model.model.backbone(torch.rand(1, 3, 64, 64))  # loads libraries and starts threads
     return resident_peak_mb(lambda: model.run(0))
@@ -169,13 +193,18 @@ def _peak(row: Row, seed: int, threads: int) -> float:
 def report(rows: dict) -> None:
     """Print a table."""
     table = Table('row', box=SIMPLE_HEAD)
-    for column in ('ms', 'backbone ms', 'G MACs', 'MiB'):
+    for column in ('ms', 'over photos', 'backbone ms', 'G MACs', 'MiB'):
         table.add_column(column, justify='right')
     for name, cost in rows.items():
+        over_photos = cost['ms_by_batch']['std']  # None of a single batch
         table.add_row(
-            name, f'{cost["ms"]["median"]:.0f}', f'{cost["backbone_ms"]["median"]:.0f}',
-            f'{cost["gmacs"]["mean"]:.1f}', f'{cost["peak_mb"] or 0:.0f}',
-        )  # fmt: skip
+            name,
+            f'{cost["ms"]["median"]:.0f}',
+            '' if over_photos is None else f'± {over_photos:.0f}',
+            f'{cost["backbone_ms"]["median"]:.0f}',
+            f'{cost["gmacs"]["mean"]:.1f}',
+            f'{cost["peak_mb"] or 0:.0f}',
+        )
     Console().print(table)
 
 

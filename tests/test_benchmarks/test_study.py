@@ -84,6 +84,13 @@ def test_a_row_is_trained_tested_measured_and_drawn(study, tmp_path, monkeypatch
     cost = summary.cost
     assert 0 < cost['backbone_ms']['median'] < cost['ms']['median']
     assert cost['gmacs']['mean'] == pytest.approx(16, rel=0.1)  # 601 tokens
+    in_batches = ['--batch-size', '2', '--photos', '3', '--rounds', '1']
+    monkeypatch.setattr(sys, 'argv', ['measure.py', 'ccp', '--rows', 'dense_420x280', *in_batches])
+    assert study['measure'].main() == 0
+    batches = json.loads((tmp_path / 'results' / 'ccp' / 'cost_batch2.json').read_text())
+    assert batches['photos'] == 2
+    of_two = batches['rows']['dense_420x280']['gmacs']['mean']
+    assert of_two == pytest.approx(cost['gmacs']['mean'], rel=0.01)  # for one photograph
     out = tmp_path / 'plot.svg'
     study['plot'].draw([summary], out)
     drawn = out.read_text()
