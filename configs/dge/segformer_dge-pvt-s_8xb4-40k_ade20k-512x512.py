@@ -1,0 +1,26 @@
+# For speed: SegFormer's head, of 128 channels, leaves nearly all of the time to the backbone, and
+# labels teach the routers to spend 0.44 of the queries on each image.
+_base_ = './fpn_dge-pvt-s_8xb4-40k_ade20k-512x512.py'
+
+model = dict(
+    backbone=dict(
+        router=dict(
+            query_ratio=0.44,
+            kernel_size=3,
+            label_loss=dict(type='mmtoken.LabelPurityLoss'),
+        ),
+    ),
+    neck=None,
+    decode_head=dict(
+        _delete_=True,
+        type='SegformerHead',
+        in_channels=[64, 128, 320, 512],
+        in_index=[0, 1, 2, 3],
+        channels=128,
+        dropout_ratio=0.1,
+        num_classes=150,
+        norm_cfg=dict(type='SyncBN', requires_grad=True),
+        align_corners=False,
+        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
+    ),
+)
