@@ -13,6 +13,7 @@ from timm.layers import to_2tuple
 from torch import Tensor
 
 from ..arguments import as_tuple
+from ..layers.common.cache import compile_for_size
 from ..layers.common.padding import valid_size
 from ..layers.common.utils import ceil_div, check_heads, drop_path_rates, join_maps, to_map
 from ..layers.dge.block import DynamicGranularityBlock, TrainMode
@@ -192,6 +193,7 @@ class DGEPVT(TokenBackbone):
             One map ``(B, C_i, ceil(H / stride_i), ceil(W / stride_i))`` for each of
             ``out_indices``, or one ``(B, C)`` according to ``out_type``.
         """
+        compile_for_size(x)
         valid = valid_size(x) if len(self.granularities) > 1 else None
         maps, decisions, inputs = [], [], x
         for i, stage in enumerate(self.layers):

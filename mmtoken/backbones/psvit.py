@@ -11,6 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..arguments import as_tuple
+from ..layers.common.cache import compile_for_size
 from ..layers.common.utils import ceil_div, check_heads, drop_path_rates, join_maps, to_map
 from ..layers.common.vit import NORM_EPS
 from ..layers.psvit.pooling import Pooling, TokenPooling, token_unpooling, unpool_map
@@ -191,6 +192,7 @@ class PSViT(PatchBackbone):
             ``ceil(H / patch_size)``, H_i is ``ceil(H_{i-1} / 2)``. With ``finest_map`` first one of
             ``ceil(H / (patch_size / 2))`` rows, with the channels of stage 0.
         """
+        compile_for_size(x)
         image_size = x.shape[-2:]
         tokens, layout = self.embed(x)
         tokens = tokens.unflatten(1, layout.grid)  # (B, H_0, W_0, C_0)

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch.nn as nn
 from torch import Tensor
 
+from ..layers.common.cache import compile_for_size
 from ..layers.common.utils import check_heads, join_maps, to_map
 from .base import TokenBackbone, resolve_arch
 
@@ -96,6 +97,7 @@ class SwinBackbone(TokenBackbone):
             One ``(B, C_i, H_i, W_i)`` per index in ``out_indices``: ``C_i = embed_dims * 2 ** i``,
             ``H_0 = ceil(H / 4)`` and then ``ceil(H_i / 2)``.
         """
+        compile_for_size(x)
         x = self.patch_embed(x)  # (B, H_0, W_0, C_0)
         maps = []
         for i, stage in enumerate(self.layers):

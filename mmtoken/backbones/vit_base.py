@@ -12,6 +12,7 @@ import torch.nn as nn
 from timm.layers import to_2tuple
 from torch import Tensor
 
+from ..layers.common.cache import compile_for_size
 from ..layers.common.packed import SparseFeatures
 from ..layers.common.positions import resample
 from ..layers.common.stem import PatchEmbed
@@ -238,6 +239,7 @@ class PlainBackbone(PatchBackbone):
             ``(B, C, ceil(H / patch_size), ceil(W / patch_size))``, a vector ``(B, C)``, or
             :class:`~mmtoken.layers.common.packed.SparseFeatures`.
         """
+        compile_for_size(x)
         tokens, layout = self.reduce(x)
         outputs = []
         for i in range(self.num_built):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ...runtime.reference import on_reference_path
+from ...runtime.reference import is_compiling, on_reference_path
 
 # The scores of hidden keys may be so much larger that exp() would overflow.
 MAX_EXPONENT = 60.0
@@ -36,7 +36,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = N
         ``(B, heads, Q, d)``.
     """
     # With a learned bias torch has no fused kernel on a CPU; its fallback is slower than products.
-    if bias is not None and bias.requires_grad and query.device.type == 'cpu':
+    if query.device.type == 'cpu' and is_learned(bias):
         return attention_reference(query, key, value, bias)
     # Operation counters that read a trace know matrix products, but not the fused operator.
     if torch.jit.is_tracing():
@@ -44,6 +44,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = N
     if bias is not None:
         bias = bias.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+
+
+def is_learned(bias: Tensor | None) -> bool:
+    """Whether a bias needs a gradient; torch.compile, which cannot ask, has kernels of its own."""
+    return bias is not None and not is_compiling() and bias.requires_grad
 
 
 def attention_reference(

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...runtime.reference import is_compiling
+
 # Limit for each device. The plans of a whole network take 2 to 8 MB for an image of 800 x 1344, so
 # the shapes of the last iterations stay cached.
 BUDGET_BYTES = 64 * 2**20
@@ -106,12 +108,11 @@ def cache_by_shape(function: Callable) -> Callable:
     be written to. The function makes tensors on the CPU unless it is given a device, and gives
     their dtypes itself, since the default dtype may be any.
 
-    ``torch.compile`` does not trace it: shapes of results may depend on values.
+    ``torch.compile`` does not trace it: the plan for the sizes that it compiles for is a constant
+    of the graph, and other sizes have a graph of their own.
     """
 
-    @torch.compiler.disable
-    @wraps(function)
-    def plan(*args, **kwargs):
+    def find_or_make(*args, **kwargs):
         tracing = torch.jit.is_tracing()
         sizes = list(_tensors((args, *kwargs.values()))) if tracing else []
         args, kwargs = _plain(args), {name: _plain(value) for name, value in kwargs.items()}
@@ -128,7 +129,26 @@ def cache_by_shape(function: Callable) -> Callable:
             return _map_tensors(torch.ops.aten.lift_fresh, result)
         return result
 
+    constant = torch.compiler.assume_constant_result(find_or_make)
+
+    @wraps(function)
+    def plan(*args, **kwargs):
+        if is_compiling():
+            return constant(*_plain(args), **{name: _plain(kwargs[name]) for name in kwargs})
+        return find_or_make(*args, **kwargs)
+
     return plan
+
+
+def compile_for_size(images: Tensor) -> None:
+    """Let ``torch.compile`` make a graph for the height and width of ``(B, C, H, W)`` alone.
+
+    Plans hold for one size, so graphs do too. To say it at the start spares torch.compile minutes
+    of work with symbolic sizes.
+    """
+    if is_compiling():
+        operator.index(images.shape[2])
+        operator.index(images.shape[3])
 
 
 def runs_eagerly() -> bool:
@@ -179,7 +199,7 @@ def _in_another_thread(function: Callable[[], Any]) -> Any:
 
 def _plain(value: Any) -> Any:
     """An argument as part of a key, with sizes of tracers as numbers."""
-    if value is None or isinstance(value, (int, str, torch.device, torch.dtype)):
+    if value is None or isinstance(value, (bool, str, torch.device, torch.dtype)):
         return value
     if isinstance(value, tuple):
         parts = [_plain(part) for part in value]
