@@ -24,6 +24,7 @@ between two comments, the first of which names it and the files it shows:
   <!-- end -->
 
   choice            the methods, for the README
+  machines          the same speed-ups on another machine, benchmarks/reported
   speed [GLOB]      benchmarks/GLOB.json, of tools/analysis/benchmark.py
   macs [GLOB]       benchmarks/macs/GLOB.json, of tools/analysis/flops.py
   scores [GLOB]     benchmarks/shapes/GLOB.json, of tools/analysis/compare.py
@@ -133,10 +134,7 @@ def choice() -> str:
     """The methods, for the README."""
     rows = []
     for have, folder, method, tokens, costs, timings, comparisons in CHOICE:
-        gains = [
-            f'{median(run["speedup"] for run in read(BENCHMARKS, glob).values()):.2f}× ({what})'
-            for glob, what in timings.items()
-        ]
+        gains = [f'{speedups(glob)}× ({what})' for glob, what in timings.items()]
         points = [
             ' '.join(filter(None, [what, *differences(read(BENCHMARKS / 'shapes', name)[name])]))
             for name, what in comparisons.items()
@@ -146,6 +144,34 @@ def choice() -> str:
              '; '.join([*points, costs]))
         )  # fmt: skip
     header = ('you have', 'method', 'tokens', 'you get: speed-up', 'it costs: score in points')
+    return markdown(header, rows)
+
+
+def speedups(glob: str) -> str:
+    """Of all machines: the median over our runs, or the range of that and what others measured."""
+    ours = median(run['speedup'] for run in read(BENCHMARKS, glob).values())
+    network = glob.removesuffix('_run*')
+    others = [run['speedup'] for run in reported()['runs'] if run['network'] == network]
+    return '–'.join(dict.fromkeys(f'{end([ours, *others]):.2f}' for end in (min, max)))
+
+
+def reported() -> dict:
+    """Speed-ups that a reviewer measured on another machine."""
+    return json.loads((BENCHMARKS / 'reported' / 'xeon_amx.json').read_text())
+
+
+def machines() -> str:
+    """Speed-ups on ours and on another machine."""
+    rows = []
+    for run in reported()['runs']:
+        runs = read(BENCHMARKS, f'{run["network"]}_run*').values()
+        ours = [r['speedup'] for r in runs if r['dtype'] == run['dtype']]
+        executed = median(r['executed_ratio'] for r in runs)
+        rows.append(
+            (run['network'].replace('_forward_', ', '), run['dtype'], f'{executed:.2f}',
+             f'{median(ours):.2f}' if ours else '–', f'{run["speedup"]:.2f}')
+        )  # fmt: skip
+    header = ('backbone, image', 'precision', 'executed MAC ratio', 'AMD EPYC', reported()['cpu'])
     return markdown(header, rows)
 
 
@@ -336,8 +362,8 @@ def metafile(folder: str) -> dict:
 
 
 TABLES = dict(
-    choice=choice, speed=speed, macs=macs, scores=scores, networks=networks, published=published,
-    study=study, gates=gates, zoo=zoo,
+    choice=choice, machines=machines, speed=speed, macs=macs, scores=scores, networks=networks,
+    published=published, study=study, gates=gates, zoo=zoo,
 )  # fmt: skip
 
 if __name__ == '__main__':
