@@ -1,5 +1,4 @@
-# MSViT from the weights of ViT: regions of 16 pixels become one token, or four of 8 pixels,
-# as labels teach.
+# MSViT from the weights of ViT: regions of 16 pixels become one token, or four of 8 pixels.
 _base_ = './fpn_vit-nano_1xb16-1500i_shapes-128x128.py'
 
 load_from = 'work_dirs/fpn_vit-nano_1xb16-1500i_shapes-128x128/iter_1500.pth'
@@ -8,13 +7,15 @@ model = dict(
     backbone=dict(
         gate=dict(
             _delete_=True,
-            input='patches',
-            fine_ratio=0.5,
-            kernel_size=3,
-            label_loss=dict(type='mmtoken.LabelPurityLoss'),
+            loss=dict(
+                type='mmtoken.BatchShapingLoss',
+                target_coarse_ratio=0.5,
+                loss_weight=4.0,
+                temperature=0.15,
+                warmup_iters=30,
+            ),
         ),
         share_patch_embed=False,
-        train_mode='gathered',
         out_type='tokens',
     ),
     neck=dict(type='mmtoken.MixedScaleNeck', refine=True),
@@ -25,4 +26,12 @@ param_scheduler = [
     dict(type='PolyLR', eta_min=0.0, power=1.0, begin=30, end=300, by_epoch=False),
 ]
 default_hooks = dict(checkpoint=dict(interval=300))
-optim_wrapper = dict(optimizer=dict(lr=5e-4))
+optim_wrapper = dict(
+    optimizer=dict(lr=5e-4),
+    paramwise_cfg=dict(
+        custom_keys={
+            'backbone.gate': dict(lr_mult=10.0),
+            'backbone.gate_loss': dict(decay_mult=0.0),
+        }
+    ),
+)

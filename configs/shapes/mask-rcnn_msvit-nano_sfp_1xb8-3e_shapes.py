@@ -1,5 +1,4 @@
-# MSViT from the weights of ViT: regions of 16 pixels become one token, or four of 8 pixels,
-# as labels teach.
+# MSViT from the weights of ViT: regions of 16 pixels become one token, or four of 8 pixels.
 _base_ = './mask-rcnn_vit-nano_sfp_1xb8-10e_shapes.py'
 
 load_from = 'work_dirs/mask-rcnn_vit-nano_sfp_1xb8-10e_shapes/epoch_10.pth'
@@ -8,13 +7,18 @@ model = dict(
     backbone=dict(
         gate=dict(
             _delete_=True,
-            input='patches',
-            fine_ratio=0.5,
-            kernel_size=3,
-            label_loss=dict(type='mmtoken.LabelPurityLoss'),
+            input='pixels',
+            hidden_channels=128,
+            start_ratio=0.5,
+            loss=dict(
+                type='mmtoken.BatchShapingLoss',
+                target_coarse_ratio=0.5,
+                loss_weight=6.0,
+                temperature=0.15,
+                warmup_iters=60,
+            ),
         ),
         share_patch_embed=False,
-        train_mode='gathered',
         out_type='tokens',
     ),
     neck=dict(type='mmtoken.MixedScaleNeck', refine=True),
@@ -24,4 +28,12 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=30),
     dict(type='PolyLR', eta_min=0.0, power=1.0, begin=30, end=225, by_epoch=False),
 ]
-optim_wrapper = dict(optimizer=dict(lr=5e-4))
+optim_wrapper = dict(
+    optimizer=dict(lr=5e-4),
+    paramwise_cfg=dict(
+        custom_keys={
+            'backbone.gate': dict(lr_mult=10.0),
+            'backbone.gate_loss': dict(decay_mult=0.0),
+        }
+    ),
+)
