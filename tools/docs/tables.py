@@ -315,8 +315,11 @@ def costs(cost: dict | None) -> tuple[str, str, str]:
     """Milliseconds, billions of multiply-accumulates and MiB of a row of the study."""
     if cost is None:
         return '–', '–', '–'
-    figures = cost['ms']['median'], cost['gmacs']['mean'], cost['peak_mb']
-    return tuple(f'{value:.{i == 1:d}f}' for i, value in enumerate(figures))
+    gmacs = cost['gmacs']['mean']
+    return (
+        f'{cost["ms"]["median"]:.0f}', f'{gmacs:.{1 if gmacs >= 10 else 2}f}',
+        f'{cost["peak_mb"]:.0f}',
+    )  # fmt: skip
 
 
 def gates(task: str) -> str:
