@@ -1,8 +1,8 @@
 """Random layouts with a given number of tokens, instead of learned routing decisions."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from itertools import cycle, islice
@@ -65,6 +65,23 @@ class RoutingOverride:
         return torch.empty_like(choice).scatter_(0, order, choice)
 
 
+class ReplayedOverride(RoutingOverride):
+    """Draws each layout once; see :func:`replayed_routing`."""
+
+    def __init__(self, kind: str, ratios: Sequence[float], seed: int) -> None:
+        super().__init__(kind, ratios, seed)
+        self.layouts: list[Tensor] = []
+        self.place = 0  # of the layout that is given out next
+
+    @torch.compiler.disable  # which would compile a network anew for each place
+    def draw(self, counts: Tensor, batch: int) -> Tensor:
+        """As in the base class, but on the device of ``counts``."""
+        if self.place == len(self.layouts):
+            self.layouts.append(super().draw(counts, batch).to(counts.device))
+        self.place += 1
+        return self.layouts[self.place - 1]
+
+
 @lru_cache
 def _shares(counts: tuple[int, ...], ratio: float) -> list[float]:
     """The most even distribution of choices whose counts have the given mean."""
@@ -111,6 +128,42 @@ def routing_override(
         ValueError: Not exactly one ratio, or one out of range; inside the context, a network that
             has the other kind of ratio.
     """
+    with _in_force(RoutingOverride(*_check(query_ratio, coarse_ratio), seed)):
+        yield
+
+
+def replayed_routing(
+    *,
+    query_ratio: float | Sequence[float] | None = None,
+    coarse_ratio: float | Sequence[float] | None = None,
+    seed: int = 0,
+) -> Callable[[], AbstractContextManager[None]]:
+    """Many contexts of :func:`routing_override` whose layouts are drawn once, in the first one.
+
+    For timing: drawing layouts on the CPU takes longer than a GPU needs for the network.
+
+    Args:
+        query_ratio, coarse_ratio, seed: See :func:`routing_override`.
+
+    Returns:
+        Makes a context. All are for one network and images of one size; layouts stay on its device.
+
+    Raises:
+        ValueError: See :func:`routing_override`.
+    """
+    override = ReplayedOverride(*_check(query_ratio, coarse_ratio), seed)
+
+    def replay() -> AbstractContextManager[None]:
+        override.place = 0
+        return _in_force(override)
+
+    return replay
+
+
+def _check(
+    query_ratio: float | Sequence[float] | None, coarse_ratio: float | Sequence[float] | None
+) -> tuple[str, tuple[float, ...]]:
+    """The kind of the ratio that is given, and the ratios."""
     given = {
         name: ratio
         for name, ratio in (('query_ratio', query_ratio), ('coarse_ratio', coarse_ratio))
@@ -128,7 +181,12 @@ def routing_override(
         raise ValueError(
             f'{kind} must be in {"(" if kind == "query_ratio" else "["}0, 1], got {ratio}'
         )
-    token = _override.set(RoutingOverride(kind, ratios, seed))
+    return kind, ratios
+
+
+@contextmanager
+def _in_force(override: RoutingOverride) -> Iterator[None]:
+    token = _override.set(override)
     try:
         yield
     finally:

@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 import mmtoken
 from mmtoken.backbones import DGEPVT
 from mmtoken.layers.common.regions import make_region_layout
-from mmtoken.runtime.routing_override import RoutingOverride, current_override, routing_override
+from mmtoken.runtime.routing_override import (
+    RoutingOverride,
+    current_override,
+    replayed_routing,
+    routing_override,
+)
 
 
 def drawn(counts, ratio, seed, batch=1):
@@ -169,3 +174,25 @@ def test_training_takes_the_same_path(granularities, train_mode):
     for loss in (sum(m.square().sum() for m in maps), losses.total()):
         (grad,) = torch.autograd.grad(loss, weight, retain_graph=True)
         assert grad.abs().sum() > 0
+
+
+def test_replayed_layouts_are_drawn_once(monkeypatch):
+    counts, draws = torch.tensor([(16, 4, 1)] * 9), []
+    draw = RoutingOverride.draw
+    monkeypatch.setattr(RoutingOverride, 'draw', lambda *args: draws.append(1) or draw(*args))
+
+    def two_layouts():
+        override = current_override('query_ratio')
+        return [override.draw(counts, 2) for _ in range(2)]
+
+    with routing_override(query_ratio=(0.3, 0.6)):
+        expected = two_layouts()
+    replay = replayed_routing(query_ratio=(0.3, 0.6))
+    for _ in range(3):
+        with replay():
+            found = two_layouts()
+        assert current_override('query_ratio') is None
+        assert all(map(torch.equal, found, expected))
+    assert len(draws) == 2 + 2
+    with pytest.raises(ValueError, match='query_ratio must be in'):
+        replayed_routing(query_ratio=2)

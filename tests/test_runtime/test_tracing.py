@@ -1,7 +1,7 @@
 import torch
 
 from mmtoken.layers.common.windows import shifted_window_mask
-from mmtoken.layers.stvit.neighborhood import NeighborhoodSpec, _hidden_keys
+from mmtoken.layers.stvit.neighborhood import NeighborhoodSpec, hidden_keys
 from mmtoken.runtime.tracing import untraced
 
 
@@ -26,7 +26,7 @@ def test_plans_of_a_trace_are_those_of_eager_runs():
         grid = tuple(x.shape[1:3])
         mask = shifted_window_mask(grid, 4, 2, torch.device('cpu'), torch.float32)
         spec = NeighborhoodSpec(grid, 4, grid, 4, 8, (grid[0] - 8, 0), 'exact')
-        return x.sum() + mask.exp(), x.sum() * _hidden_keys(spec)
+        return x.sum() + mask.exp(), x.sum() * hidden_keys(spec)
 
     # A size that no other test has, so that the plan is made in the trace
     traced, x = trace(function, torch.zeros(1, 10, 13, 1)), torch.ones(1, 10, 13, 1)

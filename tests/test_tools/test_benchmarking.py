@@ -1,5 +1,6 @@
 """Steps, timing and memory: what is run, not how long it takes."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -171,3 +172,43 @@ def test_peak_memory_is_above_the_weights():
     wrong = make_target(DGE, routing=dict(coarse_ratio=0.5))
     with pytest.raises(ValueError, match='this network has a query_ratio'):
         memory.peak_mb(wrong, Setting((64, 64)), None)
+
+
+def test_a_graph_is_captured_after_calls_on_a_side_stream(monkeypatch):
+    """In stand-ins for what a GPU has."""
+    log = []
+
+    class Stream:
+        def __init__(self, name='side'):
+            self.name = name
+
+        def wait_stream(self, other):
+            log.append(f'{self.name} waits for {other.name}')
+
+    class Graph:
+        def replay(self):
+            log.append('replay')
+
+    @contextmanager
+    def using(thing, *args):
+        log.append(type(thing).__name__)
+        yield
+        log.append('end')
+
+    replacements = dict(
+        Stream=Stream, CUDAGraph=Graph, current_stream=lambda: Stream('main'), stream=using,
+        graph=using,
+    )  # fmt: skip
+    for name, value in replacements.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    network = Nested()
+    network.forward = lambda x: log.append(tuple(x.shape))
+    step = make_step(make_target(MSVIT), network, replace(SMALL, captured=True))
+    call = (2, 3, 8, 8)
+    assert log == [
+        'side waits for main', 'Stream', call, call, call, 'end', 'main waits for side',
+        'Graph', call, 'end',
+    ]  # fmt: skip
+    log.clear()
+    step()
+    assert log == ['replay']

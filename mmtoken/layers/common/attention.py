@@ -108,7 +108,7 @@ def varlen_cross_attention(query: Tensor, key: Tensor, value: Tensor, lengths: l
     if _has_varlen_kernel(query):
         keys = [key.shape[2]] * len(lengths)
         key, value = (t.transpose(1, 2).flatten(0, 1) for t in (key, value))
-        return _varlen_kernel(query, key, value, lengths, keys)
+        return varlen_kernel(query, key, value, lengths, keys)
     out = attention(_pad(query, lengths), key, value)
     return _unpad(out, lengths)
 
@@ -143,7 +143,14 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, lengths: list[in
     if query.device.type == 'cpu' or on_reference_path():
         return varlen_attention_reference(query, key, value, lengths)
     if _has_varlen_kernel(query):
-        return _varlen_kernel(query, key, value, lengths, lengths)
+        return varlen_kernel(query, key, value, lengths, lengths)
+    return varlen_attention_padded(query, key, value, lengths)
+
+
+def varlen_attention_padded(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int]
+) -> Tensor:
+    """:func:`varlen_attention` of a batch padded to the longest sequence."""
     ones = torch.ones(sum(lengths), dtype=torch.bool).split(lengths)
     real = pad_sequence(ones, batch_first=True).to(query.device, non_blocking=True)
     bias = torch.zeros_like(real, dtype=query.dtype).masked_fill_(~real, float('-inf'))
@@ -279,9 +286,20 @@ def _has_varlen_kernel(x: Tensor) -> bool:
     return varlen_attn is not None and x.dtype in (torch.float16, torch.bfloat16)
 
 
-def _varlen_kernel(
+def varlen_kernel(
     query: Tensor, key: Tensor, value: Tensor, lengths: list[int], key_lengths: list[int]
 ) -> Tensor:
+    """Torch's kernel for packed sequences: half precision, CUDA, torch 2.10 or newer.
+
+    Args:
+        query: ``(M, heads, d)``.
+        key, value: ``(N, heads, d)``.
+        lengths: Queries of each sequence, adding up to M.
+        key_lengths: Its keys, adding up to N.
+
+    Returns:
+        ``(M, heads, d)``.
+    """
     cu_seqlens = [[0, *accumulate(n)] for n in (lengths, key_lengths)]
     cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32).to(query.device, non_blocking=True)
     return varlen_attn(query, key, value, *cu_seqlens, max(lengths), max(key_lengths))

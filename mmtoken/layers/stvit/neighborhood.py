@@ -126,7 +126,7 @@ def neighborhood_attention_reference(
     size, grid = spec.query_window_size, query.shape[1:3]
     windows = window_partition(pad_to_windows(query, size), size)  # (B * windows, L, C)
     patches = _cut(key_value.permute(0, 3, 1, 2), spec).permute(0, 2, 3, 1).flatten(0, 1)
-    hidden = _hidden_keys(spec).to(query.device)
+    hidden = hidden_keys(spec).to(query.device)
     bias = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
     bias = bias.masked_fill_(hidden, float('-inf'))
     bias = bias[:, None, None].repeat(len(query), 1, 1, 1)  # (B * windows, 1, 1, K)
@@ -290,7 +290,7 @@ def _count_keys(rows: _Band, columns: _Band, spec: NeighborhoodSpec) -> Tensor:
 
 
 @cache_by_shape
-def _hidden_keys(spec: NeighborhoodSpec) -> Tensor:
+def hidden_keys(spec: NeighborhoodSpec) -> Tensor:
     """Which keys of its patch a window must not attend to: ``(windows, patch_size ** 2)``."""
     ends = tuple(n * spec.key_window_size for n in spec.num_windows)
     rows, columns = torch.arange(ends[0])[:, None], torch.arange(ends[1])

@@ -2,6 +2,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from fake_cuda import CUDA, Calls, fake_cuda
 
 from mmtoken.layers.common import attention as module
 from mmtoken.layers.common.attention import (
@@ -130,11 +131,11 @@ def test_half_precision_has_a_kernel_for_ragged_queries(monkeypatch):
     tensors = [t.detach() for t in packed(lengths, dtype=torch.bfloat16)]
     key_lengths = [tensors[1].shape[2]] * len(lengths)
     keys = [t.transpose(1, 2).flatten(0, 1) for t in tensors[1:]]
-    out = module._varlen_kernel(tensors[0], *keys, lengths, key_lengths)
+    out = module.varlen_kernel(tensors[0], *keys, lengths, key_lengths)
     expected = varlen_cross_attention_reference(*(t.float() for t in tensors), lengths)
     torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=2e-2)
 
-    monkeypatch.setattr(module, '_varlen_kernel', lambda *args: 'kernel')
+    monkeypatch.setattr(module, 'varlen_kernel', lambda *args: 'kernel')
     elsewhere = [t.as_subclass(Elsewhere) for t in tensors]
     assert varlen_cross_attention(*elsewhere, lengths) == 'kernel'
     full = varlen_cross_attention(*(t.float() for t in elsewhere), lengths)
@@ -224,10 +225,10 @@ def test_half_precision_has_a_kernel_for_packed_sequences(monkeypatch):
     tensors = [t.detach() for t in sequences(lengths, dtype=torch.bfloat16)]
     expected = each_sequence(*(t.float() for t in tensors), lengths)
     monkeypatch.setattr(module, 'varlen_attn', kernel)
-    out = module._varlen_kernel(*tensors, lengths, lengths)
+    out = module.varlen_kernel(*tensors, lengths, lengths)
     torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=2e-2)
 
-    monkeypatch.setattr(module, '_varlen_kernel', lambda *args: ('kernel', *args[3:]))
+    monkeypatch.setattr(module, 'varlen_kernel', lambda *args: ('kernel', *args[3:]))
     elsewhere = [t.as_subclass(Elsewhere) for t in tensors]
     assert varlen_attention(*elsewhere, lengths) == ('kernel', lengths, lengths)
     full = varlen_attention(*(t.float() for t in elsewhere), lengths)
@@ -380,3 +381,35 @@ def test_packed_sequences_on_a_gpu(dtype):
         torch.testing.assert_close(out.cpu().float(), theirs, atol=3e-2, rtol=3e-2)
     for grad in torch.autograd.grad(outs[1].float().square().sum(), [*there, gate]):
         assert grad.isfinite().all() and grad.abs().sum() > 0
+
+
+# Which kernel a GPU would run
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('lengths', [[6, 6], [5, 1, 9]])
+def test_kernels_on_a_gpu(dtype, lengths, monkeypatch):
+    kernels = []
+
+    def kernel(query, key, value, ends, key_ends, longest, most_keys):
+        kernels.append((longest, most_keys))
+        for bounds in (ends, key_ends):
+            assert bounds.shape == (len(lengths) + 1,) and bounds.dtype == torch.int32
+            assert bounds.device == query.device
+        return torch.empty_like(query)
+
+    monkeypatch.setattr(module, 'varlen_attn', kernel)
+    with fake_cuda(monkeypatch):
+        query = torch.empty(sum(lengths), 3, 8, device=CUDA, dtype=dtype)
+        keys = torch.empty(len(lengths), 3, 7, 8, device=CUDA, dtype=dtype)
+        with Calls() as calls:
+            outs = [
+                varlen_attention(query, query, query, lengths),
+                varlen_cross_attention(query, keys, keys, lengths),
+            ]
+    for out in outs:
+        assert (out.shape, out.dtype, out.device) == (query.shape, dtype, query.device)
+    packed = len(lengths) == 3 and dtype != torch.float32
+    assert kernels == ([(9, 9), (9, 7)] if packed else [])
+    assert calls.names['scaled_dot_product_attention'] == (0 if packed else 2)
+    assert not {'bmm', 'matmul', '__matmul__', 'softmax'} & calls.names.keys()

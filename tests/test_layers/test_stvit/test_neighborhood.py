@@ -144,7 +144,7 @@ def plan_from_all_windows(spec, side, dtype):
     height, width = spec.key_grid
     token = F.pad(torch.arange(height * width).view(1, height, width), spec.padding, value=-1)
     index = neighborhood._cut(token, spec)[0] % (height * width + 1)
-    visible = (~neighborhood._hidden_keys(spec)).double()
+    visible = (~neighborhood.hidden_keys(spec)).double()
     count = torch.zeros(len(index), height * width + 1, dtype=torch.float64)
     log_count = count.scatter_add_(1, index, visible).log().to(dtype)
     places = window_index(spec.query_grid, spec.query_window_size)

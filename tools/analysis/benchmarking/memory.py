@@ -30,7 +30,7 @@ def peak_mb(target: BenchmarkTarget, setting: Setting, step: Callable[[], object
         step: The same step, warmed up, for CUDA.
     """
     if setting.device.type == 'cuda':
-        return _peak_on_cuda(step)
+        return peak_on_cuda(step)
     if not CLEAR_REFS.exists():
         return None
     context = multiprocessing.get_context('spawn')
@@ -38,7 +38,7 @@ def peak_mb(target: BenchmarkTarget, setting: Setting, step: Callable[[], object
         return pool.submit(_peak_on_cpu, target, replace(setting, compiled=False)).result()
 
 
-def _peak_on_cuda(step: Callable[[], object]) -> float:
+def peak_on_cuda(step: Callable[[], object]) -> float:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

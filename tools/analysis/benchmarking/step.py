@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mmtoken import token_losses
 
+from .graph import capture
 from .targets import BenchmarkTarget
 
 
@@ -23,6 +24,7 @@ class Setting:
         dtype: Precision.
         train: Training steps instead of forward passes.
         compiled: Through ``torch.compile``.
+        captured: Forward passes are replays of a CUDA graph, for networks that read nothing back.
         threads: Of torch, on the CPU.
     """
 
@@ -32,6 +34,7 @@ class Setting:
     dtype: torch.dtype = torch.float32
     train: bool = False
     compiled: bool = False
+    captured: bool = False
     threads: int = 1
 
 
@@ -67,21 +70,24 @@ def make_step(target: BenchmarkTarget, network: nn.Module, setting: Setting) -> 
         dtype=setting.dtype if half else None,
         enabled=half and (setting.train or target.needs_autocast),
     )
+    override = target.replay()
     # Compiled modules that hold tensors or arrays of their own fail their guards in inference mode.
     without_grad = torch.no_grad if setting.compiled else torch.inference_mode
 
     def forward() -> None:
-        with without_grad(), autocast(), target.override():
+        with without_grad(), autocast(), override():
             run(images)
 
     def train_step() -> None:
-        with autocast(), target.override(), token_losses() as published:
+        with autocast(), override(), token_losses() as published:
             outputs = run(images)
         loss = sum(output.float().square().mean() for output in _differentiable(outputs))
         (loss + published.total()).backward()
         network.zero_grad(set_to_none=True)
 
-    return train_step if setting.train else forward
+    if setting.train:
+        return train_step
+    return capture(forward) if setting.captured else forward
 
 
 def _differentiable(outputs) -> Iterator[Tensor]:

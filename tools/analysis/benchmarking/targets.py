@@ -1,5 +1,6 @@
 """What is measured: a backbone or a model of a config, its dense twin, the library's backbone."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -16,6 +17,7 @@ from mmtoken.analysis.configs import build_model, image_channels
 from mmtoken.analysis.cost import Cost, measure_cost
 from mmtoken.analysis.library_baseline import library_baseline
 from mmtoken.analysis.twin import dense_twin, find_backbone, find_sparse, our_class
+from mmtoken.runtime.routing_override import replayed_routing
 
 Part = Literal['backbone', 'model']
 
@@ -58,6 +60,10 @@ class BenchmarkTarget:
             ValueError: A ratio that is out of range, on entering.
         """
         return mmtoken.routing_override(**self.routing) if self.routing else nullcontext()
+
+    def replay(self) -> Callable[[], AbstractContextManager]:
+        """Makes contexts like :meth:`override`, for timing: layouts are drawn in the first one."""
+        return replayed_routing(**self.routing) if self.routing else nullcontext
 
     def build(self) -> nn.Module:
         """The network, with random weights, in eval mode: ``(B, C, H, W)`` to its outputs.
