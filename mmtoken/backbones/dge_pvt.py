@@ -59,7 +59,8 @@ class DGEPVT(TokenBackbone):
         budget: Config of the loss that limits the number of queries; with it, training needs
             :class:`mmtoken.TokenLossHook`. None leaves routers to the loss of the task.
         router: Arguments of one router for each stage, which chooses for all of its blocks, instead
-            of a router in each; see :class:`mmtoken.DGEDeiT`.
+            of a router in each; see :class:`mmtoken.DGEDeiT`. ``query_ratio`` may have a value for
+            each stage: a region of a deep stage is large, and few of them have one label.
         cls_token: Whether the last stage has a class token, as the release has; PVT's detectors
             and segmentors have none.
         pretrain_img_size: Image size of the position embeddings, in pixels: a side, or ``(H, W)``.
@@ -136,6 +137,7 @@ class DGEPVT(TokenBackbone):
         self.label_loss, router_args = None, None
         if router is not None and len(self.granularities) > 1:
             router_args, label_loss, budget = split_router_args(router, budget)
+            query_ratios = ratio_of_stages(router_args.get('query_ratio'), last + 1)
             self.label_loss = None if label_loss is None else MODELS.build(label_loss)
         self.budget = build_budget(budget, self.granularities)
 
@@ -161,7 +163,8 @@ class DGEPVT(TokenBackbone):
             ]
             shared = None
             if router_args is not None:
-                shared = SharedRouter(dims[i], self.granularities, region_size, **router_args)
+                args = dict(router_args, query_ratio=query_ratios[i])
+                shared = SharedRouter(dims[i], self.granularities, region_size, **args)
             has_token = cls_token and i == last
             self.layers.append(
                 DynamicGranularityStage(
@@ -289,6 +292,23 @@ class DGEDPVT(DGEPVT):
     def make_attention(arch: Mapping, stage: int, qkv_bias: bool) -> nn.Module:
         dims, heads = arch['embed_dims'][stage], arch['num_heads'][stage]
         return DeformableAttention(dims, heads, arch['num_points'][stage])
+
+
+def ratio_of_stages(
+    query_ratio: float | Sequence[float] | None, num_stages: int
+) -> Sequence[float | None]:
+    """A query ratio for each stage.
+
+    Raises:
+        ValueError: There are not as many as stages.
+    """
+    if not isinstance(query_ratio, Sequence):
+        return (query_ratio,) * num_stages
+    if len(query_ratio) != num_stages:
+        raise ValueError(
+            f'query_ratio is one number or {num_stages}, one for each stage, got {query_ratio}'
+        )
+    return query_ratio
 
 
 def check_stages(arch: dict) -> dict:

@@ -166,3 +166,11 @@ def test_regions_are_described_by_mean_and_spread():
 def test_bad_arguments(make, bad):
     with pytest.raises(ValueError, match='query_ratio'):
         make(router=bad)
+
+
+def test_a_ratio_for_each_stage():
+    ratios = (0.5, 1.0)
+    model = pvt(router=dict(query_ratio=ratios)).eval()
+    assert [stage.router.query_ratio for stage in model.layers] == [0.5, 1.0]
+    with pytest.raises(ValueError, match=r'one number or 2, one for each stage, got \[0\.5\]'):
+        pvt(router=dict(query_ratio=[0.5]))
