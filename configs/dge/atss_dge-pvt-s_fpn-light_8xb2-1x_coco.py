@@ -1,5 +1,4 @@
-# For speed: a pyramid and a head that leave most of the time to the backbone, and routers that
-# boxes teach to spend 0.44 of the queries on each image.
+# For speed: a pyramid and a head that leave most of the time to the backbone.
 _base_ = [
     '../_base_/mmtoken.py',
     '../_base_/models/atss_light.py',
@@ -14,11 +13,7 @@ model = dict(
     backbone=dict(
         type='mmtoken.DGEPVT',
         arch='small',
-        router=dict(
-            query_ratio=0.44,
-            kernel_size=3,
-            label_loss=dict(type='mmtoken.LabelPurityLoss'),
-        ),
+        budget=dict(type='mmtoken.BudgetLoss', target=0.5, loss_weight=1.0),
         drop_path_rate=0.1,
         out_indices=(1, 2, 3),
         init_cfg=dict(type='Pretrained', checkpoint=checkpoint),

@@ -1,15 +1,7 @@
-# For speed: SegFormer's head, of 128 channels, leaves nearly all of the time to the backbone, and
-# labels teach the routers to spend 0.44 of the queries on each image.
+# For speed: SegFormer's head, of 128 channels, leaves nearly all of the time to the backbone.
 _base_ = './fpn_dge-pvt-s_8xb4-40k_ade20k-512x512.py'
 
 model = dict(
-    backbone=dict(
-        router=dict(
-            query_ratio=0.44,
-            kernel_size=3,
-            label_loss=dict(type='mmtoken.LabelPurityLoss'),
-        ),
-    ),
     neck=None,
     decode_head=dict(
         _delete_=True,
