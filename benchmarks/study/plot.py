@@ -10,7 +10,7 @@ matplotlib.use('svg')
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from rows import ROOT, tasks
-from summaries import Summary, is_dense, summarize
+from summaries import Summary, is_dense, summarize, with_shared_seeds
 
 DESCRIPTION = """\
 Draw docs/images/study_TASK.svg from the results in benchmarks/study/results/TASK: a panel for each
@@ -28,7 +28,7 @@ def main() -> int:
     )
     parser.add_argument('task', choices=tasks())
     task = parser.parse_args().task
-    summaries = [s for s in summarize(task) if s.cost]
+    summaries = with_shared_seeds([s for s in summarize(task) if s.cost])
     if not summaries:
         raise SystemExit(f'no row of {task} has been measured: benchmarks/study/measure.py {task}')
     out = ROOT / 'docs' / 'images' / f'study_{task}.svg'

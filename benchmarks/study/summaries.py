@@ -1,7 +1,7 @@
 """Results of the study, gathered for tables and plots."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import mean
 
@@ -71,6 +71,19 @@ def summarize(task: str) -> list[Summary]:
             )
         )
     return summaries
+
+
+def with_shared_seeds(summaries: list[Summary]) -> list[Summary]:
+    """Summaries of the seeds that all rows have: a seed changes every row, so others mislead."""
+    shared = sorted(set.intersection(*(set(s.seeds) for s in summaries)))
+    return [
+        replace(
+            s,
+            seeds=shared,
+            scores={k: [v[s.seeds.index(i)] for i in shared] for k, v in s.scores.items()},
+        )
+        for s in summaries
+    ]
 
 
 def points(key: str, value: float) -> float:

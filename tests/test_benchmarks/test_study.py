@@ -50,6 +50,15 @@ def test_points_above_the_line(study):
     assert above['dense_2'] is None and above['slow'] is None  # on the line; beyond it
 
 
+def test_rows_are_compared_with_the_seeds_that_all_have(study):
+    made = [
+        study['summaries'].Summary(name, seeds, {'mIoU': scores}, None, None, None)
+        for name, seeds, scores in (('dense', [0, 2], [40, 44]), ('fast', [0, 1, 2], [41, 60, 45]))
+    ]
+    shared = study['summaries'].with_shared_seeds(made)
+    assert [(s.seeds, s.scores['mIoU']) for s in shared] == [([0, 2], [40, 44]), ([0, 2], [41, 45])]
+
+
 def write_ccp(folder):
     rng = np.random.default_rng(0)
     for part, number in (('train', 3), ('test', 2)):

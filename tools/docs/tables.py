@@ -31,6 +31,7 @@ between two comments, the first of which names it and the files it shows:
   networks FOLDER   parameters and MACs in configs/FOLDER/metafile.yml
   published         results that authors published, in all metafiles
   study TASK        benchmarks/study/results/TASK, of benchmarks/study/run.py and measure.py
+  seeds TASK        the same, seed by seed
   gates TASK        benchmarks/study/results/TASK/gates.json, of benchmarks/study/gates.py
   zoo               what we have trained ourselves, config by config
 """
@@ -295,7 +296,7 @@ def published() -> str:
 def study(task: str) -> str:
     """Accuracy and cost of the rows of a task, beside the dense network at lower resolutions."""
     module = study_module('summaries')
-    summaries = module.summarize(task)
+    summaries = module.with_shared_seeds(module.summarize(task))
     names, rows = list(summaries[0].scores), []
     for summary in summaries:
         above = (module.above_line(summary, summaries, name) for name in names)
@@ -304,11 +305,22 @@ def study(task: str) -> str:
             (f'`{summary.name}`', *(plus_minus(spread(v)) for v in summary.scores.values()),
              ' / '.join('–' if points is None else signed(points, 1) for points in above),
              *costs(summary.cost),
-             '–' if ratio is None else f'{ratio[0]:.2f} ± {ratio[1]:.2f}',
-             ' '.join(map(str, summary.seeds)))
+             '–' if ratio is None else f'{ratio[0]:.2f} ± {ratio[1]:.2f}')
         )  # fmt: skip
-    header = ('row', *names, 'above the line', 'ms', 'G MACs', 'MiB', 'tokens', 'seeds')
+    header = ('row', *names, 'above the line', 'ms', 'G MACs', 'MiB', 'tokens')
     return markdown(header, rows)
+
+
+def seeds(task: str) -> str:
+    """Scores of the rows that were trained with several seeds, seed by seed."""
+    several = [s for s in study_module('summaries').summarize(task) if len(s.seeds) > 1]
+    columns = sorted({seed for summary in several for seed in summary.seeds})
+    rows = []
+    for summary in several:
+        by_seed = dict(zip(summary.seeds, zip(*summary.scores.values(), strict=True), strict=True))
+        cells = (' / '.join(f'{v:.2f}' for v in by_seed.get(seed, ())) for seed in columns)
+        rows.append((f'`{summary.name}`', *(cell or '–' for cell in cells)))
+    return markdown(('row', *(f'seed {seed}' for seed in columns)), rows)
 
 
 def costs(cost: dict | None) -> tuple[str, str, str]:
@@ -337,7 +349,8 @@ def zoo() -> str:
     study_rows, rows = study_module('rows'), []
     for task in study_rows.tasks():
         known = study_rows.read_rows(task)
-        for summary in study_module('summaries').summarize(task):
+        summaries = study_module('summaries').summarize(task)
+        for summary in study_module('summaries').with_shared_seeds(summaries) if summaries else ():
             row = known[summary.name]
             if row.options or row.size or row.override:
                 continue
@@ -366,7 +379,7 @@ def metafile(folder: str) -> dict:
 
 TABLES = dict(
     choice=choice, machines=machines, speed=speed, macs=macs, scores=scores, networks=networks,
-    published=published, study=study, gates=gates, zoo=zoo,
+    published=published, study=study, seeds=seeds, gates=gates, zoo=zoo,
 )  # fmt: skip
 
 if __name__ == '__main__':
