@@ -8,12 +8,12 @@ from mmengine.registry import MODELS
 from mmtoken.analysis.host_reads import count_host_reads
 
 # Of each variant, once its plans are cached. DGE reads how many queries each block has, MSViT and
-# MergeViT how many tokens an image keeps; windows of MSViT are counted as well.
+# MergeViT how many tokens an image keeps, and its windows how many each has.
 READS = {
     'DGEPVT': [dict(tolist=5)] * 3 + [{}],
     'DGEDPVT': [dict(tolist=5), {}],
     'DGEDeiT': [dict(tolist=6)] * 3 + [{}],
-    'MSViT': [dict(tolist=1)] * 2 + [dict(tolist=2, bincount=1), {}],
+    'MSViT': [dict(tolist=1)] * 2 + [dict(tolist=2), {}],
     'MergeViT': [dict(tolist=2)] * 2 + [dict(tolist=1), {}],
 }
 CASES = [

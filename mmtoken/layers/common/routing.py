@@ -139,7 +139,7 @@ def spend_queries(
 
     # Between prices at which all regions are finest and coarsest
     least = (costs[:, :-1] - costs[:, 1:]).clamp(min=1e-6).min() if costs.shape[1] > 1 else 1
-    high = torch.full_like(allowed, 2 / float(least))
+    high = torch.ones_like(allowed) * 2 / least
     low = -high
     for _ in range(BISECTIONS):
         middle = (low + high) / 2

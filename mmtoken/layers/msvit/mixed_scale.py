@@ -241,5 +241,7 @@ def order_by_windows(
     window_of_region = (row[:, None] * columns + column).flatten()
     image, cell = index // regions.num_cells_total, index % regions.num_cells_total
     windows = image * (rows * columns) + window_of_region[regions.region[cell]]
-    counts = torch.bincount(windows, minlength=batch * rows * columns)
+    # bincount() would wait for the device.
+    counts = windows.new_zeros(batch * rows * columns)
+    counts.scatter_add_(0, windows, torch.ones_like(windows))
     return windows.argsort(stable=True), counts.tolist()
