@@ -112,6 +112,8 @@ def describe(run: dict) -> str:
         words = [f'{head}_{others[0]}' if run['part'] == 'model' else others[0]]
     words += [f'{run["batch_size"]}x{height}x{width}'] + ['training'] * run['train']
     words += ['compiled'] * run['compile']
+    if run['device'] == 'cpu' and run['threads'] > 1:
+        words.append(f'{run["threads"]} threads')
     words += routing_words(routing_of(run))
     if run['device'] != 'cpu' or run['dtype'] != 'float32':
         words += [run['device'], run['dtype']]
