@@ -9,9 +9,7 @@ model = dict(
         bgr_to_rgb=True,
         pad_size_divisor=32,
     ),
-    neck=dict(
-        type='FPN', out_channels=96, start_level=1, add_extra_convs='on_output', num_outs=5
-    ),
+    neck=dict(type='FPN', out_channels=96, start_level=1, add_extra_convs='on_output', num_outs=5),
     bbox_head=dict(
         type='ATSSHead',
         num_classes=80,
@@ -30,9 +28,7 @@ model = dict(
             target_means=[0.0, 0.0, 0.0, 0.0],
             target_stds=[0.1, 0.1, 0.2, 0.2],
         ),
-        loss_cls=dict(
-            type='FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0
-        ),
+        loss_cls=dict(type='FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0),
         loss_bbox=dict(type='GIoULoss', loss_weight=2.0),
         loss_centerness=dict(type='CrossEntropyLoss', use_sigmoid=True, loss_weight=1.0),
     ),
