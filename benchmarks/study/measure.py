@@ -49,12 +49,21 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     rows = [row for row in read_rows(args.task).values() if checkpoint(row, args.seed)]
     if args.rows:
+        if unknown := set(args.rows) - {row.name for row in rows}:
+            raise SystemExit(f'no checkpoint in work_dirs/study of {", ".join(sorted(unknown))}')
         rows = [row for row in rows if row.name in args.rows]
     if not rows:
         raise SystemExit(f'no row of {args.task}.yml has a checkpoint in work_dirs/study')
-    costs = measure(rows, args)
     suffix = '' if args.batch_size == 1 else f'_batch{args.batch_size}'
-    with replacing(RESULTS / args.task / f'cost{suffix}.json') as new:
+    file = RESULTS / args.task / f'cost{suffix}.json'
+    measured = json.loads(file.read_text())['rows'].keys() if file.exists() else set()
+    if lost := measured - {row.name for row in rows}:
+        raise SystemExit(
+            f'{file} has rows that would be lost, {", ".join(sorted(lost))}: measure them too, or '
+            'move the file away'
+        )
+    costs = measure(rows, args)
+    with replacing(file) as new:
         new.write_text(json.dumps(costs, indent=2) + '\n')
     report(costs['rows'])
     return 0

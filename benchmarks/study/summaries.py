@@ -75,6 +75,8 @@ def summarize(task: str) -> list[Summary]:
 
 def with_shared_seeds(summaries: list[Summary]) -> list[Summary]:
     """Summaries of the seeds that all rows have: a seed changes every row, so others mislead."""
+    if not summaries:
+        return []
     shared = sorted(set.intersection(*(set(s.seeds) for s in summaries)))
     return [
         replace(

@@ -59,6 +59,10 @@ def test_rows_are_compared_with_the_seeds_that_all_have(study):
     assert [(s.seeds, s.scores['mIoU']) for s in shared] == [([0, 2], [40, 44]), ([0, 2], [41, 45])]
 
 
+def test_nothing_has_no_shared_seeds(study):
+    assert study['summaries'].with_shared_seeds([]) == []
+
+
 def write_ccp(folder):
     rng = np.random.default_rng(0)
     for part, number in (('train', 3), ('test', 2)):
@@ -98,6 +102,14 @@ def test_a_row_is_trained_tested_measured_and_drawn(study, tmp_path, monkeypatch
     assert study['measure'].main() == 0
     batches = json.loads((tmp_path / 'results' / 'ccp' / 'cost_batch2.json').read_text())
     assert batches['photos'] == 2
+    for rows, message in ((['dens'], 'no checkpoint in .* of dens'), (['dense_420x280'], 'lost')):
+        if message == 'lost':
+            other = dict(batches, rows=dict(batches['rows'], dense={}))
+            (tmp_path / 'results' / 'ccp' / 'cost_batch2.json').write_text(json.dumps(other))
+        argv = ['measure.py', 'ccp', *in_batches, '--rows', *rows]
+        monkeypatch.setattr(sys, 'argv', argv)
+        with pytest.raises(SystemExit, match=message):
+            study['measure'].main()
     of_two = batches['rows']['dense_420x280']['gmacs']['mean']
     assert of_two == pytest.approx(cost['gmacs']['mean'], rel=0.01)  # for one photograph
     out = tmp_path / 'plot.svg'

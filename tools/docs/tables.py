@@ -346,11 +346,10 @@ def gates(task: str) -> str:
 
 def zoo() -> str:
     """Trained configs: those that are rows of the study without changes."""
-    study_rows, rows = study_module('rows'), []
+    study_rows, module, rows = study_module('rows'), study_module('summaries'), []
     for task in study_rows.tasks():
         known = study_rows.read_rows(task)
-        summaries = study_module('summaries').summarize(task)
-        for summary in study_module('summaries').with_shared_seeds(summaries) if summaries else ():
+        for summary in module.with_shared_seeds(module.summarize(task)):
             row = known[summary.name]
             if row.options or row.size or row.override:
                 continue

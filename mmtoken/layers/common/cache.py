@@ -122,7 +122,7 @@ def cache_by_shape(function: Callable) -> Callable:
             result = _make(function, args, kwargs)
             PLANS.keep(key, result)
         if tracing:
-            warnings.warn(TRACE_WARNING, torch.jit.TracerWarning, stacklevel=3)
+            warnings.warn(TRACE_WARNING, torch.jit.TracerWarning, stacklevel=4)
             return _bound_to(sizes, result)
         if torch._C._len_torch_dispatch_stack():
             # Dispatch modes see the tensors, as if they had just been created
