@@ -105,6 +105,7 @@ setup(
     ],
     python_requires='>=3.10',
     packages=find_packages(include=['mmtoken', 'mmtoken.*']),
+    entry_points={'console_scripts': ['mmtoken = mmtoken.cli:main']},
     # What is below mmtoken/.mim carries configs, tools and the model index into the wheel.
     package_data={'mmtoken': ['.mim/model-index.yml', '.mim/configs/**/*', '.mim/tools/**/*']},
     include_package_data=False,

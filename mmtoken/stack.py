@@ -33,6 +33,16 @@ def installed_version(distribution: str) -> str | None:
         return None
 
 
+def library_versions() -> dict[str, str]:
+    """``{'mmdet': 'onedl-mmdetection 3.5.1'}`` and so on, for installed libraries of OpenMMLab."""
+    versions = {}
+    for module, distributions in DISTRIBUTIONS.items():
+        for distribution in distributions:
+            if version := installed_version(distribution):
+                versions[module] = f'{distribution} {version}'
+    return versions
+
+
 def check_stack() -> None:
     """Refuse combinations of packages that are known not to work.
 
@@ -43,13 +53,18 @@ def check_stack() -> None:
     """
     if os.environ.get(SKIP_CHECK, '0') not in ('', '0'):
         return
-    version_of = functools.cache(installed_version)
-    if problems := find_problems(version_of) + find_missing_ops(version_of):
+    if problems := known_problems():
         lines = '\n'.join(f'  - {problem}' for problem in problems)
         raise ImportError(
             f'mmtoken found OpenMMLab packages that do not work together:\n{lines}\n'
-            f'To skip this check, set {SKIP_CHECK}=1.'
+            f'To skip this check, set {SKIP_CHECK}=1, as in: {SKIP_CHECK}=1 python -m mmtoken env'
         )
+
+
+def known_problems() -> list[str]:
+    """Describe what is known not to work of all that is installed."""
+    version_of = functools.cache(installed_version)
+    return find_problems(version_of) + find_missing_ops(version_of)
 
 
 def find_problems(version_of: VersionOf) -> list[str]:

@@ -15,6 +15,7 @@ from mmengine.registry import MODELS
 
 import mmtoken
 from mmtoken import registry
+from mmtoken.cli import VERBS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -142,9 +143,7 @@ def exists(name):
 
 @cache
 def registered(name):
-    names = ('MODELS', 'HOOKS', 'METRICS', 'OPTIM_WRAPPER_CONSTRUCTORS')
-    registries = [getattr(registry, n) for n in names]
-    return any(known.get(name) is not None for known in registries)
+    return any(known.get(name) is not None for known in registry.ALL)
 
 
 @each(sorted(ROOT.glob('configs/*/README.md')))
@@ -190,6 +189,15 @@ def test_commands_parse():
         for language, block in BLOCK.findall(page.read_text()):
             if language == 'bash':
                 shlex.split(block, comments=True)
+
+
+def test_verbs_exist():
+    """``mmtoken VERB`` in code, inline and in blocks."""
+    for page in PAGES:
+        code = re.findall(r'`([^`\n]+)`', page.read_text())
+        code += [block for language, block in BLOCK.findall(page.read_text()) if language == 'bash']
+        for verb in re.findall(r'^mmtoken (\S+)', '\n'.join(code), re.M):
+            assert verb in (*VERBS, 'VERB', '--help'), f'{page}: {verb}'
 
 
 def test_token_picture():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 CONFIG_SUFFIXES = ('.py', '.json', '.yaml', '.yml')
 USAGE = """\
-usage: python tools/{tool}.py CONFIG {arguments}[options]
+usage: mmtoken {tool} CONFIG {arguments}[options]
 
 Runs the {tool}.py of mmdet, mmseg or mmpretrain, according to the config's `default_scope` or the
 class of its model. All arguments are passed on unchanged. The usual options:
@@ -16,7 +16,7 @@ class of its model. All arguments are passed on unchanged. The usual options:
 {options}  --cfg-options KEY=VALUE  override settings of the config
   --launcher pytorch       set by tools/dist_{tool}.sh; tools/slurm_{tool}.sh sets `slurm`
 
-All options of a config's library: python tools/{tool}.py CONFIG --help
+All options of a config's library: mmtoken {tool} CONFIG --help
 """
 ARGUMENTS = dict(train='', test='CHECKPOINT ')
 OPTIONS = dict(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..stack import DISTRIBUTIONS, installed_version
+from ..stack import library_versions
 from ..version import __version__
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -20,22 +20,11 @@ def describe_environment(device: torch.device) -> dict[str, str]:
         mmtoken=__version__,
         commit=_commit(),
         torch=torch.__version__,
-        **_library_versions(),
+        **library_versions(),
         python=platform.python_version(),
         device=torch.cuda.get_device_name(device) if gpu else _processor(),
         date=date.today().isoformat(),
     )
-
-
-def _library_versions() -> dict[str, str]:
-    """``{'mmdet': 'onedl-mmdetection 3.5.1'}`` and so on, for installed libraries."""
-    versions = {}
-    for name, distributions in DISTRIBUTIONS.items():
-        for distribution in distributions:
-            version = installed_version(distribution)
-            if version:
-                versions[name] = f'{distribution} {version}'
-    return versions
 
 
 def _commit() -> str | None:

@@ -18,7 +18,7 @@ def run(*args, **kwargs):
 def test_help_teaches(tool):
     result = run(sys.executable, TOOLS / f'{tool}.py', '--help')
     assert result.returncode == 0
-    assert '--cfg-options' in result.stdout and f'tools/{tool}.py CONFIG' in result.stdout
+    assert '--cfg-options' in result.stdout and f'mmtoken {tool} CONFIG' in result.stdout
     assert run(sys.executable, TOOLS / f'{tool}.py').returncode == 2
 
 
