@@ -113,6 +113,15 @@ def test_measuring(once):
     assert kernel['error'] < 1e-5 and kernel['ms'] == dict(sparse=2)
 
 
+def test_wrong_maps_fail(monkeypatch):
+    monkeypatch.setattr(measure, 'relative_error', lambda given, expected: 0.05)
+    bench = Bench(CPU, quick=True)
+    assert bench.measure(Case('parity', 'PSViT', 'tiny', 'bfloat16', 1)) == dict(error=0.05)
+    with pytest.raises(ValueError, match='differ by 5.0e-02 .* above 1e-03'):
+        bench.measure(Case('parity', 'PSViT', 'tiny', 'float32', 1))
+    assert bench.measure(Case('parity', 'MergeViT', 'tiny', 'float32', 1)) == dict(error=0.05)
+
+
 def test_relative_error():
     assert relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == 0.1
 
@@ -201,6 +210,8 @@ def test_resume(tmp_path):
     assert resumed.missing([CASE, other]) == [other]
     resumed.add(other, dict(error=0))
     assert list(json.loads(path.read_text())['cases']) == [str(CASE), str(other)]
+    resumed.add(CASE, dict(failed='out of memory'))
+    assert resumed.missing([CASE, other]) == [CASE]  # once more
     with pytest.raises(ValueError, match=r"environment: \{'torch': '2'\}, now \{'torch': '3'\}"):
         Record(path, dict(setup, environment=dict(torch='3')), resume=True)
     path.write_text('[]')

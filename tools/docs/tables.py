@@ -163,16 +163,18 @@ def reported() -> dict:
 
 def machines() -> str:
     """Speed-ups on ours and on another machine."""
-    rows = []
+    rows, cpus = [], set()
     for run in reported()['runs']:
         runs = read(BENCHMARKS, f'{run["network"]}_run*').values()
-        ours = [r['speedup'] for r in runs if r['dtype'] == run['dtype']]
+        cpus |= {r['environment']['device'] for r in runs}
+        speedups = [r['speedup'] for r in runs if r['dtype'] == run['dtype']]
         executed = median(r['executed_ratio'] for r in runs)
         rows.append(
             (run['network'].replace('_forward_', ', '), run['dtype'], f'{executed:.2f}',
-             f'{median(ours):.2f}' if ours else '–', f'{run["speedup"]:.2f}')
+             f"{median(speedups):.2f}" if speedups else '–', f'{run["speedup"]:.2f}')
         )  # fmt: skip
-    header = ('backbone, image', 'precision', 'executed MAC ratio', 'AMD EPYC', reported()['cpu'])
+    (ours,) = cpus
+    header = ('backbone, image', 'precision', 'executed MAC ratio', ours, reported()['cpu'])
     return markdown(header, rows)
 
 

@@ -19,6 +19,7 @@ from .networks import NETWORKS, QUICK
 
 WARM_UP_CALLS = 5
 CPU, FULL = torch.device('cpu'), torch.float32
+PARITY_LIMITS = dict(float32=1e-3, bfloat16=0.1)  # of relative errors
 PARITY_SHAPE = (256, 384)  # on which a CPU is fast enough
 
 
@@ -93,7 +94,11 @@ class Bench:
         return results
 
     def _parity(self, case: Case) -> dict:
-        """Difference to the maps of the same network on the CPU in float32."""
+        """Difference to the maps of the same network on the CPU in float32.
+
+        Raises:
+            ValueError: It is too large for rounding, in a network that computes the same there.
+        """
         setting = self._setting(case)
         target = NETWORKS[case.name].target(case.size)
         network = target.build()
@@ -104,7 +109,11 @@ class Bench:
             with target.override():
                 maps = network(make_images(target, setting))
         pairs = zip(maps, expected, strict=True)
-        return dict(error=max(relative_error(map_, wanted) for map_, wanted in pairs))
+        error = max(relative_error(map_, wanted) for map_, wanted in pairs)
+        limit = PARITY_LIMITS[case.dtype]
+        if error > limit and not NETWORKS[case.name].compares:
+            raise ValueError(f'maps differ by {error:.1e} from those of the CPU, above {limit:.0e}')
+        return dict(error=error)
 
     def _kernel(self, case: Case) -> dict:
         """Time of a form, and its difference to the first one."""

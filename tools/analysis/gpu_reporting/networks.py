@@ -24,6 +24,7 @@ class Network:
         tiny: Arguments for the quick report.
         routing: Arguments of :func:`mmtoken.routing_override`.
         chooses: Whether shapes depend on values, so that there is no CUDA graph of it.
+        compares: Whether it compares tokens, so that rounding may change which ones merge.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Network:
     tiny: dict
     routing: dict = field(default_factory=dict)
     chooses: bool = False
+    compares: bool = False
 
     def target(self, size: str) -> BenchmarkTarget:
         """The backbone of an architecture, or with the size ``'tiny'`` that of the quick report."""
@@ -54,7 +56,7 @@ NETWORKS = {
         ),
         Network(
             'MergeViT', ('small', 'base'), PLAIN, dict(arch=TINY_VIT, merge_blocks=(1, 2)),
-            chooses=True,
+            chooses=True, compares=True,
         ),
         Network(
             'DGEDPVT', ('small',), HIERARCHICAL, dict(arch=TINY_DPVT), dict(query_ratio=0.436), True

@@ -47,8 +47,8 @@ class Record:
         return cases
 
     def missing(self, cases: list[Case]) -> list[Case]:
-        """Cases without results; failed ones have some."""
-        return [case for case in cases if str(case) not in self.results]
+        """Cases without results, and those that failed."""
+        return [case for case in cases if 'failed' in self.results.get(str(case), dict(failed=''))]
 
     def add(self, case: Case, result: dict) -> None:
         """Keep the results of a case, and write the file."""
