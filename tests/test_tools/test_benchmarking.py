@@ -8,6 +8,7 @@ import torch
 from benchmarking import measure as measuring
 from benchmarking import memory, timing
 from benchmarking.measure import count_progress, measure
+from benchmarking.profile import KINDS, OTHER, profile_step
 from benchmarking.step import Setting, make_images, make_step
 from benchmarking.targets import BenchmarkTarget, build_target, dense_target
 from benchmarking.timing import ratios, time_in_turn
@@ -131,7 +132,7 @@ def test_overrides_apply_to_the_sparse_network_alone(quick):
     sparse = replace(free, routing=dict(query_ratio=0.25))
     targets, progress = dict(sparse=sparse, dense=dense_target(sparse), free=free), []
     setting = Setting((64, 64), train=True)
-    measured = measure(targets, setting, 1, lambda: progress.append(1))
+    measured = measure(targets, setting, 1, on_progress=lambda: progress.append(1))
     assert len(progress) == count_progress(3, 1)
     found = {name: m.cost.ratios for name, m in measured.items()}
     assert found['sparse']['query_ratio'] == pytest.approx(0.25, abs=0.02)
@@ -162,6 +163,20 @@ def test_training_steps_on_tokens_of_mixed_scale(changes, dtype, quick):
 
 
 @pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason='only Linux tells the peak')
+def test_profile_sorts_operators_by_kind_of_work():
+    weight, tokens = torch.randn(64, 64), torch.randn(512, 64)
+    products = profile_step(lambda: tokens @ weight, CPU)
+    assert set(products) == {*KINDS, OTHER} and max(products, key=products.get) == 'matrix products'
+    moved = profile_step(tokens.clone, CPU)
+    assert max(moved, key=moved.get) == 'copies and indices'
+
+
+def test_operators_of_a_profile_exist():
+    """A name that torch does not have would go unnoticed into the rest."""
+    for name in ' '.join(KINDS.values()).split():
+        assert hasattr(torch.ops.aten, name), name
+
+
 def test_peak_memory_is_above_the_weights():
     """In a process of its own, which an error comes back from."""
     arch = dict(embed_dims=32, depths=(2, 2, 6, 2), num_heads=(1, 2, 4, 8))

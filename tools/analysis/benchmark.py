@@ -1,6 +1,7 @@
 """Time and memory of a config's network, its dense twin and the library's own backbone."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from cli import (
@@ -32,6 +33,9 @@ A step is a forward pass. With --train it is a forward pass, backward from the m
 outputs, and the release of gradients, without an optimizer. Peak memory is that of one step above
 the weights: on CUDA as torch allocates it, on a CPU as the resident memory of a separate process,
 not compiled.
+
+With --profile the time of torch's operators is printed by kind of work, without that of Python. The
+profiler itself takes some time, so that only shares can be compared.
 
 In half precision, forward passes run on cast weights; the libraries' own modules, which do not
 support that alone, also run under autocast. Training runs under autocast with weights in float32,
@@ -80,7 +84,8 @@ def main() -> int:
         )
         with progress_bar() as progress:
             task = progress.add_task('measuring', total=count_progress(len(targets), args.rounds))
-            measured = measure(targets, setting, args.rounds, lambda: progress.advance(task))
+            advance = partial(progress.advance, task)
+            measured = measure(targets, setting, args.rounds, args.profile, advance)
     except (OSError, ValueError) as error:
         return fail(error)
     results = summarize(measured, targets) | describe(args, setting, targets['sparse'])
@@ -102,6 +107,9 @@ def parse_args():
     )
     parser.add_argument('--train', action='store_true', help='training steps, not forward passes')
     parser.add_argument('--compile', action='store_true', help='all through torch.compile')
+    parser.add_argument(
+        '--profile', action='store_true', help='also where the time goes, by kind of work'
+    )
     parser.add_argument(
         '--against', nargs='+', default=[], metavar='CFG', help='further configs to compare with'
     )
@@ -170,6 +178,11 @@ def summarize(measured: dict, targets: dict) -> dict:
         parameters={name: m.cost.parameters for name, m in measured.items()},
         speedup_spreads=spreads,
         round_ms={name: m.times for name, m in measured.items()},
+        **(
+            dict(profile_ms={name: m.profile for name, m in measured.items()})
+            if sparse.profile
+            else {}
+        ),
     )  # fmt: skip
 
 
@@ -226,6 +239,8 @@ def report(results: dict, measured: dict, targets: dict) -> None:
             f'{ratio["median"]:.2f} ({ratio["min"]:.2f}–{ratio["max"]:.2f})' if ratio else '',
         )
     console.print(table)
+    if measured['sparse'].profile:
+        console.print(profile_table(measured, targets))
     console.print(
         f'MAC ratio {results["mac_ratio"]:.2f} (executed {results["executed_ratio"]:.2f}), '
         f'speed-up over the twin {results["speedup"]:.2f}, realised {results["realised"]:.2f}.'
@@ -240,6 +255,19 @@ def report(results: dict, measured: dict, targets: dict) -> None:
     threads = f', threads: {results["threads"]}' if results['device'] == 'cpu' else ''
     machine = f'{environment["device"]}, torch {environment["torch"]}{threads}'
     console.print(f'{machine}, rounds: {results["rounds"]}.')
+
+
+def profile_table(measured: dict, targets: dict) -> Table:
+    """Milliseconds and shares by kind of work, a column for each network."""
+    table = Table(title='Where the time goes, in ms', box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column('kind of work')
+    profiles = [m.profile for m in measured.values()]
+    for name in measured:
+        table.add_column(targets[name].name.rpartition('.')[2], justify='right')
+    for kind in profiles[0]:
+        shares = ((p[kind], p[kind] / sum(p.values())) for p in profiles)
+        table.add_row(kind, *(f'{figure(ms)} ({share:.0%})' for ms, share in shares))
+    return table
 
 
 if __name__ == '__main__':

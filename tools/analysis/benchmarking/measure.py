@@ -8,6 +8,7 @@ import torch
 from mmtoken.analysis.cost import Cost
 
 from .memory import peak_mb
+from .profile import profile_step
 from .step import Setting, make_images, make_step
 from .targets import BenchmarkTarget
 from .timing import time_in_turn
@@ -23,11 +24,13 @@ class Measurement:
         cost: Of the forward pass, per image.
         times: Milliseconds per step, one for each round.
         peak_mb: Peak memory of a step in MiB; None where it cannot be measured.
+        profile: Milliseconds per step by kind of work; None if not asked for.
     """
 
     cost: Cost
     times: list[float]
     peak_mb: float | None
+    profile: dict[str, float] | None
 
 
 def count_progress(num_targets: int, rounds: int) -> int:
@@ -39,6 +42,7 @@ def measure(
     targets: Mapping[str, BenchmarkTarget],
     setting: Setting,
     rounds: int = 10,
+    profiled: bool = False,
     on_progress: Callable[[], object] = lambda: None,
 ) -> dict[str, Measurement]:
     """Measure networks.
@@ -47,6 +51,7 @@ def measure(
         targets: Networks by name.
         setting: How to run them.
         rounds: How often each is timed.
+        profiled: Whether times by kind of work are wanted, too.
         on_progress: Called :func:`count_progress` times, for a progress bar.
 
     Raises:
@@ -62,8 +67,10 @@ def measure(
             steps[name]()
         on_progress()
     times = time_in_turn(steps, rounds, setting.device, on_progress)
-    peaks = {}
+    results = {}
     for name, target in targets.items():
-        peaks[name] = peak_mb(target, setting, steps[name])
+        profile = profile_step(steps[name], setting.device) if profiled else None
+        peak = peak_mb(target, setting, steps[name])
+        results[name] = Measurement(costs[name], times[name], peak, profile)
         on_progress()
-    return {name: Measurement(costs[name], times[name], peaks[name]) for name in targets}
+    return results
