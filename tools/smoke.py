@@ -22,7 +22,7 @@ from rich.table import Table
 from mmtoken import follow_image_sizes, token_losses
 
 CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
-HEIGHT, WIDTH = 96, 160
+HEIGHT, WIDTH = 64, 96
 MAX_REGIONS = 32
 
 
@@ -128,7 +128,7 @@ def detection_sample(model):
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
 
-    boxes = torch.tensor([[8.0, 8.0, 60.0, 70.0], [50.0, 20.0, 150.0, 90.0]])
+    boxes = torch.tensor([[4.0, 4.0, 40.0, 48.0], [30.0, 12.0, 90.0, 60.0]])
     masks = torch.zeros(2, HEIGHT, WIDTH, dtype=torch.uint8)
     for mask, (left, top, right, bottom) in zip(masks, boxes.int(), strict=True):
         mask[top:bottom, left:right] = 1
