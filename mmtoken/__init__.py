@@ -20,6 +20,7 @@ _FUNCTIONS = dict(
     follow_image_sizes='mmtoken.engine.image_sizes',
     optimize_for_cpu='mmtoken.fast',
     routing_override='mmtoken.runtime.routing_override',
+    set_budget='mmtoken.runtime.budget',
     set_image_sizes='mmtoken.layers.common.padding',
     set_label_maps='mmtoken.layers.common.labels',
     token_losses='mmtoken.runtime.aux_losses',

@@ -18,7 +18,12 @@ score, milliseconds of the whole model to the right. The line joins the dense ne
 resolutions, which is what a method has to beat. Bars are standard deviations over seeds.
 """
 DENSE = 'dense'
-BASELINES = ('uniform', 'layers', 'random', 'low-resolution')  # words in names of rows that are baselines too
+BASELINES = (
+    'uniform',
+    'layers',
+    'random',
+    'low-resolution',
+)  # words in names of rows that are baselines too
 
 
 def main() -> int:

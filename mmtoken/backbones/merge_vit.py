@@ -4,6 +4,7 @@ Source: MPM, arXiv 2604.05718; see :mod:`~mmtoken.layers.merge.mutual_pairs`. Pa
 timm's.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch.nn as nn
@@ -44,6 +45,9 @@ class MergeViT(PlainBackbone):
             ``embed_dims``, ``num_layers``, ``num_heads`` and ``feedforward_channels``.
         merge_blocks: Blocks before which tokens merge, negative ones counted from the end. ``()``
             gives the dense twin: ViT.
+        least_tokens: Tokens over patches that are left behind the last merge, at least; merges
+            before it leave accordingly more. The pairs that are most alike merge first. 0 merges
+            all pairs.
         proportional: Attention in which a key that stands for n patches counts n times.
         cls_token: Whether there is a class token, as in most weights.
         kwargs: As for :class:`~mmtoken.backbones.vit_base.PlainBackbone`.
@@ -66,6 +70,7 @@ class MergeViT(PlainBackbone):
         self,
         arch: str | Mapping = 'small',
         merge_blocks: int | Iterable[int] = (2, 5),
+        least_tokens: float = 0.0,
         proportional: bool = True,
         cls_token: bool = True,
         **kwargs,
@@ -75,11 +80,28 @@ class MergeViT(PlainBackbone):
         self.merge_blocks = frozenset(i + depth if i < 0 else i for i in given)
         if not self.merge_blocks <= set(range(depth)):
             raise ValueError(f'merge_blocks must be from {-depth} to {depth - 1}, got {given}')
+        if not 0 <= least_tokens <= 1:
+            raise ValueError(f'least_tokens must be from 0 to 1, got {least_tokens}')
+        self.least_tokens = least_tokens
+        self.budget: float | None = None  # of mmtoken.set_budget
         self.proportional = proportional
         self.blocks = nn.ModuleList(
             ViTBlock(**self.block_args, drop_path=rate) for rate in self.drop_rates
         )
         self.finish_init()
+
+    @property
+    def least_budget(self) -> float | None:
+        """Tokens over patches if every token found a partner; None for the dense twin."""
+        return 0.5 ** len(self.merge_blocks) if self.merge_blocks else None
+
+    def least_behind(self, index: int, grid: tuple[int, int]) -> int:
+        """Tokens that are left at least behind the merge before a block."""
+        share = self.least_tokens if self.budget is None else self.budget
+        if not share:
+            return 0
+        merged = sum(block <= index for block in self.merge_blocks) / len(self.merge_blocks)
+        return math.ceil(share**merged * math.prod(grid))
 
     def run_block(
         self, index: int, tokens: Tensor, layout: DenseLayout | MergedLayout
@@ -90,7 +112,8 @@ class MergeViT(PlainBackbone):
                 layout = unmerged_layout(layout.grid, prefix, len(tokens), device)
                 tokens = tokens.flatten(0, 1)  # (B, L, C) -> (M, C)
             # Outside of what is recomputed, which then has the same pairs
-            tokens, layout = merge_mutual_pairs(tokens, layout)
+            least = self.least_behind(index, layout.grid)
+            tokens, layout = merge_mutual_pairs(tokens, layout, least)
         if isinstance(layout, DenseLayout):
             return super().run_block(index, tokens, layout)
         attn_fn = layout.attn_fn(self.proportional)

@@ -130,6 +130,7 @@ class MSViT(PlainBackbone):
         self.granularities = (1,) if gate is None else (1, self.ratio)
         self.global_blocks = self.check_windows(window_size, global_blocks)
         self.window = None if window_size is None else window_size // self.ratio  # in regions
+        self.budget: float | None = None  # of mmtoken.set_budget
         self.gate = self.gate_loss = self.label_loss = self.patch_embed_coarse = None
         if gate is not None:
             if not share_patch_embed:
@@ -186,6 +187,18 @@ class MSViT(PlainBackbone):
             self.gate_loss = MODELS.build(loss)
         if label_loss is not None:
             self.label_loss = MODELS.build(label_loss)
+
+    @property
+    def least_budget(self) -> float | None:
+        """Tokens over patches where all regions are coarse; None for the dense twin."""
+        return None if self.gate is None else self.ratio**-2
+
+    def share_of_fine_regions(self) -> float | None:
+        """Of each image, by :func:`mmtoken.set_budget` or by ``gate``; None where the gate says."""
+        if self.budget is None:
+            return self.fine_ratio
+        least = self.least_budget
+        return (self.budget - least) / (1 - least)
 
     def check_windows(
         self, window_size: int | None, global_blocks: Iterable[int] | None
@@ -341,9 +354,10 @@ class MSViT(PlainBackbone):
             seen = coarse.detach()  # no gradient from the gate to the embedding
         padding = padding_regions(valid_size(x), self.patch_size, regions)
         scores = self.gate(seen, padding)
+        fine_ratio = self.share_of_fine_regions()
         # A gate with a fixed budget that labels teach needs no gradient of the task, which would
         # have to pass all blocks, frozen ones too.
-        taught = self.label_loss is not None and self.fine_ratio is not None
+        taught = self.label_loss is not None and fine_ratio is not None
         gates = choose(
             scores,
             regions.num_cells,
@@ -351,7 +365,7 @@ class MSViT(PlainBackbone):
             explores(self.gate, seen) and not taught,
             padding,
             self.temperature,
-            None if self.fine_ratio is None else rank_regions(scores, self.fine_ratio, padding),
+            None if fine_ratio is None else rank_regions(scores, fine_ratio, padding),
         )
         choice = gates.argmax(dim=-1)
         record_decision(

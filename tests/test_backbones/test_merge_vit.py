@@ -140,8 +140,8 @@ def test_places_of_a_pair_have_one_value():
 def test_images_of_a_batch_keep_different_numbers(monkeypatch):
     seen = []
 
-    def watch(tokens, layout):
-        tokens, layout = merge_mutual_pairs(tokens, layout)
+    def watch(tokens, layout, least):
+        tokens, layout = merge_mutual_pairs(tokens, layout, least)
         seen.append(layout.lengths)
         return tokens, layout
 
@@ -157,9 +157,9 @@ def test_images_of_a_batch_keep_different_numbers(monkeypatch):
 def test_pairs_are_found_once_with_checkpointing(monkeypatch):
     calls = []
 
-    def watch(tokens, layout):
+    def watch(tokens, layout, least):
         calls.append(len(tokens))
-        return merge_mutual_pairs(tokens, layout)
+        return merge_mutual_pairs(tokens, layout, least)
 
     monkeypatch.setattr('mmtoken.backbones.merge_vit.merge_mutual_pairs', watch)
     model = MergeViT(VIT, merge_blocks=(1, 3), with_cp=True).train()

@@ -1,6 +1,7 @@
 import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 STUDY = Path(__file__).resolve().parents[2] / 'benchmarks' / 'study'
-NAMES = ('rows', 'run', 'summaries', 'measure', 'plot')
+NAMES = ('rows', 'run', 'summaries', 'measure', 'plot', 'budgets')
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def study(monkeypatch, tmp_path):
     for name in NAMES:
         monkeypatch.delitem(sys.modules, name, raising=False)
     modules = {name: importlib.import_module(name) for name in NAMES}
-    for name in ('rows', 'summaries', 'measure'):
+    for name in ('rows', 'summaries', 'measure', 'budgets'):
         monkeypatch.setattr(modules[name], 'RESULTS', tmp_path / 'results')
     monkeypatch.chdir(tmp_path)
     return modules
@@ -118,6 +119,36 @@ def test_a_row_is_trained_tested_measured_and_drawn(study, tmp_path, monkeypatch
     assert '420×280' in drawn and 'boundary mIoU' in drawn
     study['plot'].draw([summary], out)
     assert out.read_text() == drawn
+
+
+def test_budgets_of_one_checkpoint(study, tmp_path, monkeypatch):
+    write_ccp(tmp_path / 'data' / 'ccp')
+    row = replace(study['rows'].read_rows('ccp')['msvit'], size=(168, 112))
+    options = ['model.backbone.init_cfg=None', 'train_cfg.max_iters=1']
+    options += [
+        f'{part}_dataloader.{name}={value}'
+        for part in ('train', 'test')
+        for name, value in (('num_workers', 0), ('persistent_workers', False))
+    ]
+    for name in ('run', 'budgets'):
+        monkeypatch.setattr(study[name], 'read_rows', lambda task: dict(msvit=row))
+    monkeypatch.setattr(sys, 'argv', ['run.py', 'ccp', 'msvit', '--cfg-options', *options])
+    assert study['run'].main() == 0
+    few = ['--photos', '1', '--rounds', '1', '--cfg-options', *options]
+    monkeypatch.setattr(sys, 'argv', ['budgets.py', 'ccp', 'msvit', '--tokens', '0.5', '1', *few])
+    assert study['budgets'].main() == 0
+    file = tmp_path / 'results' / 'ccp' / 'budgets_msvit.json'
+    budgets = json.loads(file.read_text())['budgets']
+    assert list(budgets) == ['0.5', '1.0']
+    assert budgets['0.5']['gmacs'] < 0.7 * budgets['1.0']['gmacs']
+    assert 'boundary/mIoU' in budgets['0.5']['scores']
+
+    monkeypatch.setattr(study['budgets'], 'test', lambda *args: dict(mIoU=1.0))
+    monkeypatch.setattr(sys, 'argv', ['budgets.py', 'ccp', 'msvit', '--tokens', '0.3', *few])
+    assert study['budgets'].main() == 0  # tests what is new alone
+    again = json.loads(file.read_text())['budgets']
+    assert list(again) == ['0.3', '0.5', '1.0'] and again['0.3']['scores'] == dict(mIoU=1.0)
+    assert again['0.5']['scores'] == budgets['0.5']['scores']
 
 
 def test_an_unknown_row_is_named(study, monkeypatch):

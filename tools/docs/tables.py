@@ -33,6 +33,7 @@ between two comments, the first of which names it and the files it shows:
   study TASK        benchmarks/study/results/TASK, of benchmarks/study/run.py and measure.py
   seeds TASK        the same, seed by seed
   gates TASK        benchmarks/study/results/TASK/gates.json, of benchmarks/study/gates.py
+  budgets TASK/ROW  benchmarks/study/results/TASK/budgets_ROW.json, of benchmarks/study/budgets.py
   zoo               what we have trained ourselves, config by config
 """
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -346,6 +347,20 @@ def gates(task: str) -> str:
     return markdown(('gate', 'of each photograph', 'of all photographs'), rows)
 
 
+def budgets(task_and_row: str) -> str:
+    """Scores and times of one checkpoint at several budgets."""
+    task, row = task_and_row.split('/')
+    file = BENCHMARKS / 'study' / 'results' / task / f'budgets_{row}.json'
+    module, found = study_module('summaries'), json.loads(file.read_text())['budgets']
+    labels = {k: v for k, v in module.SCORES.items() if k in next(iter(found.values()))['scores']}
+    rows = [
+        (f'{float(tokens):.2f}', *(f'{module.points(k, b["scores"][k]):.2f}' for k in labels),
+         f'{b["ms"]["median"]:.0f}', f'{b["gmacs"]:.1f}')
+        for tokens, b in found.items()
+    ]  # fmt: skip
+    return markdown(('tokens', *labels.values(), 'ms', 'G MACs'), rows)
+
+
 def zoo() -> str:
     """Trained configs: those that are rows of the study without changes."""
     study_rows, module, rows = study_module('rows'), study_module('summaries'), []
@@ -380,7 +395,7 @@ def metafile(folder: str) -> dict:
 
 TABLES = dict(
     choice=choice, machines=machines, speed=speed, macs=macs, scores=scores, networks=networks,
-    published=published, study=study, seeds=seeds, gates=gates, zoo=zoo,
+    published=published, study=study, seeds=seeds, gates=gates, budgets=budgets, zoo=zoo,
 )  # fmt: skip
 
 if __name__ == '__main__':

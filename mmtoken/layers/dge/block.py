@@ -33,7 +33,7 @@ from ..common.regions import (
     unpool_every_granularity,
     unpool_regions,
 )
-from ..common.routing import choose, explores
+from ..common.routing import choose, explores, spend_queries
 
 TrainMode = Literal['exact', 'dense', 'sparse']
 FINEST_PROBABILITY = 0.95  # of a new router
@@ -138,9 +138,15 @@ class DynamicGranularityBlock(nn.Module):
         self.norm2 = nn.LayerNorm(embed_dims, norm_eps)
         self.mlp = Mlp(embed_dims, feedforward_channels)
         self.drop_path = DropPath(drop_path)
+        self.budget: float | None = None  # of mmtoken.set_budget
         self.router = None
         if has_router and len(self.granularities) > 1:
             self.router = GranularityRouter(embed_dims, len(self.granularities), region_size)
+
+    @property
+    def least_budget(self) -> float | None:
+        """Queries over tokens if all regions are as coarse as possible; None without a router."""
+        return None if self.router is None else self.granularities[-1] ** -2
 
     def layout(
         self, grid: tuple[int, int], num_prefix_tokens: int, device: torch.device
@@ -169,7 +175,10 @@ class DynamicGranularityBlock(nn.Module):
             return None
         scores = self.router(x[:, layout.num_prefix_tokens :].unflatten(1, layout.grid))
         sampled = explores(self.router, x)
-        gates = choose(scores, layout.num_cells, self.ratio_name, sampled, padding)
+        settled = None
+        if self.budget is not None:
+            settled = spend_queries(scores, layout.num_cells, self.budget, padding)
+        gates = choose(scores, layout.num_cells, self.ratio_name, sampled, padding, settled=settled)
         choice = gates.argmax(dim=-1)
         record_decision(
             RoutingDecision(choice, self.granularities, self.region_size, layout.grid, padding)

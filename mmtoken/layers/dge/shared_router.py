@@ -49,8 +49,14 @@ class SharedRouter(nn.Module):
         self.granularities = granularities
         self.region_size = region_size
         self.query_ratio = query_ratio
+        self.budget: float | None = None  # of mmtoken.set_budget
         self.learns_from_task = not (taught and query_ratio is not None)
         self.gate = RegionGate(2 * embed_dims, num_choices=len(granularities), **gate)
+
+    @property
+    def least_budget(self) -> float | None:
+        """Queries over tokens where all regions are as coarse as possible."""
+        return self.granularities[-1] ** -2
 
     def forward(
         self, x: Tensor, layout: RegionLayout, padding: Tensor | None, num_blocks: int
@@ -70,9 +76,10 @@ class SharedRouter(nn.Module):
         if not self.learns_from_task:
             grid = grid.detach()  # labels teach the router, not what is in front of it
         scores = self.gate(describe_regions(grid, self.region_size), padding)
+        ratio = self.query_ratio if self.budget is None else self.budget
         settled = None
-        if self.query_ratio is not None:
-            settled = spend_queries(scores, layout.num_cells, self.query_ratio, padding)
+        if ratio is not None:
+            settled = spend_queries(scores, layout.num_cells, ratio, padding)
         gates = choose(
             scores,
             layout.num_cells,

@@ -72,12 +72,16 @@ def unmerged_layout(
 
 # Not traced: the number of tokens depends on values.
 @torch.compiler.disable
-def merge_mutual_pairs(tokens: Tensor, layout: MergedLayout) -> tuple[Tensor, MergedLayout]:
+def merge_mutual_pairs(
+    tokens: Tensor, layout: MergedLayout, least: int = 0
+) -> tuple[Tensor, MergedLayout]:
     """Average all mutual pairs of each image. Synchronizes with the device once.
 
     Args:
         tokens: ``(M, C)``.
         layout: Theirs.
+        least: Tokens of each image, without its prefix, that are left at least: the pairs that are
+            most alike merge first.
 
     Returns:
         Fewer tokens, ``(M', C)``, and their layout.
@@ -97,7 +101,7 @@ def merge_mutual_pairs(tokens: Tensor, layout: MergedLayout) -> tuple[Tensor, Me
     prefix, start, others = layout.num_prefix_tokens, 0, []
     for image in tokens.detach().split(layout.lengths):
         other = torch.arange(start, start + len(image), device=tokens.device)
-        other[prefix:] = find_mutual_pairs(image[prefix:]) + (start + prefix)
+        other[prefix:] = find_mutual_pairs(image[prefix:], least) + (start + prefix)
         others.append(other)
         start += len(image)
     other = torch.cat(others)  # in the pair of each token; itself, if it has none
@@ -120,33 +124,43 @@ def unmerge(tokens: Tensor, layout: MergedLayout) -> Tensor:
     return tokens.index_select(0, layout.owner.flatten()).unflatten(0, tuple(layout.owner.shape))
 
 
-def find_mutual_pairs(x: Tensor) -> Tensor:
+def find_mutual_pairs(x: Tensor, least: int = 0) -> Tensor:
     """Pairs of vectors that are each other's nearest neighbor.
 
     Args:
         x: ``(N, C)``.
+        least: Only the ``N - least`` pairs that are most alike count.
 
     Returns:
         For each vector the index of the other in its pair, its own if it is in none: ``(N,)``.
     """
-    nearest, place = nearest_neighbors(x), torch.arange(len(x), device=x.device)
-    return torch.where(nearest[nearest] == place, nearest, place)
+    nearest, similarity = nearest_neighbors(x)
+    place = torch.arange(len(x), device=x.device)
+    other = torch.where(nearest[nearest] == place, nearest, place)
+    if not least:
+        return other
+    first = place < other
+    order = similarity.masked_fill(~first, float('-inf')).argsort(descending=True, stable=True)
+    merges = torch.zeros_like(first)
+    merges[order[: max(0, len(x) - least)]] = True
+    merges &= first
+    return torch.where(merges | merges[other], other, place)
 
 
-def nearest_neighbors(x: Tensor) -> Tensor:
-    """Index of the most similar other vector, by cosine; of several the first.
+def nearest_neighbors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The most similar other vector, by cosine; of several the first.
 
     Args:
         x: ``(N, C)``.
 
     Returns:
-        ``(N,)``; of a single vector its own index.
+        Its index, ``(N,)``, of a single vector its own; and the similarity, ``(N,)``.
     """
     with full_precision(x.device):
         x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
-        nearest, rows = [], max(1, MAX_SIMILARITIES // len(x))
+        found, rows = [], max(1, MAX_SIMILARITIES // len(x))
         for start in range(0, len(x), rows):
             similarity = x[start : start + rows] @ x.T  # (rows, N)
             similarity.diagonal(start).fill_(float('-inf'))
-            nearest.append(similarity.argmax(dim=1))
-    return torch.cat(nearest)
+            found.append(similarity.max(dim=1))
+    return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
