@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection, PatchCollection
 from matplotlib.colors import LogNorm
@@ -91,6 +92,13 @@ def draw_tokens(picture: np.ndarray, decision: RoutingDecision, image: int = 0) 
     panel.set_title(f'coarse {coarse:.2f}, {100 * tokens:.0f} % of the tokens', fontsize='medium')
     _draw_scale(figure, [panel], [decision], FAINT)
     return figure
+
+
+def to_pixels(figure: Figure) -> np.ndarray:
+    """A figure as an image, ``(H, W, 3)``, RGB, uint8."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
 
 
 def cell_borders(decision: RoutingDecision, image: int, level: int) -> np.ndarray:
