@@ -16,8 +16,10 @@ check_stack()
 enable_config_paths()
 
 _FUNCTIONS = dict(
+    create_model='mmtoken.models',
     dense_twin='mmtoken.analysis.twin',
     follow_image_sizes='mmtoken.engine.image_sizes',
+    list_models='mmtoken.models',
     optimize_for_cpu='mmtoken.fast',
     routing_override='mmtoken.runtime.routing_override',
     set_budget='mmtoken.runtime.budget',

@@ -37,6 +37,8 @@ REMEDIES = {
     'mlp_ratio': 'it belongs into arch, as feedforward_channels or mlp_ratios',
     'strides': 'strides are those of the method',
     'use_checkpoint': 'it is with_cp',
+    'in_chans': 'it is in_channels',
+    'num_classes': 'there is no classifier; leave it out',
 }  # fmt: skip
 TRANSFORMERS = ('swin', 'vit', 'deit', 'pvt', 'mae', 'dino', 'beit')
 

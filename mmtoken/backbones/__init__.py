@@ -1,7 +1,8 @@
-"""Backbones, one family a file; imported when MMEngine first looks a type up."""
+"""Backbones, one a file; imported when MMEngine first looks a type up."""
 
 from .dge_deit import DGEDeiT
-from .dge_pvt import DGEDPVT, DGEPVT
+from .dge_dpvt import DGEDPVT
+from .dge_pvt import DGEPVT
 from .merge_vit import MergeViT
 from .msvit import MSViT
 from .psvit import PSViT

@@ -1,12 +1,13 @@
 """Base class of all backbones, and checks of their arguments."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import ClassVar
 
 import torch.nn as nn
 from timm.layers import trunc_normal_
+from timm.models import FeatureInfo
 from torch import Tensor
 
 from ..arguments import as_tuple
@@ -24,7 +25,8 @@ class TokenBackbone(CheckpointedBackbone):
     ``out_indices`` are not built, since nothing would use them.
 
     Args:
-        num_stages: Stages of the architecture.
+        channels: Of the map of each stage of the architecture.
+        strides: Of the same, in pixels of the image.
         out_indices: Stages whose maps are returned, in rising order, or one; negative ones count
             from the end.
         frozen_stages: Stages kept fixed, counted from the stem: 0 freezes the stem, 1 the stem and
@@ -47,19 +49,32 @@ class TokenBackbone(CheckpointedBackbone):
 
     def __init__(
         self,
-        num_stages: int,
+        channels: Sequence[int],
+        strides: Sequence[int],
         out_indices: Iterable[int],
         frozen_stages: int = -1,
         norm_eval: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg)
-        self.num_stages = num_stages
+        self.num_stages = num_stages = len(channels)
         self.out_indices = check_out_indices(out_indices, num_stages)
+        self.feature_info = FeatureInfo(
+            [
+                dict(num_chs=width, reduction=stride, module=f'{self.stages_name}.{i}')
+                for i, (width, stride) in enumerate(zip(channels, strides, strict=True))
+            ],
+            self.out_indices,
+        )
         if not -1 <= frozen_stages <= num_stages:
             raise ValueError(f'frozen_stages must be from -1 to {num_stages}, got {frozen_stages}')
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
+
+    @property
+    def out_channels(self) -> tuple[int, ...]:
+        """Of each map that is returned; ``feature_info`` has the strides too, as timm's models."""
+        return tuple(self.feature_info.channels())
 
     @property
     def num_built(self) -> int:

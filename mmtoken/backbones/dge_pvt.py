@@ -1,8 +1,8 @@
-"""DGE on Pyramid Vision Transformers, with spatial-reduction and with deformable attention.
+"""DGE on Pyramid Vision Transformers.
 
 Sources: DGE, arXiv 2301.03831, PVT, arXiv 2102.12122. The released code of DGE
-(github.com/StevenGrove/vtpack, Apache-2.0) has PVT with dynamic granularity for classification, and
-deformable PVT without; both for whole regions only.
+(github.com/StevenGrove/vtpack, Apache-2.0) has PVT with dynamic granularity for classification, for
+whole regions only.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,6 @@ from ..layers.common.cache import compile_for_size
 from ..layers.common.padding import valid_size
 from ..layers.common.utils import ceil_div, check_heads, drop_path_rates, join_maps, to_map
 from ..layers.dge.block import DynamicGranularityBlock, TrainMode
-from ..layers.dge.deformable import DeformableAttention
 from ..layers.dge.shared_router import SharedRouter, split_router_args
 from ..layers.dge.spatial_reduction import SpatialReductionAttention
 from ..layers.dge.stage import DynamicGranularityStage
@@ -29,6 +28,7 @@ from .base import TokenBackbone, check_out_type, resolve_arch
 OutType = Literal['map', 'cls_token', 'avg_featmap']
 
 PATCH_SIZES = (4, 2, 2, 2)
+STRIDES = (4, 8, 16, 32)
 WIDTHS = dict(embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8), mlp_ratios=(8, 8, 4, 4))
 DEPTHS = dict(tiny=(2, 2, 2, 2), small=(3, 4, 6, 3), medium=(3, 4, 18, 3), large=(3, 8, 27, 3))
 
@@ -124,14 +124,14 @@ class DGEPVT(TokenBackbone):
     ) -> None:
         arch = check_stages(resolve_arch(arch, self.arch_zoo, self.arch_keys))
         dims, last = arch['embed_dims'], len(arch['embed_dims']) - 1
-        super().__init__(last + 1, out_indices, frozen_stages, norm_eval, init_cfg)
+        strides = STRIDES[: len(dims)]
+        super().__init__(dims, strides, out_indices, frozen_stages, norm_eval, init_cfg)
         check_out_type(out_type, get_args(OutType), self.out_indices, last, cls_token)
         if cls_token and arch.get('sr_ratios', (1,))[-1] != 1:
             raise ValueError(
                 f'a class token needs sr_ratio 1 in the last stage, got {arch["sr_ratios"][-1]}'
             )
         self.out_type = out_type
-        self.out_channels = tuple(dims[i] for i in self.out_indices)
         self.granularities = as_tuple(granularities)
         self.region_size = region_size
         self.label_loss, router_args = None, None
@@ -145,9 +145,9 @@ class DGEPVT(TokenBackbone):
         self.block_widths: list[BlockWidths] = []  # of each stage
         self.patch_widths: list[PatchWidths] = []
         rates = drop_path_rates(drop_path_rate, arch['depths'])
-        side, stride, channels = to_2tuple(pretrain_img_size), 1, in_channels
+        side, channels = to_2tuple(pretrain_img_size), in_channels
         for i, patch_size in enumerate(PATCH_SIZES[: self.num_built]):
-            side, stride = tuple(ceil_div(s, patch_size) for s in side), stride * patch_size
+            side = tuple(ceil_div(s, patch_size) for s in side)
             blocks = [
                 DynamicGranularityBlock(
                     dims[i],
@@ -168,7 +168,7 @@ class DGEPVT(TokenBackbone):
             has_token = cls_token and i == last
             self.layers.append(
                 DynamicGranularityStage(
-                    channels, patch_size, stride, side, blocks, has_token, with_cp, shared
+                    channels, patch_size, strides[i], side, blocks, has_token, with_cp, shared
                 )
             )
             self.block_widths.append(BlockWidths.of(blocks[0]))
@@ -243,55 +243,6 @@ class DGEPVT(TokenBackbone):
             **{name: args[name] for name in same},
             **{name: arch[name] for name in ('num_heads', 'mlp_ratios', 'sr_ratios')},
         )
-
-
-@MODELS.register_module()
-class DGEDPVT(DGEPVT):
-    """Deformable PVT whose blocks select a token granularity for each region.
-
-    Like :class:`mmtoken.DGEPVT`, with deformable attention (:mod:`mmtoken.layers.dge.deformable`)
-    in place of spatial reduction, and without a class token. The release has the dense network
-    only; that a query samples around the center of its cell is our choice.
-
-    Padding: as for :class:`mmtoken.DGEPVT`; a query reads little of it, since it samples only a few
-    positions.
-
-    Args:
-        arch: ``'tiny'``, ``'small'``, or a dict with the keys ``embed_dims``, ``depths``,
-            ``num_heads`` and ``mlp_ratios``.
-        num_points: Positions that each head samples for a query.
-        kwargs: As for :class:`mmtoken.DGEPVT`, without ``cls_token``.
-
-    Raises:
-        ValueError, TypeError: As for :class:`mmtoken.DGEPVT`.
-
-    Example:
-        >>> import torch
-        >>> arch = dict(embed_dims=(8, 16), depths=(1, 1), num_heads=(1, 2), mlp_ratios=(2, 2))
-        >>> model = DGEDPVT(arch, num_points=2, out_indices=(1,)).eval()
-        >>> [tuple(m.shape) for m in model(torch.zeros(1, 3, 64, 96))]
-        [(1, 16, 8, 12)]
-    """
-
-    fixed_args = ('cls_token',)
-    arch_keys = (*WIDTHS, 'depths', 'num_points')
-    arch_zoo: ClassVar[dict[str, dict]] = {
-        name: dict(WIDTHS, depths=DEPTHS[name]) for name in ('tiny', 'small')
-    }
-
-    def __init__(self, arch: str | Mapping = 'small', num_points: int = 4, **kwargs) -> None:
-        arch = resolve_arch(arch, self.arch_zoo, self.arch_keys[:-1])
-        arch['num_points'] = (num_points,) * len(arch['depths'])
-        super().__init__(arch, **kwargs)
-
-    @classmethod
-    def library_baseline(cls, args: Mapping) -> None:
-        """No library has a deformable PVT."""
-
-    @staticmethod
-    def make_attention(arch: Mapping, stage: int, qkv_bias: bool) -> nn.Module:
-        dims, heads = arch['embed_dims'][stage], arch['num_heads'][stage]
-        return DeformableAttention(dims, heads, arch['num_points'][stage])
 
 
 def ratio_of_stages(

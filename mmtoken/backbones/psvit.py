@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch.nn as nn
+from timm.models import FeatureInfo
 from torch import Tensor
 
 from ..arguments import as_tuple
@@ -117,8 +118,10 @@ class PSViT(PatchBackbone):
         if len(window_sizes) == 1:
             window_sizes *= len(stages)
         check_windows(window_sizes, len(stages))
-        super().__init__(len(stages), out_indices, frozen_stages, norm_eval, init_cfg)
-        self.make_stem(stages[0][0], img_size, patch_size, in_channels)
+        channels = [dims for dims, _, _ in stages]
+        strides = [patch_size * 2**i for i in range(len(stages))]
+        super().__init__(channels, strides, out_indices, frozen_stages, norm_eval, init_cfg)
+        self.make_stem(channels[0], img_size, patch_size, in_channels)
         depths = [sum(groups) for _, _, groups in stages]
         rates = drop_path_rates(drop_path_rate, depths)
         self.layers = nn.ModuleList()
@@ -138,9 +141,8 @@ class PSViT(PatchBackbone):
                     with_cp,
                 )  # fmt: skip
             )
-        self.out_channels = tuple(stages[i][0] for i in self.out_indices)
         for i in self.out_indices:
-            self.add_module(f'norm{i}', nn.LayerNorm(stages[i][0], NORM_EPS))
+            self.add_module(f'norm{i}', nn.LayerNorm(channels[i], NORM_EPS))
         self.finest = None
         if finest_map:
             if 0 not in self.out_indices or patch_size % 2:
@@ -149,8 +151,13 @@ class PSViT(PatchBackbone):
                     'in out_indices and an even patch_size, '
                     f'got {self.out_indices} and {patch_size}'
                 )
-            self.finest = token_unpooling(stages[0][0])
-            self.out_channels = (stages[0][0], *self.out_channels)
+            self.finest = token_unpooling(channels[0])
+            finest = dict(
+                num_chs=channels[0], reduction=patch_size // 2, module='finest', index=None
+            )
+            self.feature_info = FeatureInfo(
+                [finest, *self.feature_info.info], (0, *(i + 1 for i in self.out_indices))
+            )
         self.train()
 
     @classmethod

@@ -138,7 +138,7 @@ class STViTRSwin(SwinBackbone):
         self.patch_embed = STEMS[stem](arch['embed_dims'], in_channels)
         stages = []
         for i, rates in enumerate(drop_path_rates(drop_path_rate, depths)[: self.num_built]):
-            dims = self.out_channels[i]
+            dims = self.feature_info.channels(i)
             block_kwargs = dict(embed_dims=dims, num_heads=num_heads[i], mlp_ratio=mlp_ratio)
             downsample = PatchMerging(dims) if i + 1 < self.num_built else None
             if semantic_size and i == SEMANTIC_STAGE:

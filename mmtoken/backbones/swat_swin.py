@@ -13,9 +13,7 @@ from ..layers.common.swin import PatchMerging, SwinStage
 from ..layers.common.utils import drop_path_rates
 from ..layers.swat.structured import StructuredMerging, StructuredStem, StructuredSwinBlock
 from ..registry import MODELS
-from .swin_base import SwinBackbone
-
-PATCH_SIZE = 4
+from .swin_base import PATCH_SIZE, SwinBackbone
 
 
 class Structure(NamedTuple):
@@ -125,7 +123,7 @@ class SWATSwin(SwinBackbone):
             self.patch_embed = PatchEmbed(arch['embed_dims'], in_channels, PATCH_SIZE)
         stages = []
         for i, rates in enumerate(drop_path_rates(drop_path_rate, depths)[: self.num_built]):
-            dims, structure = self.out_channels[i], STRUCTURES[i]
+            dims, structure = self.feature_info.channels(i), STRUCTURES[i]
             common = dict(embed_dims=dims, num_heads=num_heads[i], mlp_ratio=mlp_ratio)
             blocks = downsample = None
             if structured:

@@ -13,6 +13,8 @@ from ..layers.common.cache import compile_for_size
 from ..layers.common.utils import check_heads, join_maps, to_map
 from .base import TokenBackbone, resolve_arch
 
+PATCH_SIZE = 4  # side of a patch, in pixels
+
 
 class SwinBackbone(TokenBackbone):
     """Stages at strides 4, 8, 16 and 32, each of half the grid and twice the channels of the last.
@@ -42,15 +44,16 @@ class SwinBackbone(TokenBackbone):
         norm_eval: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
-        stages = len(arch['depths'])
-        super().__init__(stages, out_indices, frozen_stages, norm_eval, init_cfg)
-        self.out_channels = tuple(arch['embed_dims'] * 2**i for i in range(stages))
+        stages = range(len(arch['depths']))
+        channels = [arch['embed_dims'] * 2**i for i in stages]
+        strides = [PATCH_SIZE * 2**i for i in stages]
+        super().__init__(channels, strides, out_indices, frozen_stages, norm_eval, init_cfg)
 
     def finish_init(self, stages: Iterable[nn.Module]) -> None:
         """Add the stages and a norm for each map that is returned, and apply freezing."""
         self.layers = nn.ModuleList(stages)
         for i in self.out_indices:
-            self.add_module(f'norm{i}', nn.LayerNorm(self.out_channels[i]))
+            self.add_module(f'norm{i}', nn.LayerNorm(self.feature_info.channels(i)))
         self.train()
 
     @classmethod

@@ -165,11 +165,12 @@ class PlainBackbone(PatchBackbone):
     ) -> None:
         arch = self.resolve_arch(arch)
         dims, depth = arch['embed_dims'], arch['num_layers']
-        super().__init__(depth, out_indices, frozen_stages, norm_eval, init_cfg)
+        super().__init__(
+            (dims,) * depth, (patch_size,) * depth, out_indices, frozen_stages, norm_eval, init_cfg
+        )
         check_out_type(out_type, self.out_types, self.out_indices, depth - 1, cls_token)
         self.make_stem(dims, img_size, patch_size, in_channels, cls_token, num_registers)
         self.out_type = out_type
-        self.out_channels = (dims,) * len(self.out_indices)
         self.with_cp = with_cp
         # For subclasses, which make the blocks
         self.drop_rates = drop_path_rates(drop_path_rate, [depth])[0][: self.num_built]

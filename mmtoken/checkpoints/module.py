@@ -42,7 +42,6 @@ class CheckpointedModule(BaseModule, metaclass=CheckedArguments):
         init_cfg = self.init_cfg
         entries = entries_of(init_cfg)
         self.init_cfg = [entry for entry in entries if not is_pretrained(entry)] or None
-        self._awaits_checkpoint = any(map(is_pretrained, entries))
         try:
             self.init_fresh()
         finally:
@@ -53,9 +52,7 @@ class CheckpointedModule(BaseModule, metaclass=CheckedArguments):
         self.is_init = True
 
     def _dump_init_info(self) -> None:
-        """MMEngine's list of how each parameter was initialized, if no checkpoint follows."""
-        if not self._awaits_checkpoint:
-            super()._dump_init_info()
+        """Nothing: MMEngine would log hundreds of lines wherever a module of ours stands alone."""
 
     def init_fresh(self) -> None:
         """Initialize without checkpoints: ``init_cfg`` has no ``Pretrained`` entry here."""

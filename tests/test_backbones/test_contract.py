@@ -60,6 +60,21 @@ def test_any_size(cfg, size):
 
 
 @pytest.mark.parametrize('cfg', CASES)
+@pytest.mark.parametrize('which', [[0], [-1], [0, 2]], ids=str)
+def test_feature_info(cfg, which):
+    """Channels and strides of the maps that are returned, whichever they are."""
+    family = family_of(cfg)
+    indices = cfg.get('out_indices', range(family.num_stages))
+    model = build(cfg, out_indices=[indices[i] for i in which]).eval()
+    with torch.no_grad():
+        maps = model(torch.randn(1, 3, 64, 96))
+    info = model.feature_info
+    assert info.channels() == [m.shape[1] for m in maps] == list(model.out_channels)
+    assert info.reduction() == [96 // m.shape[3] for m in maps]
+    assert all(model.get_submodule(name) is not None for name in info.module_name())
+
+
+@pytest.mark.parametrize('cfg', CASES)
 def test_images_of_a_batch_are_independent(cfg):
     model = build(cfg).eval()
     batch = torch.randn(3, 3, 100, 140)

@@ -126,16 +126,6 @@ def test_parameters(arch, millions, routers):
     assert sum(size for name, size in sizes.items() if '.router.' in name) == routers
 
 
-def test_parameters_of_deformable_pvt():
-    with torch.device('meta'):
-        model = DGEDPVT(
-            granularities=(1,), out_type='avg_featmap', out_indices=(3,), pretrain_img_size=256
-        )
-        head = nn.Linear(512, 1000)
-    total = sum(p.numel() for m in (model, head) for p in m.parameters())
-    assert round(total / 1e6, 3) == 17.616
-
-
 @pytest.mark.parametrize('cls, arch', KINDS)
 @pytest.mark.parametrize('training', [False, True])
 @pytest.mark.parametrize('size', [(128, 128), (100, 150)])
@@ -394,11 +384,6 @@ def test_drop_path_rises_to_its_rate():
 
 
 def test_arguments_reach_the_blocks():
-    model = make(DGEDPVT, PYRAMID, num_points=2, region_size=8, train_mode='dense', with_cp=True)
-    for stage in model.layers:
-        for block in stage.blocks:
-            assert block.attn.num_points == 2 and block.region_size == 8
-            assert block.train_mode == 'dense' and stage.with_cp
     model = make(in_channels=1, qkv_bias=False)
     assert model.layers[2].blocks[0].attn.kv.bias is None
     with torch.no_grad():
@@ -425,15 +410,6 @@ def test_arguments_reach_the_blocks():
 def test_bad_arguments(bad, message):
     with pytest.raises(ValueError, match=message):
         make(**bad)
-
-
-def test_deformable_pvt_has_no_class_token():
-    with pytest.raises(TypeError, match='DGEDPVT takes no cls_token'):
-        make(DGEDPVT, PYRAMID, cls_token=True)
-    with pytest.raises(ValueError, match="'medium'; known are"):
-        DGEDPVT('medium')
-    with pytest.raises(ValueError, match='has the keys'):
-        DGEDPVT(TINY)
 
 
 def test_registered():
