@@ -13,6 +13,7 @@ VERBS = {
     'train': ('train.py', 'train a detector, segmentor or classifier'),
     'test': ('test.py', 'evaluate a checkpoint'),
     'convert': ('convert_checkpoint.py', "turn another project's checkpoint into one of ours"),
+    'sparsify': ('misc/sparsify.py', 'put a sparse backbone into a config and its checkpoint'),
     'flops': ('analysis/flops.py', 'count multiply-accumulates and parameters'),
     'benchmark': ('analysis/benchmark.py', 'time a network beside its dense twin'),
     'compare': ('analysis/compare.py', 'compare trainings: scores, MACs and times of several runs'),

@@ -16,7 +16,7 @@ from mmtoken.checkpoints import (
     fit_to,
     read_checkpoint,
 )
-from mmtoken.checkpoints.convert import take_prefix
+from mmtoken.checkpoints.convert import keep_outside
 from mmtoken.checkpoints.sources import SOURCES
 from mmtoken.files import replacing
 
@@ -96,14 +96,10 @@ def _convert(args: argparse.Namespace) -> tuple[dict[str, Tensor], Report]:
     state, report = _convert_backbone(weights, args)
     if not args.whole:
         return state, report
-    _, outside = take_prefix(weights, args.prefix)
-    if not outside:
+    state = keep_outside(state, weights, report, args.prefix)
+    if not report.kept:
         raise ValueError(f'{args.src} contains only a backbone; leave out --whole')
-    report.kept = outside
-    report.dropped = [name for name in report.dropped if name not in outside]
-    named = {name.removeprefix('module.'): tensor for name, tensor in weights.items()}
-    state = {f'backbone.{name}': tensor for name, tensor in state.items()}
-    return state | {name: named[name] for name in outside}, report
+    return state, report
 
 
 def _convert_backbone(

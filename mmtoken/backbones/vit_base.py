@@ -119,8 +119,9 @@ class PlainBackbone(PatchBackbone):
         layer_scale: Initial LayerScale; None for none. That of weights, such as DINOv2's, is folded
             into the layers before it where the model has none.
         drop_path_rate: Stochastic depth of the last block, rising linearly from 0.
+        final_norm: Normalize the last block, as mmpretrain does by default and mmseg does not.
         out_indices: Blocks whose outputs are returned, in rising order; negative ones count from
-            the end. The last block is normalized, as in mmpretrain.
+            the end.
         out_type: ``'map'`` for dense maps. For classification ``'cls_token'``, the normalized class
             token of the last block, or ``'avg_featmap'``, the mean over its normalized map.
         frozen_stages: Blocks kept fixed: 0 freezes the patch and position embedding, 1 the first
@@ -156,6 +157,7 @@ class PlainBackbone(PatchBackbone):
         qkv_bias: bool = True,
         layer_scale: float | None = None,
         drop_path_rate: float = 0.0,
+        final_norm: bool = True,
         out_indices: Sequence[int] = (-1,),
         out_type: str = 'map',
         frozen_stages: int = -1,
@@ -171,6 +173,7 @@ class PlainBackbone(PatchBackbone):
         check_out_type(out_type, self.out_types, self.out_indices, depth - 1, cls_token)
         self.make_stem(dims, img_size, patch_size, in_channels, cls_token, num_registers)
         self.out_type = out_type
+        self.final_norm = final_norm
         self.with_cp = with_cp
         # For subclasses, which make the blocks
         self.drop_rates = drop_path_rates(drop_path_rate, [depth])[0][: self.num_built]
@@ -192,7 +195,7 @@ class PlainBackbone(PatchBackbone):
     @property
     def has_norm(self) -> bool:
         """Whether the last block is normalized by this module."""
-        return self.num_stages - 1 in self.out_indices
+        return self.final_norm and self.num_stages - 1 in self.out_indices
 
     @property
     def unbuilt_keys(self) -> str | None:
@@ -223,6 +226,7 @@ class PlainBackbone(PatchBackbone):
             out_indices=list(args['out_indices']),
             out_type='featmap' if args['out_type'] == 'map' else args['out_type'],
             with_cls_token=bool(args.get('cls_token')),
+            final_norm=args['final_norm'],
             **{name: args[name] for name in same},
         )
 

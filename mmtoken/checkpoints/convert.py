@@ -111,5 +111,30 @@ def take_prefix(
     return taken, [name for name in state if not name.startswith(prefix)]
 
 
+def keep_outside(
+    state: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    report: Report,
+    prefix: str | None = None,
+) -> dict[str, Tensor]:
+    """Weights of a whole model: those of a converted backbone, and necks and heads as they were.
+
+    Args:
+        state: Of the backbone.
+        weights: Of the whole model in the file.
+        report: Of the conversion; necks and heads are moved from its ``dropped`` to its ``kept``.
+        prefix: What precedes the backbone's names in the file, see :func:`take_prefix`.
+
+    Returns:
+        Names and tensors; ``weights`` may have nothing but a backbone.
+    """
+    _, outside = take_prefix(weights, prefix)
+    report.kept = outside
+    report.dropped = [name for name in report.dropped if name not in outside]
+    named = {name.removeprefix('module.'): tensor for name, tensor in weights.items()}
+    whole = {f'backbone.{name}': tensor for name, tensor in state.items()}
+    return whole | {name: named[name] for name in outside}
+
+
 def _beginnings(state: Mapping[str, Tensor]) -> str:
     return ', '.join(shorten(sorted({name.split('.')[0] for name in state})))

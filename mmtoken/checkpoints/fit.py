@@ -55,6 +55,7 @@ def fit(state: State, module: nn.Module, report: Report) -> State:
     * Registers have no position: positions of registers in a file are added to them.
     * The patch embedding of a ViT is resampled as in FlexiViT (arXiv 2212.08013): a patch that is
       enlarged to the model's size has the same embedding as before.
+    * Biases of zero are added to projections that have none in a file, as in mmseg's ViT.
     * If a file has no projection of coarse patches, theirs is that of fine patches, applied to the
       means of pixels.
     * Weights for 3 channels are adapted to another number as in timm: for one channel they are
@@ -76,6 +77,7 @@ def fit(state: State, module: nn.Module, report: Report) -> State:
     fold_scales(state, own, report)  # while the layers have their plain names
     structure_layers(state, own, report)
     _free_registers(state, own, report)
+    _add_biases(state, own, report)
     for name in [name for name in own if name in state]:
         old = tuple(state[name].shape)
         if name.endswith(BIAS_TABLE):
@@ -160,6 +162,18 @@ def _free_registers(state: State, own: State, report: Report) -> None:
     else:
         return
     report.resized['pos_embed'] = (tuple(positions.shape), tuple(state['pos_embed'].shape))
+
+
+def _add_biases(state: State, own: State, report: Report) -> None:
+    """Give projections of patches, or of attention, the bias that none of them has in a file."""
+    for layer in ('patch_embed.proj', 'attn.proj'):
+        biases = [name for name in own if name.endswith(f'{layer}.bias')]
+        if not state.keys() & set(biases):
+            for name in biases:
+                weight = state.get(name.replace('bias', 'weight'))
+                if weight is not None:
+                    state[name] = weight.new_zeros(len(weight))
+                    report.identity_init.append(name)
 
 
 def _resize_table(name: str, state: State, own: State, module: nn.Module) -> Tensor:
