@@ -113,6 +113,7 @@ setup(
     extras_require={
         'onedl': ONEDL,
         'upstream': UPSTREAM,
+        'export': ['onnx', 'onnxruntime', 'onnxscript'],
         'tools': [
             'opencv-python',
             'pillow',

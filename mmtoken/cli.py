@@ -14,6 +14,7 @@ VERBS = {
     'test': ('test.py', 'evaluate a checkpoint'),
     'convert': ('convert_checkpoint.py', "turn another project's checkpoint into one of ours"),
     'sparsify': ('misc/sparsify.py', 'put a sparse backbone into a config and its checkpoint'),
+    'export': ('misc/export.py', 'write a network as ONNX or torch.export, and check it'),
     'flops': ('analysis/flops.py', 'count multiply-accumulates and parameters'),
     'benchmark': ('analysis/benchmark.py', 'time a network beside its dense twin'),
     'compare': ('analysis/compare.py', 'compare trainings: scores, MACs and times of several runs'),

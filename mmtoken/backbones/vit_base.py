@@ -85,7 +85,7 @@ class PatchBackbone(TokenBackbone):
         prefix, position = self.positions(grid)
         x = (x + position).flatten(1, 2)
         if self.num_prefix_tokens:
-            x = torch.cat([prefix.expand(len(x), -1, -1).to(x), x], dim=1)
+            x = torch.cat([prefix.expand(x.shape[0], -1, -1).to(x), x], dim=1)
         return x, DenseLayout(grid)
 
     def positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:

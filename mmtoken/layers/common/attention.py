@@ -38,8 +38,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = N
     # With a learned bias torch has no fused kernel on a CPU; its fallback is slower than products.
     if query.device.type == 'cpu' and is_learned(bias):
         return attention_reference(query, key, value, bias)
-    # Operation counters that read a trace know matrix products, but not the fused operator.
-    if torch.jit.is_tracing():
+    # Operation counters that read a trace know matrix products, but not the fused operator. ONNX
+    # has none that keeps the strides of a CPU's, which are part of what torch exports.
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return attention_reference(query, key, value, bias)
     if bias is not None:
         bias = bias.to(query.dtype)

@@ -1,0 +1,165 @@
+"""Networks as files that run without this package: ONNX, and programs of ``torch.export``.
+
+onnx, onnxscript and onnxruntime are needed for ONNX only (the extra ``export``).
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .runtime.budget import Budgeted
+
+Format = Literal['onnx', 'torch-export']
+Run = Callable[[Tensor], tuple[Tensor, ...]]
+SUFFIXES = {'onnx': '.onnx', 'torch-export': '.pt2'}
+TOLERANCE = 1e-3  # of the largest value of an output
+ROUNDS = 5
+
+
+class FeatureExtractor(nn.Module):
+    """Backbone and neck of a model.
+
+    Args:
+        model: With ``extract_feat``, as all models of the libraries.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Normalized images ``(B, C, H, W)`` to maps ``(B, C_i, H_i, W_i)``."""
+        return tuple(self.model.extract_feat(images))
+
+
+class Segmentor(nn.Module):
+    """A segmentor of mmseg up to its scores.
+
+    Args:
+        model: An ``EncoderDecoder``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Normalized images ``(B, C, H, W)`` to scores ``(B, classes, H', W')`` of the head."""
+        return (self.model(images, mode='tensor'),)
+
+
+class OutputCheck(NamedTuple):
+    """One output of an exported network, compared with PyTorch's.
+
+    Attributes:
+        shape: Of the output.
+        error: Largest difference over the largest value.
+    """
+
+    shape: tuple[int, ...]
+    error: float
+
+
+def check_exportable(model: nn.Module) -> None:
+    """Refuse networks whose tokens depend on the image: their shapes would, too.
+
+    Raises:
+        ValueError: The model has such a part.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Budgeted) and module.least_budget:
+            raise ValueError(
+                f'{name or type(module).__name__} ({type(module).__name__}) chooses its tokens '
+                'image by image, which a file of fixed shapes cannot: STViT-R, STViT, PSViT, SWAT '
+                'and dense twins (mmtoken.dense_twin(cfg), from the same checkpoint) can be '
+                'exported. In PyTorch, mmtoken.set_budget gives all images the same cost'
+            )
+
+
+def export(
+    network: nn.Module, images: Tensor, file: Path, form: Format, dynamic_batch: bool = False
+) -> None:
+    """Write a network to a file.
+
+    Args:
+        network: In eval mode, images to a tuple of tensors.
+        images: ``(B, C, H, W)``; height and width are fixed by it, and the batch size too, unless
+            ``dynamic_batch``.
+        file: To write.
+        form: ``'onnx'`` or ``'torch-export'``.
+        dynamic_batch: Leave the batch size open.
+
+    Raises:
+        ValueError: It cannot be exported; the message says why.
+    """
+    shapes = [{0: torch.export.Dim('batch')}] if dynamic_batch else None
+    try:
+        with torch.no_grad():
+            if form == 'onnx':
+                program = torch.onnx.export(
+                    network, (images,), dynamo=True, verbose=False, dynamic_shapes=shapes,
+                    input_names=['images'],
+                )  # fmt: skip
+                program.save(file)
+            else:
+                program = torch.export.export(
+                    network, (images,), strict=False, dynamic_shapes=shapes
+                )
+                torch.export.save(program, file)
+    except Exception as error:  # exporters raise anything
+        reason = str(error).strip().splitlines() or ['']
+        raise ValueError(f'{type(error).__name__}: {reason[0]}') from error
+
+
+def load(file: Path, form: Format) -> Run:
+    """An exported network, on the CPU with torch's number of threads."""
+    if form == 'torch-export':
+        return torch.export.load(file).module()
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
+    (name,) = (given.name for given in session.get_inputs())
+    return lambda images: tuple(map(torch.from_numpy, session.run(None, {name: images.numpy()})))
+
+
+@torch.no_grad()
+def compare(exported: Run, network: Run, images: Tensor) -> list[OutputCheck]:
+    """Compare the outputs of an exported network with those of the network.
+
+    Raises:
+        ValueError: An output differs by more than :data:`TOLERANCE` of its largest value, or the
+            exported network does not run.
+    """
+    expected = network(images)
+    try:
+        given = exported(images)
+    except Exception as error:  # runtimes raise anything
+        raise ValueError(f'it does not run on {tuple(images.shape)}: {error}') from error
+    checks = [
+        OutputCheck(tuple(a.shape), ((a - b).abs().max() / b.abs().max()).item())
+        for a, b in zip(given, expected, strict=True)
+    ]
+    worst = max(check.error for check in checks)
+    if not worst <= TOLERANCE:
+        raise ValueError(f"its outputs differ from PyTorch's by {worst:.1e}, above {TOLERANCE}")
+    return checks
+
+
+@torch.no_grad()
+def time_in_turn(exported: Run, network: Run, images: Tensor) -> tuple[float, float]:
+    """Median milliseconds of both."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(ROUNDS + 1):  # the first warms up
+        for run, of_run in zip((exported, network), times, strict=True):
+            started = time.perf_counter()
+            run(images)
+            if turn:
+                of_run.append(1e3 * (time.perf_counter() - started))
+    return statistics.median(times[0]), statistics.median(times[1])

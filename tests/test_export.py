@@ -1,0 +1,137 @@
+"""Exported networks compute what they do in PyTorch."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mmtoken.backbones import (
+    DGEDeiT,
+    MergeViT,
+    MSViT,
+    PSViT,
+    STViTDeiT,
+    STViTRSwin,
+    SWATDeiT,
+    SWATSwin,
+)  # fmt: skip
+from mmtoken.export import SUFFIXES, FeatureExtractor, check_exportable, compare, export, load
+from mmtoken.runtime.budget import set_budget
+
+TOOL = Path(__file__).resolve().parents[1] / 'tools' / 'misc' / 'export.py'
+VIT = dict(embed_dims=32, num_layers=3, num_heads=2, feedforward_channels=64)
+SWIN = dict(embed_dims=16, depths=(1, 1, 6, 1), num_heads=(1, 1, 2, 2))
+PSVIT = dict(stages=[(16, 1, (1,)), (32, 2, (2, 1))])
+STATIC = {
+    'STViTRSwin': lambda: STViTRSwin(SWIN, out_indices=(2, 3)),
+    'STViTDeiT': lambda: STViTDeiT(VIT, base_layers=1),
+    'PSViT': lambda: PSViT(PSVIT, out_indices=(0, 1), window_sizes=(4, None)),
+    'SWATSwin': lambda: SWATSwin(
+        dict(embed_dims=32, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4)), out_indices=(0, 3)
+    ),
+    'SWATDeiT': lambda: SWATDeiT(dict(VIT, patch_size=16, mlp_kernel=3), plane_size=4),
+    'ViT': lambda: MergeViT(VIT, merge_blocks=()),
+}
+CHOOSING = {
+    'MSViT': lambda: MSViT(VIT),
+    'MSViT with a budget': lambda: set_budget(MSViT(VIT), 0.5),
+    'DGEDeiT': lambda: DGEDeiT(VIT),
+    'MergeViT': lambda: MergeViT(VIT, merge_blocks=(1,)),
+}
+CONFIG = """
+default_scope = 'mmseg'
+model = dict(
+    type='EncoderDecoder',
+    data_preprocessor=dict(type='SegDataPreProcessor', size=(64, 64)),
+    backbone=dict(
+        type='mmtoken.STViTDeiT', base_layers=1,
+        arch=dict(embed_dims=32, num_layers=3, num_heads=2, feedforward_channels=64),
+    ),
+    decode_head=dict(
+        type='FCNHead', in_channels=32, channels=16, num_classes=3, norm_cfg=dict(type='BN'),
+    ),
+    test_cfg=dict(mode='whole'),
+)
+"""
+
+
+class Model(nn.Module):
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def extract_feat(self, images):
+        return self.backbone(images)
+
+
+def make(backbone):
+    torch.manual_seed(0)
+    return FeatureExtractor(Model(backbone())).eval()
+
+
+@pytest.mark.parametrize('form', SUFFIXES)
+@pytest.mark.parametrize('name', STATIC)
+def test_static_networks(name, form, tmp_path):
+    """With any batch size, on a size that windows do not divide."""
+    network = make(STATIC[name])
+    file = tmp_path / f'network{SUFFIXES[form]}'
+    export(network, torch.randn(2, 3, 64, 96), file, form, dynamic_batch=True)
+    for batch in (2, 3):
+        checks = compare(load(file, form), network, torch.randn(batch, 3, 64, 96))
+        assert checks and all(check.shape[0] == batch for check in checks)
+
+
+@pytest.mark.parametrize('name', CHOOSING)
+def test_networks_that_choose_are_refused(name):
+    with pytest.raises(ValueError, match='chooses its tokens image by image, .*dense_twin'):
+        check_exportable(make(CHOOSING[name]))
+
+
+def test_wrong_outputs_are_refused():
+    images = torch.ones(1, 3, 4, 4)
+    assert compare(lambda x: (x,), lambda x: (x,), images)[0].error == 0
+    with pytest.raises(ValueError, match="differ from PyTorch's by 5.0e-01"):
+        compare(lambda x: (1.5 * x,), lambda x: (x,), images)
+    with pytest.raises(ValueError, match=r'does not run on \(1, 3, 4, 4\)'):
+        compare(lambda x: x[5], lambda x: (x,), images)
+    with pytest.raises(ValueError, match='differ'):
+        compare(lambda x: (x * float('nan'),), lambda x: (x,), images)
+
+
+@pytest.fixture
+def tool(monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location('export_tool', TOOL)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    config = tmp_path / 'stvit.py'
+    config.write_text(CONFIG)
+
+    def run(*arguments, config=config):
+        monkeypatch.setattr(sys, 'argv', ['export', str(config), *map(str, arguments)])
+        return tool.main()
+
+    return run
+
+
+def test_a_segmentor(tool, tmp_path, capsys):
+    file = tmp_path / 'model.onnx'
+    assert tool('--format', 'onnx', '--part', 'model', '--out', file) == 0
+    printed = capsys.readouterr().out
+    assert '1 x 3 x 4 x 4' in printed and 'PyTorch' in printed and file.exists()
+    assert tool('--format', 'onnx', '--out', file) == 1
+    assert f'{file} exists; --force overwrites it' in capsys.readouterr().err
+
+
+def test_nothing_is_left_behind(tool, tmp_path, monkeypatch, capsys):
+    config = tmp_path / 'msvit.py'
+    config.write_text(CONFIG.replace("'mmtoken.STViTDeiT', base_layers=1", "'mmtoken.MSViT'"))
+    file = tmp_path / 'out' / 'maps.pt2'
+    assert tool('--format', 'torch-export', '--out', file, config=config) == 1
+    assert 'backbone (MSViT) chooses its tokens' in capsys.readouterr().err
+    monkeypatch.setattr('mmtoken.export.TOLERANCE', -1.0)
+    assert tool('--format', 'torch-export', '--out', file) == 1
+    assert 'differ from PyTorch' in capsys.readouterr().err
+    assert not file.exists()
