@@ -69,11 +69,7 @@ def create_model(
         >>> model.feature_info.channels(), model.feature_info.reduction()
         ([96, 384], [8, 32])
     """
-    models = _models()
-    if model_name not in models:
-        close = get_close_matches(str(model_name), models)
-        hint = f'did you mean {", ".join(close)}? ' if close else ''
-        raise ValueError(f'no model {model_name!r}; {hint}mmtoken.list_models() has all names')
+    cls, arch = find_model(model_name)
     if pretrained is True:
         raise ValueError(
             'pretrained is a path or a URL: mmtoken has no weights of its own; docs/weights.md '
@@ -81,10 +77,23 @@ def create_model(
         )
     if pretrained not in (False, None):
         kwargs = dict(kwargs, init_cfg=dict(type='Pretrained', checkpoint=pretrained))
-    cls, arch = models[model_name]
     backbone = cls(arch=arch, **kwargs)
     backbone.init_weights()
     return backbone if features_only else PooledFeatures(backbone)
+
+
+def find_model(model_name: str) -> tuple[type[TokenBackbone], str]:
+    """Class and architecture of a name.
+
+    Raises:
+        ValueError: No backbone has the name; the message lists those that are close.
+    """
+    models = _models()
+    if model_name not in models:
+        close = get_close_matches(str(model_name), models)
+        hint = f'did you mean {", ".join(close)}? ' if close else ''
+        raise ValueError(f'no model {model_name!r}; {hint}mmtoken.list_models() has all names')
+    return models[model_name]
 
 
 def _models() -> dict[str, tuple[type[TokenBackbone], str]]:

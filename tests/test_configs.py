@@ -38,8 +38,8 @@ RATIOS = dict(query_ratio=0.436, coarse_ratio=0.5)  # at which costs are listed
 
 
 def kind(path):
-    """A config's name without size, schedule and data."""
-    return SIZE.sub('', re.split(r'_\d+xb\d', path.stem)[0])
+    """A config's name without size, schedule and data; heads of one name are in both libraries."""
+    return SIZE.sub('', re.split(r'_\d+xb\d', path.stem)[0]), path.stem.endswith('_coco')
 
 
 def size(path):
@@ -71,6 +71,12 @@ def test_config(path):
     assert cfg.train_dataloader.batch_size == images_per_gpu(path.stem)
     hooks = [hook.type for hook in cfg.get('custom_hooks', [])]
     assert ('mmtoken.TokenLossHook' in hooks) == is_routed(cfg.model.backbone)
+
+
+def test_hooks_of_the_base_stay():
+    cfg = load(ROOT / 'configs' / 'msvit' / 'rtmdet-ins_msvit-s_8xb32-300e_coco.py')
+    hooks = [hook.type for hook in cfg.custom_hooks]
+    assert hooks == ['EMAHook', 'PipelineSwitchHook', 'mmtoken.TokenLossHook']
 
 
 def is_routed(backbone):

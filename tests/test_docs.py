@@ -170,17 +170,23 @@ def test_examples_run(page, tmp_path, monkeypatch, capsys):
         if 'Inferencer' in block:  # needs a trained detector
             compile(block, page.name, 'exec')
         elif '_base_' in block:
-            (tmp_path / 'my_config.py').write_text(block)
-            backbone = Config.fromfile(tmp_path / 'my_config.py').model.backbone
+            cfg = read(block, tmp_path)
             with torch.device('meta'):  # no values
-                built_type = type(MODELS.build(backbone))
+                built_type = type(MODELS.build(cfg.model.backbone))
             assert built_type.__module__.startswith('mmtoken.backbones.')
+            base = read(re.sub('^custom_hooks.*$', '', block, flags=re.M), tmp_path)
+            assert all(hook in cfg.custom_hooks for hook in base.get('custom_hooks', []))
             built += 1
         else:
             exec(block, names)
             said = re.findall(r'^# (\[.*)$', block, re.M)
             assert capsys.readouterr().out.splitlines() == said
     assert built and len(blocks) >= built
+
+
+def read(block, folder):
+    (folder / 'my_config.py').write_text(block)
+    return Config.fromfile(folder / 'my_config.py')
 
 
 def test_commands_parse():

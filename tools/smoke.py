@@ -97,7 +97,7 @@ def build(cfg: Config) -> torch.nn.Module:
         if part.get('size'):
             part.size = (HEIGHT, WIDTH)
     without_sync_bn(model)
-    with_few_regions([model.get('train_cfg'), model.get('test_cfg')])
+    with_few_regions(model)
     init_default_scope(cfg.default_scope)
     return MODELS.build(model)
 
@@ -115,7 +115,7 @@ def without_sync_bn(node) -> None:
 def with_few_regions(node) -> None:
     """Limit the proposals of a detector: a thousand of noise would take most of the time."""
     if isinstance(node, dict):
-        for key in ('max_per_img', 'num'):  # proposals or detections; samples of a head
+        for key in ('max_per_img', 'num', 'num_queries'):  # the second: samples of a head
             if isinstance(node.get(key), int):
                 node[key] = min(node[key], MAX_REGIONS)
     children = node.values() if isinstance(node, dict) else node

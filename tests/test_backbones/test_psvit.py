@@ -104,6 +104,7 @@ def test_finest_map(size):
     with torch.no_grad():
         finest, first, *_ = model(torch.randn(1, 3, *size))
         assert model.out_channels == (32, 32, 48, 64)
+        assert model.feature_info.reduction() == [4, 8, 16, 32]
         assert finest.shape == (1, 32, *(-(-side // 4) for side in size))
         assert finest.is_contiguous()
         corner = torch.einsum('c,cd->d', first[0, :, 0, 0], model.finest.weight[:, :, 0, 0])

@@ -11,10 +11,12 @@ from pathlib import Path
 from statistics import median
 from types import ModuleType
 
+import torch
 import yaml
 
 from mmtoken.analysis.spread import spread
 from mmtoken.analysis.training_log import METRICS
+from mmtoken.models import find_model, list_models
 
 DESCRIPTION = """\
 Write the generated tables of README.md, docs/, benchmarks/ and configs/*/README.md. A table stands
@@ -28,6 +30,7 @@ between two comments, the first of which names it and the files it shows:
   speed [GLOB]      benchmarks/GLOB.json, of tools/analysis/benchmark.py
   macs [GLOB]       benchmarks/macs/GLOB.json, of tools/analysis/flops.py
   scores [GLOB]     benchmarks/shapes/GLOB.json, of tools/analysis/compare.py
+  models            what every backbone of mmtoken.list_models() returns
   networks FOLDER   parameters and MACs in configs/FOLDER/metafile.yml
   published         results that authors published, in all metafiles
   study TASK        benchmarks/study/results/TASK, of benchmarks/study/run.py and measure.py
@@ -240,6 +243,22 @@ def signed(value: float, decimals: int = 2) -> str:
     return f'{value:+.{decimals}f}'.replace('-', '−')
 
 
+def models() -> str:
+    """Backbones by name, with the maps that they return if nothing else is asked for."""
+    rows = []
+    for name in list_models():
+        cls, arch = find_model(name)
+        with torch.device('meta'):
+            backbone = cls(arch=arch)
+        info, parameters = backbone.feature_info, sum(p.numel() for p in backbone.parameters())
+        rows.append(
+            (f'`{name}`', f'`{cls.__name__}`', ', '.join(map(str, info.reduction())),
+             ', '.join(map(str, info.channels())), str(backbone.num_stages),
+             f'{parameters / 1e6:.2f}')
+        )  # fmt: skip
+    return markdown(('name', 'type', 'strides', 'channels', 'stages', 'M parameters'), rows)
+
+
 def networks(folder: str) -> str:
     """Parameters and MACs in a metafile, a row for each network, in brackets its dense twin's.
 
@@ -394,8 +413,9 @@ def metafile(folder: str) -> dict:
 
 
 TABLES = dict(
-    choice=choice, machines=machines, speed=speed, macs=macs, scores=scores, networks=networks,
-    published=published, study=study, seeds=seeds, gates=gates, budgets=budgets, zoo=zoo,
+    choice=choice, machines=machines, speed=speed, macs=macs, scores=scores, models=models,
+    networks=networks, published=published, study=study, seeds=seeds, gates=gates, budgets=budgets,
+    zoo=zoo,
 )  # fmt: skip
 
 if __name__ == '__main__':

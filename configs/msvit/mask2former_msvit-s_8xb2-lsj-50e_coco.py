@@ -1,0 +1,32 @@
+# The backbone learns a tenth as fast as the rest, as in the base; its gate is new.
+_base_ = ['../_base_/mmtoken.py', 'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py']
+
+# DeiT's ImageNet-1k weights
+checkpoint = 'https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth'
+custom_hooks = [dict(type='mmtoken.TokenLossHook')]
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='mmtoken.MSViT',
+        arch='small',
+        gate=dict(
+            input='patches',
+            fine_ratio=0.5,
+            kernel_size=3,
+            label_loss=dict(type='mmtoken.LabelPurityLoss'),
+        ),
+        train_mode='gathered',
+        cls_token=False,
+        drop_path_rate=0.1,
+        out_type='tokens',
+        init_cfg=dict(type='Pretrained', checkpoint=checkpoint),
+    ),
+    neck=dict(
+        type='mmtoken.MixedScaleNeck',
+        in_channels=384,
+        out_channels=256,
+        num_outs=4,
+    ),
+    panoptic_head=dict(in_channels=[256, 256, 256, 256]),
+)
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'backbone.gate': dict(lr_mult=1.0)}))
