@@ -62,9 +62,9 @@ def _make_parser() -> argparse.ArgumentParser:
             '  deit     DeiT, distilled or not: Facebook, timm, mmpretrain\n'
             '  vit      ViT: timm, mmpretrain, mmseg; MAE: Facebook, mmpretrain\n\n'
             'example:\n'
-            '  python tools/convert_checkpoint.py swin_small_patch4_window7_224.pth \\\n'
+            '  mmtoken convert swin_small_patch4_window7_224.pth \\\n'
             '      checkpoints/swin-s.pth --source swin\n'
-            '  python tools/convert_checkpoint.py deit_small_patch16_224.pth deit-s.pth \\\n'
+            '  mmtoken convert deit_small_patch16_224.pth deit-s.pth \\\n'
             '      --config configs/stvit_deit/mask-rcnn_stvit-deit-s_sfp_8xb2-1x_coco.py\n\n'
             "then, in a config: init_cfg=dict(type='Pretrained', "
             "checkpoint='checkpoints/swin-s.pth')"

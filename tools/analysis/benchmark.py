@@ -43,12 +43,12 @@ as with the libraries' --amp.
 """
 EXAMPLES = """\
 examples:
-  python tools/analysis/benchmark.py configs/stvit_r/mask-rcnn_stvit-r-swin-s_fpn_8xb2-1x_coco.py
-  python tools/analysis/benchmark.py CFG --shape 512 512 --threads 2 --rounds 20 --json out.json
-  python tools/analysis/benchmark.py CFG --device cuda --dtype float16 --batch-size 8 --train
-  python tools/analysis/benchmark.py CFG --part model --against OTHER_CFG.py
-  python tools/analysis/benchmark.py DGE_CFG --ratio 0.43
-  python tools/analysis/benchmark.py MSVIT_CFG --batch-size 4 --ratio 0.2 0.4 0.6 0.8
+  mmtoken benchmark configs/stvit_r/mask-rcnn_stvit-r-swin-s_fpn_8xb2-1x_coco.py
+  mmtoken benchmark CFG --shape 512 512 --threads 2 --rounds 20 --json out.json
+  mmtoken benchmark CFG --device cuda --dtype float16 --batch-size 8 --train
+  mmtoken benchmark CFG --part model --against OTHER_CFG.py
+  mmtoken benchmark DGE_CFG --ratio 0.43
+  mmtoken benchmark MSVIT_CFG --batch-size 4 --ratio 0.2 0.4 0.6 0.8
 """
 
 

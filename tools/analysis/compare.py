@@ -27,8 +27,8 @@ interrupted ones start again. To repeat a run after a change of its config, dele
 """
 EXAMPLES = """\
 examples:
-  python tools/analysis/compare.py --pair CFG TWIN --work-dir work_dirs/seeds
-  python tools/analysis/compare.py --pair CFG TWIN --pair CFG2 TWIN2 --seeds 0 1 2 --jobs 2 \\
+  mmtoken compare --pair CFG TWIN --work-dir work_dirs/seeds
+  mmtoken compare --pair CFG TWIN --pair CFG2 TWIN2 --seeds 0 1 2 --jobs 2 \\
       --work-dir work_dirs/seeds --json differences.json
 """
 TRAINER = Path(__file__).resolve().parent.parent / 'train.py'

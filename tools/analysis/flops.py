@@ -30,11 +30,11 @@ Counts are per image. With several ratios there is one image for each, and count
 """
 EXAMPLES = """\
 examples:
-  python tools/analysis/flops.py configs/stvit_r/mask-rcnn_stvit-r-swin-s_fpn_8xb2-1x_coco.py
-  python tools/analysis/flops.py CFG --shape 1024 1024 --json flops.json
-  python tools/analysis/flops.py CFG --part model
-  python tools/analysis/flops.py configs/dge/mask-rcnn_dge-pvt-s_fpn_8xb2-1x_coco.py --ratio 0.43
-  python tools/analysis/flops.py MSVIT_CFG --ratio 0.2 0.4 0.6 0.8
+  mmtoken flops configs/stvit_r/mask-rcnn_stvit-r-swin-s_fpn_8xb2-1x_coco.py
+  mmtoken flops CFG --shape 1024 1024 --json flops.json
+  mmtoken flops CFG --part model
+  mmtoken flops configs/dge/mask-rcnn_dge-pvt-s_fpn_8xb2-1x_coco.py --ratio 0.43
+  mmtoken flops MSVIT_CFG --ratio 0.2 0.4 0.6 0.8
 
 With --part model, the work of a detector's heads depends on how many proposals it makes untrained.
 """

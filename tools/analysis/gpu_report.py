@@ -39,11 +39,11 @@ status is 1. Cases for which time was too short are listed. --resume measures bo
 """
 EXAMPLES = """\
 examples:
-  python tools/analysis/gpu_report.py gpu.json
-  python tools/analysis/gpu_report.py gpu.json --minutes 30 --resume
-  python tools/analysis/gpu_report.py gpu.json --networks STViTRSwin MSViT
-  python tools/analysis/gpu_report.py --list
-  python tools/analysis/gpu_report.py try.json --device cpu --quick
+  mmtoken gpu-report gpu.json
+  mmtoken gpu-report gpu.json --minutes 30 --resume
+  mmtoken gpu-report gpu.json --networks STViTRSwin MSViT
+  mmtoken gpu-report --list
+  mmtoken gpu-report try.json --device cpu --quick
 """
 SHOWN = 12  # names of cases left out that are printed
 

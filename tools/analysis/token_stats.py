@@ -27,9 +27,9 @@ differs between stages.
 """
 EXAMPLES = """\
 examples:
-  python tools/analysis/token_stats.py DETECTOR_CFG work_dirs/NAME/epoch_12.pth
-  python tools/analysis/token_stats.py SEGMENTER_CFG CKPT --background 0 --json stats.json
-  python tools/analysis/token_stats.py MSVIT_CFG work_dirs/NAME/epoch_12.pth --json gates.json
+  mmtoken stats DETECTOR_CFG work_dirs/NAME/epoch_12.pth
+  mmtoken stats SEGMENTER_CFG CKPT --background 0 --json stats.json
+  mmtoken stats MSVIT_CFG work_dirs/NAME/epoch_12.pth --json gates.json
 """
 
 
