@@ -18,6 +18,7 @@ from ..layers.merge.mutual_pairs import (
     unmerged_layout,
 )
 from ..registry import MODELS
+from ..runtime.decisions import TokenGroups, record_groups
 from .vit_base import DenseLayout, PlainBackbone
 
 
@@ -91,6 +92,8 @@ class MergeViT(PlainBackbone):
                 tokens = tokens.flatten(0, 1)  # (B, L, C) -> (M, C)
             # Outside of what is recomputed, which then has the same pairs
             tokens, layout = merge_mutual_pairs(tokens, layout)
+            owner = layout.owner[:, self.num_prefix_tokens :].unflatten(1, layout.grid)
+            record_groups(lambda: TokenGroups(f'merged before block {index}', owner))
         if isinstance(layout, DenseLayout):
             return super().run_block(index, tokens, layout)
         attn_fn = layout.attn_fn(self.proportional)
