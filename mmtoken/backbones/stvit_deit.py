@@ -167,7 +167,7 @@ class STViTDeiT(PlainBackbone):
         if self.out_type != 'map' or index < self.pool_index:
             return tokens
         recover = self.recover[str(index)]
-        record_attended(recover, layout.image, tokens, layout.grid, tokens.shape[1])
+        record_attended(recover, layout.image, tokens, layout.grid)
         return self.checkpoint(recover, layout.image, tokens)
 
     def to_features(

@@ -3,11 +3,13 @@
 from .image_sizes import follow_image_sizes
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .token_loss_hook import TokenLossHook
+from .token_map_hook import TokenMapHook
 from .twin_distill_hook import TwinDistillHook
 
 __all__ = [
     'LayerDecayOptimWrapperConstructor',
     'TokenLossHook',
+    'TokenMapHook',
     'TwinDistillHook',
     'follow_image_sizes',
 ]

@@ -108,6 +108,6 @@ class SemanticRecoveryNeck(SparseFeaturePyramid):
         if not dense:
             image, semantic = image.split([height * width, num_semantic], dim=1)
             recover = self.recover[index - self.dense_taps]
-            record_attended(recover, image, semantic, features.grid, num_semantic)
+            record_attended(recover, image, semantic, features.grid)
             image = recover(image, semantic)
         return to_map(image.unflatten(1, features.grid))

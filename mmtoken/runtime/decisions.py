@@ -38,13 +38,13 @@ class TokenGroups(NamedTuple):
         name: What the tokens are, such as ``'pooled'``.
         owner: The token of each place of the dense grid, ``(B, H, W)``: any numbers, the same for
             places of one token of an image.
-        total: Tokens of an image that their number is compared with; by default the places.
+        complete: Whether these are all tokens of their kind, to be compared with the dense ones.
         cells: Side of the planes that a token keeps of its patch, in cells; 1 for none.
     """
 
     name: str
     owner: Tensor
-    total: int | None = None
+    complete: bool = True
     cells: int = 1
 
 

@@ -14,7 +14,6 @@ def record_attended(
     image: Tensor,
     semantic: Tensor,
     grid: tuple[int, int],
-    total: int,
     attend: Callable[[Tensor, Tensor, int], Tensor] = cross_attention,
 ) -> None:
     """Record the semantic token that each image token attends to most.
@@ -24,7 +23,6 @@ def record_attended(
         image: Image tokens, ``(B, ..., C)``, not normalized.
         semantic: What they attend to, ``(B, ..., C)``, not normalized.
         grid: ``(H, W)`` of the image tokens.
-        total: Semantic tokens of an image.
         attend: Attention of projected tokens.
     """
 
@@ -32,7 +30,7 @@ def record_attended(
         query, key = (block.norm1(tokens) for tokens in (image, semantic))
         attn = block.attn
         owner = most_attended(attn.q(query), attn.kv(key), attn.num_heads, attend)
-        return TokenGroups('attended most', owner.view(-1, *grid), total)
+        return TokenGroups('semantic tokens attended most', owner.view(-1, *grid), complete=False)
 
     record_groups(make)
 

@@ -159,7 +159,10 @@ def pool_windows(x: Tensor, windows: WindowSpec, conv_pos: nn.Module | None) -> 
     """
     size, pooled = windows.size, windows.pooled_size
     record_rectangles(
-        'pooled', len(x), tuple(x.shape[1:3]), lambda place, _: place * pooled // size
+        'pooled to semantic tokens',
+        len(x),
+        tuple(x.shape[1:3]),
+        lambda place, _: place * pooled // size,
     )
     x = pad_to_windows(x, size)
     semantic = max_pool_windows(x, size, pooled)
@@ -328,9 +331,9 @@ def dense_unit(
     semantic = reduce(semantic, *patches_of_image(x, windows, far))
     semantic = mix_local(semantic, semantic, in_windows)
     semantic = mix_global(semantic, semantic, attend_to_all)
-    grid, num_semantic = tuple(x.shape[1:3]), semantic.shape[1] * semantic.shape[2]
+    grid = tuple(x.shape[1:3])
     semantic, in_patches = patches_of_semantic(semantic, windows, recover_size, grid)
-    record_attended(recover, x, semantic, grid, num_semantic, in_patches)
+    record_attended(recover, x, semantic, grid, in_patches)
     return recover(x, semantic, in_patches)
 
 
@@ -357,8 +360,7 @@ def classification_unit(
     semantic = reduce(semantic, tokens, attend_to_all)
     semantic = mix_local(semantic, semantic, in_windows)
     semantic = mix_global(semantic, semantic, attend_to_all)
-    grid, num_semantic = tuple(x.shape[1:3]), semantic.shape[1] * semantic.shape[2]
-    record_attended(recover, x, semantic, grid, num_semantic, attend_to_all)
+    record_attended(recover, x, semantic, tuple(x.shape[1:3]), attend_to_all)
     return recover(x, semantic, attend_to_all)
 
 

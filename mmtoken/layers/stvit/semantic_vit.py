@@ -79,7 +79,7 @@ class SpatialPooling(nn.Module):
             Semantic tokens, ``(B, ceil(H / size) * ceil(W / size), C)``, row by row.
         """
         record_rectangles(
-            'pooled',
+            'pooled to semantic tokens',
             len(x),
             tuple(x.shape[1:3]),
             lambda place, side: (place + (-side % self.size) // 2) // self.size,
