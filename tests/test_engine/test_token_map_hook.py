@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from mmengine.config import ConfigDict
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel, BaseTTAModel
 from mmengine.registry import init_default_scope
@@ -55,7 +56,7 @@ def detector():
             ),
             bbox_coder=dict(type='mmdet.DeltaXYWHBBoxCoder'),
         ),
-        test_cfg=dict(nms_pre=20, score_thr=0.0, nms=dict(type='nms'), max_per_img=5),
+        test_cfg=dict(nms_pre=20, score_thr=0.0, nms=dict(type='nms', iou_threshold=0.5), max_per_img=5),
     )  # fmt: skip
 
 
@@ -95,25 +96,25 @@ def make_runner(work_dir, model, *hooks, batch_size=1):
     scope = model['type'].partition('.')[0]
     import_modules_from_strings([f'{scope}.models', f'{scope}.visualization'])
     init_default_scope(scope)
-    torch.manual_seed(0)
     loader = dict(
         dataset=images(scope), sampler=dict(type='DefaultSampler', shuffle=False),
         collate_fn=dict(type='pseudo_collate'), batch_size=batch_size, num_workers=0,
     )  # fmt: skip
     return Runner(
-        model=model,
+        model=ConfigDict(model),
         work_dir=str(work_dir),
         val_dataloader=loader,
         val_cfg={},
-        val_evaluator=Metric(),
+        val_evaluator=[Metric()],
         test_dataloader=loader,
         test_cfg={},
-        test_evaluator=Metric(),
+        test_evaluator=[Metric()],
         custom_hooks=list(hooks),
         visualizer=dict(
             type='Visualizer', name=f'{work_dir}', vis_backends=[dict(type='LocalVisBackend')]
         ),
         default_scope=scope,
+        randomness=dict(seed=0),
         experiment_name=f'run_{id(work_dir)}',
         log_level='WARNING',
     )
@@ -143,11 +144,11 @@ def test_pictures_of_validations_and_tests(model, tmp_path):
     assert first.shape != second.shape  # the images have different sizes
 
 
-@pytest.mark.parametrize('model', [segmentor(), detector()], ids=['segmentor', 'detector'])
-def test_results_and_random_numbers_are_those_without_it(model, tmp_path):
+@pytest.mark.parametrize('model, batch_size', [(segmentor(), 1), (detector(), 2)])
+def test_results_and_random_numbers_are_those_without_it(model, batch_size, tmp_path):
     kept = []
     for folder, hooks in (('without', []), ('with', [HOOK])):
-        runner = make_runner(tmp_path / folder, model, *hooks, batch_size=2)
+        runner = make_runner(tmp_path / folder, model, *hooks, batch_size=batch_size)
         runner.val()
         (metric,) = runner.val_evaluator.metrics
         kept.append((metric.kept, torch.rand(4), {k: v.clone() for k, v in state(runner)}))
@@ -193,7 +194,7 @@ def test_of_test_time_augmentation_the_first_view_is_drawn(tmp_path):
     model = segmentor()
     runner = make_runner(tmp_path, model, HOOK)
     runner.model = Augmented(runner.model)
-    dataset = runner.test_dataloader['dataset']
+    dataset = runner.test_dataloader.dataset
     for item in dataset:
         item['inputs'] = [item['inputs'], item['inputs'].flip(-1)]
         item['data_samples'] = [item['data_samples'], item['data_samples'].clone()]

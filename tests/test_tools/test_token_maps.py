@@ -102,7 +102,7 @@ def test_nothing_to_draw(image, run, tmp_path):
 def test_errors_are_one_line(files, message, run, tmp_path):
     result = run('token_maps', DETECTOR, *files, '--out', tmp_path)
     assert result.returncode == 1
-    assert result.stderr.startswith(f'token_maps: {message}') and result.stderr.count('\n') == 1
+    assert result.stderr.startswith(f'token_maps: {message}') and '\n' not in result.stderr.strip()
 
 
 def test_statistics_over_a_validation_set(shapes_root, tmp_path):
