@@ -1,17 +1,19 @@
 """Pages: tables are fresh, links and commands lead somewhere, names exist, examples run."""
 
 import importlib.util
+import logging
 import re
 import shlex
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
+from PIL import Image
 
 import mmtoken
 from mmtoken import registry
@@ -206,15 +208,21 @@ def test_verbs_exist():
             assert verb in (*VERBS, 'VERB', '--help'), f'{page}: {verb}'
 
 
-def test_token_picture():
-    """Tokens are painted in the mean color of their pixels, and counted."""
+def test_token_picture(tmp_path, monkeypatch, capsys):
+    """It is drawn with the checkpoints that the commands of the page train."""
+    from mmtoken.analysis.configs import load_config
+    from mmtoken.analysis.recording import load_model
+
+    args = []
+    for name in ('msvit', 'vit'):
+        (config,) = ROOT.glob(f'configs/shapes/fpn_{name}-nano_1xb16-*.py')
+        checkpoint = tmp_path / f'{name}.pth'
+        torch.save(dict(state_dict=load_model(load_config(config), None).state_dict()), checkpoint)
+        args += [f'--{name}', str(config), str(checkpoint)]
     picture = load_tool(ROOT / 'tools' / 'docs' / 'token_picture.py')
-    size = picture.SIZE
-    photograph = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
-    quarters = picture.grid(size // 2)
-    title, painted = picture.panel('four', photograph, quarters, picture.grid(size // 4))
-    assert title == 'four: 4 of 16 tokens'
-    mean = photograph[: size // 2, size // 2 :].mean(axis=(0, 1))
-    np.testing.assert_array_equal(painted[size // 4, -1], mean.astype(np.uint8))
-    assert picture.windows(size // 2, 3).max() + 1 == 36
-    assert picture.sheet([(title, painted)] * 4).height == 2 * (size + picture.TITLE) + picture.GAP
+    monkeypatch.setattr(sys, 'argv', ['token_picture.py', *args, '--out', str(tmp_path / 'a.png')])
+    picture.main()
+    logging.disable(logging.NOTSET)
+    assert 'a.png' in capsys.readouterr().out
+    width, height = Image.open(tmp_path / 'a.png').size
+    assert width > 1000 and 0.6 < height / width < 0.8

@@ -28,6 +28,15 @@ def count_queries(decision: RoutingDecision) -> tuple[Tensor, Tensor]:
     return queries, counts[..., decision.granularities.index(1)]
 
 
+def token_owners(decision: RoutingDecision) -> Tensor:
+    """The token, or query, of each place: the index of its first place, ``(B, H, W)``."""
+    height, width = decision.grid
+    rows, columns = torch.arange(height)[:, None], torch.arange(width)
+    sides = torch.tensor(decision.granularities)[decision.choice.cpu()]  # (B, Hr, Wr)
+    side = sides[:, rows // decision.region_size, columns // decision.region_size]
+    return rows // side * side * width + columns // side * side
+
+
 def real_regions(decision: RoutingDecision) -> Tensor:
     """Regions that are not padding, ``(B, Hr, Wr)``, bool."""
     if decision.padding is None:

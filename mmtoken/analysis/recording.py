@@ -1,6 +1,7 @@
-"""Routing decisions of a trained network on the images of its config."""
+"""Routing decisions and tokens of a trained network on the images of its config."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,26 +15,32 @@ from mmengine.runner import Runner, load_checkpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..engine.image_sizes import follow_image_sizes
-from ..runtime.decisions import RoutingDecision, record_routing
+from ..engine.image_sizes import follow_image_sizes, sizes_of_samples
+from ..layers.common.padding import note_sizes
+from ..runtime.decisions import Record, record_routing
+from ..runtime.reference import reference_path
 from .configs import build_model, image_channels, test_pipeline
+from .macs import count_macs
 
 TOLERANCE = 5  # how far normalizing or resizing moves values of 8-bit images out of range
 RGB_FLAGS = ('_channel_conversion', 'channel_conversion', 'to_rgb')
 
 
 class RecordedBatch(NamedTuple):
-    """A batch and the routing decisions for it.
+    """A batch and what was recorded of it.
 
     Attributes:
         images: Input of the network, normalized and padded, ``(B, C, H, W)``.
         samples: The libraries' data samples, with annotations if the pipeline loads any.
-        decisions: Of all blocks with a router, in order.
+        decisions: Of all blocks with a router, in order, or whatever else was recorded.
+        sizes: Height and width of each image without padding, in pixels, ``(B, 2)``; None if
+            unknown.
     """
 
     images: Tensor
     samples: list
-    decisions: list[RoutingDecision]
+    decisions: list[Record]
+    sizes: Tensor | None = None
 
 
 def load_model(cfg: Config, checkpoint: str | Path | None, device: str = 'cpu') -> nn.Module:
@@ -70,8 +77,16 @@ def image_pipeline(cfg: Config) -> Compose:
 
 
 def load_image(pipeline: Compose, path: str | Path) -> dict:
-    """A batch of one image, for :func:`record_batch`."""
-    return pseudo_collate([pipeline(dict(img_path=str(path), img_id=0, seg_fields=[]))])
+    """A batch of one image, for :func:`record_batch`.
+
+    Raises:
+        ValueError: The file is no image.
+    """
+    try:
+        sample = pipeline(dict(img_path=str(path), img_id=0, seg_fields=[]))
+    except AssertionError as error:  # of mmcv
+        raise ValueError(error) from error
+    return pseudo_collate([sample])
 
 
 def val_dataloader(cfg: Config) -> DataLoader:
@@ -110,17 +125,34 @@ def check_channels(cfg: Config, batch: Mapping) -> None:
             )
 
 
-def record_batch(model: nn.Module, batch: Mapping) -> RecordedBatch:
-    """Run backbone and neck on a batch and record their routing decisions.
+def record_batch(
+    model: nn.Module,
+    batch: Mapping,
+    record: Callable[[], AbstractContextManager[list]] = record_routing,
+) -> RecordedBatch:
+    """Run backbone and neck on a batch and record what they do.
 
     Args:
-        model: From :func:`load_model`.
+        model: From :func:`load_model`, or any detector, segmentor or classifier in eval mode.
         batch: From a dataloader or :func:`load_image`.
+        record: What to record: :func:`~mmtoken.runtime.decisions.record_routing` or
+            :func:`~mmtoken.runtime.decisions.record_tokens`.
     """
     data = model.data_preprocessor(batch, training=False)
-    with torch.no_grad(), record_routing() as decisions:
-        model.extract_feat(data['inputs'])
-    return RecordedBatch(data['inputs'], data.get('data_samples') or [], decisions)
+    images, samples = data['inputs'], data.get('data_samples') or []
+    divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
+    sizes = sizes_of_samples(images, samples, divisor)
+    if sizes is not None:
+        note_sizes(images, sizes)
+    with torch.no_grad(), record() as decisions:
+        model.extract_feat(images)
+    return RecordedBatch(images, samples, decisions, sizes)
+
+
+def backbone_macs(model: nn.Module, images: Tensor) -> int:
+    """Multiply-accumulates of backbone and neck for these very images, on the reference path."""
+    with reference_path():
+        return count_macs(model.extract_feat, images)
 
 
 def to_picture(image: Tensor, preprocessor: nn.Module) -> np.ndarray:

@@ -18,7 +18,8 @@ from mmengine.utils import get_object_from_string
 from ..backbones.base import TokenBackbone
 from ..registry import MODELS
 
-TOKEN_HOOKS = ('TokenLossHook', 'TwinDistillHook')  # a dense twin has no use for them
+# A dense twin has no use for these
+TOKEN_HOOKS = ('TokenLossHook', 'TokenMapHook', 'TwinDistillHook')
 Cfg = TypeVar('Cfg', dict, Config)
 
 
@@ -31,9 +32,9 @@ def dense_twin(cfg: Cfg) -> Cfg:
 
     Returns:
         A changed deep copy: backbones and necks of ours compute densely and return maps, necks
-        that restore tokens are replaced by necks that take maps, and the hooks for token losses and
-        for teaching by a dense twin are removed from a ``Config``. The config of a dense twin is
-        returned unchanged.
+        that restore tokens are replaced by necks that take maps, and the hooks for token losses,
+        for token maps and for teaching by a dense twin are removed from a ``Config``. The config of
+        a dense twin is returned unchanged.
 
     Raises:
         TypeError: ``cfg`` is no mapping.

@@ -19,6 +19,7 @@ from ..layers.merge.mutual_pairs import (
     unmerged_layout,
 )
 from ..registry import MODELS
+from ..runtime.decisions import TokenGroups, record_groups
 from .vit_base import DenseLayout, PlainBackbone
 
 
@@ -114,6 +115,8 @@ class MergeViT(PlainBackbone):
             # Outside of what is recomputed, which then has the same pairs
             least = self.least_behind(index, layout.grid)
             tokens, layout = merge_mutual_pairs(tokens, layout, least)
+            owner = layout.owner[:, self.num_prefix_tokens :].unflatten(1, layout.grid)
+            record_groups(lambda: TokenGroups(f'merged before block {index}', owner))
         if isinstance(layout, DenseLayout):
             return super().run_block(index, tokens, layout)
         attn_fn = layout.attn_fn(self.proportional)

@@ -18,6 +18,7 @@ from ..layers.common.vit import NORM_EPS
 from ..layers.psvit.pooling import Pooling, TokenPooling, token_unpooling, unpool_map
 from ..layers.psvit.sharing import SharingStage
 from ..registry import MODELS
+from ..runtime.decisions import record_rectangles
 from .base import resolve_arch
 from .vit_base import PatchBackbone
 
@@ -206,6 +207,10 @@ class PSViT(PatchBackbone):
         maps = []
         for i, stage in enumerate(self.layers):
             tokens = stage(tokens)  # (B, H_i, W_i, C_i)
+            name = (
+                f'stage {i + 1}, {len(stage.groups)} attention maps in {len(stage.blocks)} layers'
+            )
+            record_rectangles(name, len(tokens), layout.grid, lambda place, _, i=i: place >> i)
             if i in self.out_indices:
                 maps.append(to_map(getattr(self, f'norm{i}')(tokens)))
         if self.finest is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..layers.common.packed import SparseFeatures, pack_equal
 from ..layers.common.utils import ceil_div
 from ..layers.common.vit import ViTBlock
+from ..layers.stvit.groups import record_attended
 from ..layers.stvit.semantic_vit import (
     Pooling,
     Residual,
@@ -165,7 +166,9 @@ class STViTDeiT(PlainBackbone):
     def restore(self, index: int, tokens: Tensor, layout: DenseLayout | SemanticLayout) -> Tensor:
         if self.out_type != 'map' or index < self.pool_index:
             return tokens
-        return self.checkpoint(self.recover[str(index)], layout.image, tokens)
+        recover = self.recover[str(index)]
+        record_attended(recover, layout.image, tokens, layout.grid)
+        return self.checkpoint(recover, layout.image, tokens)
 
     def to_features(
         self, index: int, tokens: Tensor, layout: DenseLayout | SemanticLayout

@@ -15,6 +15,7 @@ from ..layers.swat.structured import (
     StructuredMlp,
     StructuredStem,
     StructuredSwinBlock,
+    record_cells,
 )
 from .swin import Projection, attend_in_tiles
 from .tiling import chunked_apply, tiled, tokens_per_tile, use_tiling
@@ -41,7 +42,7 @@ class TiledStructuredStem(StructuredStem):
             rows = x[:, :, top : min(top + step, height) + 2 * pad]
             rows = F.conv2d(rows, conv.weight, conv.bias, STRIDE, padding=(0, pad))
             strips.append(self.to_tokens(rows))
-        return torch.cat(strips, dim=1)
+        return record_cells(torch.cat(strips, dim=1), self.side)
 
 
 @tiled

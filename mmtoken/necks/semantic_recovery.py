@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..layers.common.packed import SparseFeatures, unpack_equal
 from ..layers.common.utils import check_heads, to_map
+from ..layers.stvit.groups import record_attended
 from ..layers.stvit.semantic_vit import SemanticRecovery
 from ..registry import MODELS
 from .simple_feature_pyramid import SCALES, TRANSFORMER_INIT, Norm, one_width
@@ -106,5 +107,7 @@ class SemanticRecoveryNeck(SparseFeaturePyramid):
             )
         if not dense:
             image, semantic = image.split([height * width, num_semantic], dim=1)
-            image = self.recover[index - self.dense_taps](image, semantic)
+            recover = self.recover[index - self.dense_taps]
+            record_attended(recover, image, semantic, features.grid)
+            image = recover(image, semantic)
         return to_map(image.unflatten(1, features.grid))

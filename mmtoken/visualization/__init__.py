@@ -1,1 +1,1 @@
-"""Pictures of routing decisions."""
+"""Pictures of tokens."""

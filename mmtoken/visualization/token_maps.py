@@ -1,203 +1,300 @@
-"""Maps of routing decisions, drawn over the image."""
+"""Pictures of tokens: an image, and beside it what a network makes of it."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.collections import LineCollection, PatchCollection
+from matplotlib.collections import LineCollection
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from torch import nn
 
 from ..analysis.decisions import (
-    image_coarse_ratios,
     image_ratios,
     mean_density,
     ratio_unit,
-    real_regions,
     split_stages,
     stride_of,
+    token_owners,
 )
-from ..runtime.decisions import RoutingDecision
+from ..analysis.recording import backbone_macs, record_batch, to_picture
+from ..runtime.decisions import Record, RoutingDecision, TokenGroups, record_tokens
 
 COLORS = 'viridis'
 OVERLAY = 0.7  # opacity of the colors over the picture
-FAINT = 0.45  # the same, under thick borders of cells
 BLACK = 0.35  # brightness of black in the picture below them, where white is 1
-MAX_COLUMNS = 6
-PANEL_AREA = 9.0  # in square inches
-THIN, THICK = 0.3, 0.8  # lines between cells, in points
-MIN_CELL = 2.0  # smallest cell with a border: side on the page, in points
+SCALE_WIDTH = 1.2  # of the color scale and its labels, in inches
+MAX_COLUMNS = 4
+PANEL_AREA = 16.0  # in square inches
+BORDER = dict(color='black', alpha=0.45)
+BORDER_WIDTH = 0.06  # over the side of a place
+MAX_BORDER = 0.8  # in points
 INCH = 72  # in points
+LEGEND = dict(
+    tokens='Each token is painted in the mean color of its pixels.',
+    cells='Each cell of a token is painted in the mean color of its pixels; lines part tokens.',
+    stages='Mean over the blocks of a stage; at 1, the finest, every token is a query.',
+)
 
 
-def draw_stages(
-    picture: np.ndarray, decisions: Sequence[RoutingDecision], image: int = 0
+class Panel(NamedTuple):
+    """A part of a figure.
+
+    Attributes:
+        title: Above it.
+        draw: Draws it.
+        legend: What its colors mean, a key of ``LEGEND``; None for a picture.
+    """
+
+    title: str
+    draw: Callable[[Axes], object]
+    legend: str | None = None
+
+
+def draw_image(
+    model: nn.Module, batch: Mapping, per_block: bool = False
+) -> tuple[Figure, list[Record]] | None:
+    """Run backbone and neck on one image, and draw its tokens and what they cost.
+
+    Args:
+        model: A detector, segmentor or classifier, in eval mode.
+        batch: Of one image, from a dataloader or
+            :func:`~mmtoken.analysis.recording.load_image`.
+        per_block: See :func:`draw_tokens`.
+
+    Returns:
+        The figure, and what was recorded; None if nothing in the model makes tokens of its own.
+    """
+    images, _, records, sizes = record_batch(model, batch, record_tokens)
+    if not records:
+        return None
+    picture = to_picture(images[0], model.data_preprocessor)
+    size = None if sizes is None else sizes[0].tolist()
+    macs = backbone_macs(model, images) / 1e9
+    name = type(model.backbone).__name__ if hasattr(model, 'backbone') else type(model).__name__
+    title = f'{name}: {macs:.3g} G multiply-accumulates in backbone and neck'
+    return draw_tokens(picture, records, size, per_block, title), records
+
+
+def draw_tokens(
+    picture: np.ndarray,
+    records: Sequence[Record],
+    size: Sequence[int] | None = None,
+    per_block: bool = False,
+    title: str = '',
 ) -> Figure:
-    """A panel for each stage: queries per token of each region, the mean over its blocks.
+    """An image, and beside it a panel for each set of tokens that a network makes of it.
+
+    A token is painted in the mean color of its pixels. A network whose blocks choose each for
+    themselves (DGE) has a panel for each stage instead: the queries per token of each region, the
+    mean over blocks.
 
     Args:
         picture: Input of the network, padding included, ``(H, W, 3)``, uint8.
-        decisions: Of all blocks in order, from
-            :func:`~mmtoken.runtime.decisions.record_routing`.
-        image: Index in the batch.
+        records: Of this image alone, from :func:`~mmtoken.runtime.decisions.record_tokens`.
+        size: Height and width without padding, in pixels, which is all that is drawn; by default
+            all of the picture.
+        per_block: A panel for each block in place of those of stages.
+        title: Above all panels.
     """
-    stages = split_stages(decisions)
-    figure, axes = _make_figure(picture, 1 + len(stages))
-    for i, (panel, blocks) in enumerate(zip(axes, stages, strict=True), start=1):
-        stride = stride_of(picture.shape[:2], blocks[0].grid)
-        _draw_density(panel, picture, blocks, image, stride)
-        panel.set_title(f'stage {i}, stride {stride}\n{_ratio(blocks, image)}', fontsize='medium')
-    _draw_scale(figure, axes, decisions)
+    size = picture.shape[:2] if size is None else tuple(size)
+    groups, stages = split_records(records, per_block)
+    panels = [Panel('input', lambda ax: ax.imshow(picture))]
+    panels += [tokens_panel(picture, each, size) for each in distinct(groups)]
+    panels += [_stage_panel(picture, i, blocks) for i, blocks in enumerate(stages, start=1)]
+    figure = draw_panels(panels, size, title=title)
+    if stages:
+        figure.set_figwidth(figure.get_figwidth() + SCALE_WIDTH)
+        _draw_scale(figure, [block for stage in stages for block in stage])
     return figure
 
 
-def draw_blocks(
-    picture: np.ndarray, decisions: Sequence[RoutingDecision], image: int = 0
-) -> Figure:
-    """A panel for each block: its cells, colored by queries per token, and their borders.
+def split_records(
+    records: Iterable[Record], per_block: bool = False
+) -> tuple[list[TokenGroups], list[list[RoutingDecision]]]:
+    """What is painted token by token, and the blocks of stages that are drawn as a mean.
+
+    Blocks that share one choice with all others of their stage need no mean.
 
     Args:
-        picture, decisions, image: See :func:`draw_stages`.
+        records: From :func:`~mmtoken.runtime.decisions.record_tokens`.
+        per_block: Paint the tokens of all blocks instead.
     """
-    figure, axes = _make_figure(picture, 1 + len(decisions))
-    panels = iter(axes)
-    for i, blocks in enumerate(split_stages(decisions), start=1):
-        stride = stride_of(picture.shape[:2], blocks[0].grid)
-        for j, decision in enumerate(blocks, start=1):
-            panel = next(panels)
-            _draw_density(panel, picture, [decision], image, stride)
-            _draw_cells(panel, picture, decision, image, stride)
-            panel.set_title(f'stage {i}, block {j}\n{_ratio([decision], image)}', fontsize='medium')
-    _draw_scale(figure, axes, decisions)
-    return figure
+    groups, blocks = [], []
+    for record in records:
+        if isinstance(record, TokenGroups):
+            groups.append(record)
+        elif record.per_network:
+            groups.append(TokenGroups('chosen scales', token_owners(record)))
+        else:
+            blocks.append(record)
+    stages = split_stages(blocks)
+    shared = all(block.choice.equal(stage[0].choice) for stage in stages for block in stage)
+    if not per_block and not shared:
+        return groups, stages
+    for i, stage in enumerate(stages, start=1):
+        for j, block in enumerate(stage if per_block else stage[:1], start=1):
+            name = f'queries of stage {i}' + f', block {j}' * per_block
+            groups.append(TokenGroups(name, token_owners(block)))
+    return groups, []
 
 
-def draw_tokens(picture: np.ndarray, decision: RoutingDecision, image: int = 0) -> Figure:
-    """Borders of the tokens of a network that chooses once, such as MSViT, over the image.
+def distinct(groups: Iterable[TokenGroups]) -> list[TokenGroups]:
+    """Leave repetitions out, and number what has the same name."""
+    kept: list[TokenGroups] = []
+    for each in groups:
+        if not any(each.name == k.name and each.owner.equal(k.owner) for k in kept):
+            kept.append(each)
+    times, seen = Counter(each.name for each in kept), Counter()
+    for i, each in enumerate(kept):
+        seen[each.name] += 1
+        if times[each.name] > 1:
+            kept[i] = each._replace(name=f'{each.name}, {seen[each.name]}')
+    return kept
+
+
+def tokens_panel(
+    picture: np.ndarray, groups: TokenGroups, size: Sequence[int], title: str | None = None
+) -> Panel:
+    """A panel with painted tokens, and their number in its title.
 
     Args:
-        picture, image: See :func:`draw_stages`.
-        decision: The only decision of the network.
+        picture: Padding included, ``(H, W, 3)``, uint8.
+        groups: Of this image alone.
+        size: Height and width without padding, in pixels.
+        title: By default the name of the groups.
     """
-    figure, (panel,) = _make_figure(picture, 2)
-    stride = stride_of(picture.shape[:2], decision.grid)
-    _draw_density(panel, picture, [decision], image, stride, FAINT)
-    _draw_cells(panel, picture, decision, image, stride, THICK)
-    coarse = image_coarse_ratios([decision])[image].item()
-    tokens = image_ratios([decision])[image].item()
-    panel.set_title(f'coarse {coarse:.2f}, {100 * tokens:.0f} % of the tokens', fontsize='medium')
-    _draw_scale(figure, [panel], [decision], FAINT)
-    return figure
+    owner = groups.owner[0].cpu().numpy()
+    stride = stride_of(picture.shape[:2], owner.shape)
+    seen = owner[: -(-size[0] // stride), : -(-size[1] // stride)]
+    counted = str(len(np.unique(seen))) + f' of {seen.size}' * groups.complete + ' tokens'
+    title = f'{groups.name}\n{counted}' if title is None else f'{title}: {counted}'
+    colors = paint(picture, owner, stride, groups.cells)
+    draw = partial(_draw_tokens, colors=colors, owner=owner, stride=stride)
+    return Panel(title, draw, 'tokens' if groups.cells == 1 else 'cells')
 
 
-def to_pixels(figure: Figure) -> np.ndarray:
-    """A figure as an image, ``(H, W, 3)``, RGB, uint8."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
-
-
-def cell_borders(decision: RoutingDecision, image: int, level: int) -> np.ndarray:
-    """Borders of the cells of one granularity in the regions that chose it.
+def paint(picture: np.ndarray, owner: np.ndarray, stride: int, cells: int = 1) -> np.ndarray:
+    """The mean color of each token, or of each cell of a token, on the grid of places.
 
     Args:
-        decision: Of a block.
-        image: Index in the batch.
-        level: Index of the granularity.
+        picture: ``(H, W, 3)``, uint8.
+        owner: The token of each place, ``(rows, columns)``.
+        stride: Side of a place, in pixels.
+        cells: Along a side of a token. With more than 1 each place has its own token.
 
     Returns:
-        Line segments from ``(x, y)`` to ``(x, y)``, in tokens: ``(S, 2, 2)``.
+        ``(rows * cells, columns * cells, 3)``, uint8.
     """
-    size, side = decision.region_size, decision.granularities[level]
-    height, width = decision.grid
-    chosen = (decision.choice[image] == level) & real_regions(decision)[image].to(
-        decision.choice.device
-    )
-    rows, columns = (index.cpu().numpy() * size for index in chosen.nonzero(as_tuple=True))
-    bottoms, rights = np.minimum(rows + size, height), np.minimum(columns + size, width)
-    segments = []
-    for offset in range(0, size + 1, side):
-        y, x = np.minimum(rows + offset, bottoms), np.minimum(columns + offset, rights)
-        segments += [
-            np.stack([np.stack([columns, y], -1), np.stack([rights, y], -1)], axis=1),
-            np.stack([np.stack([x, rows], -1), np.stack([x, bottoms], -1)], axis=1),
-        ]
-    return np.concatenate(segments)
+    rows, columns = (side * cells for side in owner.shape)
+    side = stride // cells
+    bottom, right = rows * side - picture.shape[0], columns * side - picture.shape[1]
+    pixels = np.pad(picture, [(0, bottom), (0, right), (0, 0)], mode='edge')
+    means = pixels.reshape(rows, side, columns, side, 3).mean(axis=(1, 3))
+    if cells == 1:
+        _, token = np.unique(owner, return_inverse=True)
+        token = token.ravel()
+        sums = [np.bincount(token, channel) for channel in means.reshape(-1, 3).T]
+        means = (np.stack(sums, -1) / np.bincount(token)[:, None])[token].reshape(means.shape)
+    return means.round().astype(np.uint8)
 
 
-def _make_figure(picture: np.ndarray, number: int) -> tuple[Figure, list[Axes]]:
-    """Panels in rows. The first shows the picture; the others are returned."""
-    height, width = picture.shape[:2]
-    rows = math.ceil(number / MAX_COLUMNS)
-    columns = math.ceil(number / rows)
-    panel = math.sqrt(PANEL_AREA * width / height), math.sqrt(PANEL_AREA * height / width)
+def borders(owner: np.ndarray) -> np.ndarray:
+    """Lines between places of different tokens.
+
+    Args:
+        owner: The token of each place, ``(rows, columns)``.
+
+    Returns:
+        Line segments from ``(x, y)`` to ``(x, y)``, in places: ``(S, 2, 2)``.
+    """
+    y, x = (owner[1:] != owner[:-1]).nonzero()
+    across = np.stack([np.stack([x, y + 1], -1), np.stack([x + 1, y + 1], -1)], axis=1)
+    y, x = (owner[:, 1:] != owner[:, :-1]).nonzero()
+    down = np.stack([np.stack([x + 1, y], -1), np.stack([x + 1, y + 1], -1)], axis=1)
+    return np.concatenate([across, down])
+
+
+def draw_panels(
+    panels: Sequence[Panel], size: Sequence[int], columns: int = MAX_COLUMNS, title: str = ''
+) -> Figure:
+    """Panels in rows, and under them what their colors mean.
+
+    Args:
+        panels: Which draw in pixels of an image.
+        size: Height and width of the image, in pixels.
+        columns: At most.
+        title: Above all panels.
+    """
+    height, width = size
+    rows = math.ceil(len(panels) / columns)
+    columns = math.ceil(len(panels) / rows)
+    side = math.sqrt(PANEL_AREA / (height * width))  # of a pixel, in inches
     figure = Figure(
-        figsize=(columns * panel[0] + 1.4, rows * (panel[1] + 0.6)), layout='constrained'
+        figsize=(columns * (width * side + 0.1), rows * (height * side + 0.5) + 0.5),
+        layout='constrained',
     )
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax in axes:
         ax.axis('off')
-    axes[0].imshow(picture)
-    axes[0].set_title('input', fontsize='medium')
-    return figure, axes[1:number]
+    for ax, panel in zip(axes, panels, strict=False):
+        panel.draw(ax)
+        ax.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), aspect='equal')
+        ax.set_title(panel.title, loc='left', fontsize='medium')
+    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
+    figure.suptitle(title, fontsize='large')
+    used = dict.fromkeys(panel.legend for panel in panels if panel.legend)
+    figure.supxlabel('  '.join(LEGEND[name] for name in used), fontsize='small', color='0.35')
+    return figure
 
 
-def _draw_density(
-    ax: Axes,
-    picture: np.ndarray,
-    blocks: list[RoutingDecision],
-    image: int,
-    stride: int,
-    opacity: float = OVERLAY,
-) -> None:
-    height, width = picture.shape[:2]
+def to_pixels(figure: Figure, dpi: int = 100) -> np.ndarray:
+    """A figure as an RGB image: ``(H, W, 3)``, uint8."""
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _draw_tokens(ax: Axes, colors: np.ndarray, owner: np.ndarray, stride: int) -> None:
+    rows, columns = owner.shape
+    extent = (-0.5, columns * stride - 0.5, rows * stride - 0.5, -0.5)
+    ax.imshow(colors, extent=extent, interpolation='nearest')
+    place = ax.get_window_extent().width / ax.figure.dpi * INCH / columns
+    width = min(MAX_BORDER, place * BORDER_WIDTH)
+    ax.add_collection(LineCollection(borders(owner) * stride - 0.5, lw=width, **BORDER))
+
+
+def _stage_panel(picture: np.ndarray, index: int, blocks: list[RoutingDecision]) -> Panel:
+    stride = stride_of(picture.shape[:2], blocks[0].grid)
+    ratio = image_ratios(blocks)[0].item()
+    title = f'stage {index}, stride {stride}\n{ratio:.2f} queries per token'
+    return Panel(title, partial(_draw_density, picture=picture, blocks=blocks), 'stages')
+
+
+def _draw_density(ax: Axes, picture: np.ndarray, blocks: list[RoutingDecision]) -> None:
     gray = picture.mean(axis=-1) / 255 * (1 - BLACK) + BLACK
     ax.imshow(gray, cmap='gray', vmin=0, vmax=1)
-    density = mean_density(blocks, image).numpy()
-    padding = ~real_regions(blocks[0])[image].numpy()
-    side = blocks[0].region_size * stride  # of a region, in pixels
+    density = mean_density(blocks, 0).numpy()
+    side = blocks[0].region_size * stride_of(picture.shape[:2], blocks[0].grid)
     ax.imshow(
-        np.ma.array(density, mask=padding), cmap=COLORS, norm=_norm(blocks), alpha=opacity,
+        density, cmap=COLORS, norm=_norm(blocks), alpha=OVERLAY,
         extent=(-0.5, density.shape[1] * side - 0.5, density.shape[0] * side - 0.5, -0.5),
         interpolation='nearest',
     )  # fmt: skip
-    squares = [
-        Rectangle((column * side - 0.5, row * side - 0.5), side, side)
-        for row, column in zip(*padding.nonzero(), strict=True)
-    ]
-    ax.add_collection(
-        PatchCollection(squares, facecolor='white', edgecolor='grey', hatch='////', linewidth=0)
-    )
-    ax.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
 
 
-def _draw_cells(
-    ax: Axes,
-    picture: np.ndarray,
-    decision: RoutingDecision,
-    image: int,
-    stride: int,
-    width: float = THIN,
-) -> None:
-    """Draw borders of cells, ``width`` points wide, brightest for the finest cells."""
-    points_per_pixel = math.sqrt(PANEL_AREA / math.prod(picture.shape[:2])) * INCH
-    for level, side in reversed(list(enumerate(decision.granularities))):
-        if side * stride * points_per_pixel >= MIN_CELL:
-            borders = cell_borders(decision, image, level) * stride - 0.5
-            brightness = 0.8 / (level + 1)
-            ax.add_collection(LineCollection(borders, color='white', lw=width, alpha=brightness))
-
-
-def _draw_scale(
-    figure: Figure, axes: list[Axes], decisions: Sequence[RoutingDecision], opacity: float = OVERLAY
-) -> None:
+def _draw_scale(figure: Figure, decisions: Sequence[RoutingDecision]) -> None:
     sides = sorted({side for decision in decisions for side in decision.granularities})
     mappable = ScalarMappable(_norm(decisions), COLORS)
-    bar = figure.colorbar(mappable, ax=axes, alpha=opacity, label=ratio_unit(decisions), shrink=0.8)
+    label = ratio_unit(decisions)
+    bar = figure.colorbar(mappable, ax=figure.axes, alpha=OVERLAY, label=label, aspect=40)
     bar.set_ticks([1 / side**2 for side in sides], minor=False)
     bar.set_ticks([], minor=True)
     bar.set_ticklabels([f'1/{side**2}' if side > 1 else '1' for side in sides])
@@ -207,7 +304,3 @@ def _norm(decisions: Sequence[RoutingDecision]) -> LogNorm:
     """The same scale for all images and stages, from the coarsest granularity to the finest."""
     coarsest = max(max(decision.granularities) for decision in decisions)
     return LogNorm(1 / max(coarsest, 2) ** 2, 1, clip=True)
-
-
-def _ratio(blocks: Sequence[RoutingDecision], image: int) -> str:
-    return f'{image_ratios(blocks)[image].item():.2f} queries per token'

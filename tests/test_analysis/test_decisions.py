@@ -12,6 +12,7 @@ from mmtoken.analysis.decisions import (
     real_regions,
     split_stages,
     stride_of,
+    token_owners,
 )
 from mmtoken.runtime.decisions import RoutingDecision
 
@@ -20,6 +21,13 @@ GRID = (8, 10)  # whole regions of 4 x 4 in two columns, and a third column of t
 
 def decide(*choices, grid=GRID, padding=None):
     return RoutingDecision(torch.tensor(choices), (1, 2, 4), 4, grid, padding)
+
+
+def test_owners_are_as_many_as_queries():
+    decision = decide([[0, 1, 2], [2, 1, 1]])
+    owner = token_owners(decision)[0]
+    assert owner[4:, :4].unique().tolist() == [40] and owner[5, 7] == 46
+    assert len(owner.unique()) == count_queries(decision)[0].sum()
 
 
 def test_queries_are_the_cells_that_exist():

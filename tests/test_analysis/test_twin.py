@@ -119,7 +119,10 @@ def test_config_loses_the_token_hooks():
             model=dict(backbone=BACKBONE),
             custom_hooks=hooks,
             default_hooks=dict(
-                token_losses=hooks[0], timer=dict(type='IterTimerHook'), logger=None
+                token_losses=hooks[0],
+                token_maps=dict(type='mmtoken.TokenMapHook'),
+                timer=dict(type='IterTimerHook'),
+                logger=None,
             ),
             default_scope='mmdet',
         )

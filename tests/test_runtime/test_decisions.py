@@ -4,7 +4,15 @@ import torch
 from mmtoken.layers.dge.block import DynamicGranularityBlock
 from mmtoken.layers.dge.spatial_reduction import SpatialReductionAttention
 from mmtoken.layers.dge.stage import run_blocks
-from mmtoken.runtime.decisions import RoutingDecision, record_decision, record_routing
+from mmtoken.runtime.decisions import (
+    RoutingDecision,
+    TokenGroups,
+    record_decision,
+    record_groups,
+    record_rectangles,
+    record_routing,
+    record_tokens,
+)
 from mmtoken.runtime.routing_override import routing_override
 
 
@@ -30,6 +38,32 @@ def test_equal_records_are_told_apart():
             pass
         record_decision(decision(1))
     assert len(outer) == 1 and not inner
+
+
+def test_groups_are_made_for_records_of_tokens_only():
+    made = []
+
+    def make():
+        made.append(TokenGroups('pooled', torch.zeros(1, 2, 2)))
+        return made[-1]
+
+    record_groups(make)
+    with record_routing() as routing:
+        record_groups(make)
+    assert not made and not routing
+    with record_tokens() as outer, record_routing() as routing, record_tokens() as inner:
+        record_groups(make)
+        record_decision(decision(1))
+    assert len(made) == 1 and len(routing) == 1
+    assert [type(each) for each in outer] == [TokenGroups, RoutingDecision] and inner == outer
+
+
+def test_rectangles():
+    with record_tokens() as records:
+        record_rectangles('pooled', 2, (3, 4), lambda place, side: place // 2, cells=2)
+    (groups,) = records
+    assert groups.owner.tolist() == [[[0, 0, 1, 1], [0, 0, 1, 1], [4, 4, 5, 5]]] * 2
+    assert groups.name == 'pooled' and groups.cells == 2
 
 
 def test_records_close_when_something_fails():

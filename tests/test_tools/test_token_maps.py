@@ -9,7 +9,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHAPES = ROOT / 'configs' / 'shapes'
-DENSE = SHAPES / 'mask-rcnn_stvit-r-swin-nano_fpn_1xb8-7e_shapes.py'
+STATIC = SHAPES / 'mask-rcnn_stvit-r-swin-nano_fpn_1xb8-7e_shapes.py'
+DENSE = SHAPES / 'mask-rcnn_stvit-r-swin-nano-dense_fpn_1xb8-7e_shapes.py'
 (DETECTOR,) = SHAPES.glob('mask-rcnn_dge-pvt-nano_fpn_*_shapes.py')
 (SEGMENTER,) = SHAPES.glob('fpn_dge-pvt-nano_1xb16-*.py')
 
@@ -47,7 +48,16 @@ model = dict(backbone=dict(_delete_=True, type='mmtoken.MSViT', arch=arch), neck
     assert '1.00 tokens per fine patch, 0.00 of the regions coarse' in result.stderr
     assert Image.open(tmp_path / 'noise.png').width > 200
     ratios = json.loads(ratios.read_text())[str(image)]
-    assert ratios == dict(query_ratio=1.0, coarse_ratio=0.0, stages=[1.0])
+    unit = 'tokens per fine patch'
+    assert ratios == dict(query_ratio=1.0, coarse_ratio=0.0, unit=unit, stages=[1.0])
+
+
+def test_maps_of_a_network_that_chooses_nothing(image, run, tmp_path):
+    ratios = tmp_path / 'ratios.json'
+    result = run('token_maps', STATIC, image, '--out', tmp_path, '--json', ratios, '--dpi', 40)
+    assert result.returncode == 0, result.stderr
+    assert Image.open(tmp_path / 'noise.png').width > 400
+    assert json.loads(ratios.read_text()) == {str(image): {}}
 
 
 def test_tables_of_statistics(capsys):
@@ -75,7 +85,7 @@ def test_tables_of_statistics(capsys):
 def test_nothing_to_draw(image, run, tmp_path):
     result = run('token_maps', DENSE, image, '--out', tmp_path)
     assert result.returncode == 1
-    assert f'no part of the model in {DENSE} chooses its tokens' in result.stderr
+    assert f'no part of the model in {DENSE} reduces, chooses' in result.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -86,12 +96,13 @@ def test_nothing_to_draw(image, run, tmp_path):
         (['none.pth', 'none.jpg'], 'no checkpoint none.pth'),
         ([__file__, 'other/test_token_maps.py'], 'no image other/test_token_maps.py'),
         ([__file__, __file__], 'several images have the same name'),
+        ([__file__], f'{__file__}: failed to load image'),
     ],
 )
 def test_errors_are_one_line(files, message, run, tmp_path):
     result = run('token_maps', DETECTOR, *files, '--out', tmp_path)
     assert result.returncode == 1
-    assert result.stderr.startswith(f'token_maps: {message}') and result.stderr.count('\n') == 1
+    assert result.stderr.startswith(f'token_maps: {message}') and '\n' not in result.stderr.strip()
 
 
 def test_statistics_over_a_validation_set(shapes_root, tmp_path):

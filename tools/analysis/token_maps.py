@@ -1,4 +1,4 @@
-"""Draw the granularity of a network's tokens over images."""
+"""Draw the tokens of a network over images."""
 
 import argparse
 import sys
@@ -9,21 +9,25 @@ from rich.console import Console
 from rich.progress import track
 
 DESCRIPTION = """\
-Draw the routing decisions of a network over images: the input, and a panel for each stage with the
-queries per token of each region, the mean over the blocks of the stage. At 1, the finest, every
-token is a query. With --per-block there is a panel for each block, with the borders of its cells.
-Padding is hatched.
+Draw what a network makes of images: the input, and beside it its tokens, each painted in the mean
+color of its pixels, with their number (of that without the method). Above them are the
+multiply-accumulates of backbone and neck for that very image.
 
-A network that chooses once, before its first block (MSViT), has one panel, with the borders of its
-tokens: one token per coarse region, one token per patch elsewhere.
+  MSViT           the scales that it chooses
+  DGE             for each stage the queries per token of each region, the mean over its blocks; at
+                  1, the finest, every token is a query. --per-block paints the queries of blocks
+  STViT-R, STViT  where semantic tokens are pooled from, and for each image token the semantic token
+                  that it attends to most
+  MPM             tokens after each merge; a token may stand for places that do not touch
+  PSViT           tokens of each stage, and how many layers compute attention
+  SWAT            the cells that tokens keep
 
 Images go through the config's test pipeline and are drawn as the network sees them.
 """
 EXAMPLES = """\
 examples:
   python tools/analysis/token_maps.py CFG work_dirs/NAME/epoch_12.pth a.jpg b.jpg --out maps
-  python tools/analysis/token_maps.py CFG CKPT *.jpg --out maps --per-block --json ratios.json
-  python tools/analysis/token_maps.py MSVIT_CFG work_dirs/NAME/epoch_12.pth a.jpg --out maps
+  python tools/analysis/token_maps.py DGE_CFG CKPT *.jpg --out maps --per-block --json ratios.json
   python tools/analysis/token_maps.py CFG a.jpg --out maps      random weights, as a trial
 """
 CHECKPOINTS = ('.pth', '.pt')
@@ -40,26 +44,16 @@ def main() -> int:
         return fail(error)
     quieten()
     from mmtoken.analysis.configs import load_config
-    from mmtoken.analysis.decisions import measured_ratios, query_ratio, ratio_unit, split_stages
-    from mmtoken.analysis.recording import (
-        check_channels,
-        image_pipeline,
-        load_image,
-        load_model,
-        record_batch,
-        to_picture,
-    )
-    from mmtoken.visualization.token_maps import draw_blocks, draw_stages, draw_tokens
+    from mmtoken.analysis.recording import check_channels, image_pipeline, load_image, load_model
+    from mmtoken.visualization.token_maps import draw_image
 
     if checkpoint is None:
-        print('No checkpoint is given: weights are random, and the pictures mean nothing.')
+        print('No checkpoint is given: weights are random, and what they choose means nothing.')
     try:
         cfg = load_config(args.config)
         model, pipeline = load_model(cfg, checkpoint, args.device), image_pipeline(cfg)
     except (OSError, ValueError) as bad:
         return fail(bad)
-    draw = draw_blocks if args.per_block else draw_stages
-    args.out.mkdir(parents=True, exist_ok=True)
     ratios = {}
     console = Console(stderr=True)
     for path, target in track(
@@ -70,27 +64,16 @@ def main() -> int:
             check_channels(cfg, batch)
         except (OSError, ValueError) as bad:
             return fail(f'{path}: {bad}')
-        images, _, decisions = record_batch(model, batch)
-        if not decisions:
-            return fail(f'no part of the model in {args.config} chooses its tokens')
-        picture = to_picture(images[0], model.data_preprocessor)
-        if decisions[0].per_network:
-            figure = draw_tokens(picture, *decisions)
-        else:
-            figure = draw(picture, decisions)
+        drawn = draw_image(model, batch, args.per_block)
+        if drawn is None:
+            return fail(
+                f'no part of the model in {args.config} reduces, chooses or structures its tokens'
+            )
+        figure, records = drawn
+        args.out.mkdir(parents=True, exist_ok=True)
         figure.savefig(target, dpi=args.dpi)
-        ratios[str(path)] = one = dict(
-            measured_ratios(decisions),
-            stages=[query_ratio(stage) for stage in split_stages(decisions)],
-        )
-        stages = ' '.join(f'{ratio:.2f}' for ratio in one['stages'])
-        console.print(
-            f'{target}: {one["query_ratio"]:.2f} {ratio_unit(decisions)}'
-            + f' (by stage: {stages})' * (len(one['stages']) > 1)
-            + f', {one["coarse_ratio"]:.2f} of the regions coarse',
-            highlight=False,
-            soft_wrap=True,
-        )
+        ratios[str(path)] = one = measure(records)
+        console.print(describe(target, one), highlight=False, soft_wrap=True)
     write_json(args.json, ratios)
     return 0
 
@@ -106,7 +89,9 @@ def parse_args():
     )  # fmt: skip
     parser.add_argument('--out', type=Path, required=True, metavar='DIR', help='for the pictures')
     parser.add_argument(
-        '--per-block', action='store_true', help='a panel for each block instead of each stage'
+        '--per-block',
+        action='store_true',
+        help='for DGE a panel for each block, not stage',
     )
     parser.add_argument('--force', action='store_true', help='overwrite existing pictures')
     parser.add_argument('--device', default='cpu', help='where to run')
@@ -115,9 +100,36 @@ def parse_args():
         '--json',
         type=Path,
         metavar='FILE',
-        help='write the ratios here, by image and stage',
+        help='write the ratios of DGE and MSViT here, by image and stage',
     )
     return parser.parse_args()
+
+
+def measure(records: list) -> dict:
+    """Ratios of the routing decisions in a record, over all blocks and by stage."""
+    from mmtoken.analysis.decisions import measured_ratios, query_ratio, ratio_unit, split_stages
+    from mmtoken.runtime.decisions import RoutingDecision
+
+    decisions = [record for record in records if isinstance(record, RoutingDecision)]
+    if not decisions:
+        return {}
+    return dict(
+        measured_ratios(decisions),
+        unit=ratio_unit(decisions),
+        stages=[query_ratio(stage) for stage in split_stages(decisions)],
+    )
+
+
+def describe(target: Path, ratios: dict) -> str:
+    """One line on a picture."""
+    if not ratios:
+        return str(target)
+    stages = ' '.join(f'{ratio:.2f}' for ratio in ratios['stages'])
+    return (
+        f'{target}: {ratios["query_ratio"]:.2f} {ratios["unit"]}'
+        + f' (by stage: {stages})' * (len(ratios['stages']) > 1)
+        + f', {ratios["coarse_ratio"]:.2f} of the regions coarse'
+    )
 
 
 def find_error(

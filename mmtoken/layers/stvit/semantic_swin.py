@@ -27,6 +27,7 @@ import torch.nn as nn
 from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import Tensor
 
+from ...runtime.decisions import record_rectangles
 from ..common.attention import cross_attention
 from ..common.cache import cache_by_shape
 from ..common.positions import resample
@@ -34,6 +35,7 @@ from ..common.swin import SwinBlock
 from ..common.utils import ceil_div, run_block
 from ..common.vit import CrossAttention
 from ..common.windows import max_pool_windows, pad_to_windows, window_partition, window_reverse
+from .groups import record_attended
 from .neighborhood import Attend, NeighborhoodSpec, PadMask, attend_to_neighborhood
 
 UNIT_DEPTH = 6
@@ -155,9 +157,16 @@ def pool_windows(x: Tensor, windows: WindowSpec, conv_pos: nn.Module | None) -> 
     Returns:
         Semantic tokens, ``(B, h, w, C)``.
     """
-    x = pad_to_windows(x, windows.size)
-    semantic = max_pool_windows(x, windows.size, windows.pooled_size)
-    return semantic if conv_pos is None else conv_pos(semantic, windows.pooled_size)
+    size, pooled = windows.size, windows.pooled_size
+    record_rectangles(
+        'pooled to semantic tokens',
+        len(x),
+        tuple(x.shape[1:3]),
+        lambda place, _: place * pooled // size,
+    )
+    x = pad_to_windows(x, size)
+    semantic = max_pool_windows(x, size, pooled)
+    return semantic if conv_pos is None else conv_pos(semantic, pooled)
 
 
 def patches_of_image(x: Tensor, windows: WindowSpec, patch_size: int) -> tuple[Tensor, Attend]:
@@ -322,7 +331,10 @@ def dense_unit(
     semantic = reduce(semantic, *patches_of_image(x, windows, far))
     semantic = mix_local(semantic, semantic, in_windows)
     semantic = mix_global(semantic, semantic, attend_to_all)
-    return recover(x, *patches_of_semantic(semantic, windows, recover_size, x.shape[1:3]))
+    grid = tuple(x.shape[1:3])
+    semantic, in_patches = patches_of_semantic(semantic, windows, recover_size, grid)
+    record_attended(recover, x, semantic, grid, in_patches)
+    return recover(x, semantic, in_patches)
 
 
 def classification_unit(
@@ -348,6 +360,7 @@ def classification_unit(
     semantic = reduce(semantic, tokens, attend_to_all)
     semantic = mix_local(semantic, semantic, in_windows)
     semantic = mix_global(semantic, semantic, attend_to_all)
+    record_attended(recover, x, semantic, tuple(x.shape[1:3]), attend_to_all)
     return recover(x, semantic, attend_to_all)
 
 

@@ -28,6 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...runtime.decisions import record_rectangles
 from ..common.positions import resample
 from ..common.utils import ceil_div
 from ..common.vit import NORM_EPS, CrossAttentionBlock
@@ -77,6 +78,12 @@ class SpatialPooling(nn.Module):
         Returns:
             Semantic tokens, ``(B, ceil(H / size) * ceil(W / size), C)``, row by row.
         """
+        record_rectangles(
+            'pooled to semantic tokens',
+            len(x),
+            tuple(x.shape[1:3]),
+            lambda place, side: (place + (-side % self.size) // 2) // self.size,
+        )
         tiles = window_partition(self.pad(x), self.size)  # (B * tiles, size * size, C)
         padding = self.padding(x)
         if self.pooling == 'max':

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor
 
+from ...runtime.decisions import record_rectangles
 from ...runtime.reference import on_reference_path
 from ..common.cache import cache_by_shape
 from ..common.plain import is_plain, is_plain_conv
@@ -81,7 +82,8 @@ class StructuredStem(nn.Module):
         """
         x = pad_to_stride(x, self.patch_size)
         # Hidden pixels with channels last, which the norm and the planes need
-        return self.to_tokens(self.conv1(x.contiguous(memory_format=torch.channels_last)))
+        x = self.to_tokens(self.conv1(x.contiguous(memory_format=torch.channels_last)))
+        return record_cells(x, self.side)
 
     def to_tokens(self, x: Tensor) -> Tensor:
         """Hidden pixels to tokens: ``(B, hidden_dims, H / 2, W / 2) -> (B, H / p, W / p, C)``."""
@@ -92,6 +94,13 @@ class StructuredStem(nn.Module):
         x = self.norm1(F.gelu(x).permute(0, 2, 3, 1))
         cells = self.conv2(x.permute(0, 3, 1, 2))  # (B, planes, rows, columns)
         return self.norm2(fold_planes(cells.permute(0, 2, 3, 1), 1, self.side))
+
+
+def record_cells(x: Tensor, side: int) -> Tensor:
+    """Record tokens with planes of ``side * side`` cells, ``(B, H, W, C)``, and return them."""
+    name = f'{side} x {side} cells in a token'
+    record_rectangles(name, len(x), tuple(x.shape[1:3]), cells=side)
+    return x
 
 
 def check_planes(embed_dims: int, patch_size: int, plane_size: int) -> None:
@@ -259,7 +268,7 @@ class StructuredMerging(nn.Module):
         x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
         cells = self.norm(unfold_planes(x, self.side, self.side))  # (B, rows, columns, planes)
         cells = self.reduction(cells.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return fold_planes(cells, 1, 2 * self.side)
+        return record_cells(fold_planes(cells, 1, 2 * self.side), 2 * self.side)
 
 
 class StructuredSwinBlock(SwinBlock):
