@@ -26,9 +26,9 @@ Images go through the config's test pipeline and are drawn as the network sees t
 """
 EXAMPLES = """\
 examples:
-  python tools/analysis/token_maps.py CFG work_dirs/NAME/epoch_12.pth a.jpg b.jpg --out maps
-  python tools/analysis/token_maps.py DGE_CFG CKPT *.jpg --out maps --per-block --json ratios.json
-  python tools/analysis/token_maps.py CFG a.jpg --out maps      random weights, as a trial
+  mmtoken maps CFG work_dirs/NAME/epoch_12.pth a.jpg b.jpg --out maps
+  mmtoken maps DGE_CFG CKPT *.jpg --out maps --per-block --json ratios.json
+  mmtoken maps CFG a.jpg --out maps      random weights, as a trial
 """
 CHECKPOINTS = ('.pth', '.pt')
 
