@@ -82,7 +82,10 @@ def describe(backbone: Mapping, scope: str) -> PlainConfig:
     args = defaults | {key: _plain(value) for key, value in backbone.items() if key != 'type'}
     family, norm_eps, take = STOCK[name]
     ours = take(args, cls)  # removes what it reads
-    return PlainConfig(name, family, ours, _check_rest(name, args, defaults, norm_eps))
+    notes = _check_rest(name, args, defaults, norm_eps)
+    if family == 'pvt':
+        notes.append('norms before blocks and of reduced keys have eps=1e-05, there 1e-06')
+    return PlainConfig(name, family, ours, notes)
 
 
 def _describe_ours(cls: type, backbone: Mapping) -> PlainConfig:
