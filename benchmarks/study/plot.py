@@ -15,9 +15,12 @@ from summaries import Summary, is_dense, summarize, with_shared_seeds
 DESCRIPTION = """\
 Draw docs/images/study_TASK.svg from the results in benchmarks/study/results/TASK: a panel for each
 score, milliseconds of the whole model to the right. The line joins the dense network at several
-resolutions, which is what a method has to beat. Bars are standard deviations over seeds.
+resolutions, which is what a method has to beat. Bars are standard deviations over seeds. Rows far
+below all resolutions are named at the bottom, with their scores.
 """
 DENSE = 'dense'
+FAR_BELOW = 3  # points
+LINE, NEAR = 9, 7  # height of a line, in points; lines beside each other whose names would touch
 BASELINES = (
     'uniform',
     'layers',
@@ -46,7 +49,7 @@ def draw(summaries: list[Summary], out: Path) -> None:
     """Write the SVG; the same results give the same file."""
     names = list(summaries[0].scores)
     with plt.rc_context({'svg.hashsalt': 'mmtoken', 'svg.fonttype': 'none', 'font.size': 9}):
-        figure, axes = plt.subplots(1, len(names), figsize=(4.6 * len(names), 3.6), squeeze=False)
+        figure, axes = plt.subplots(1, len(names), figsize=(5.2 * len(names), 4.4), squeeze=False)
         for ax, name in zip(axes[0], names, strict=True):
             draw_panel(ax, summaries, name)
         figure.tight_layout()
@@ -61,24 +64,52 @@ def draw_panel(ax: Axes, summaries: list[Summary], score: str) -> None:
         [milliseconds(s) for s in dense], [mean(s.scores[score]) for s in dense],
         color='0.5', linewidth=1, zorder=1, label='dense, lower resolutions',
     )  # fmt: skip
+    lowest = min(mean(s.scores[score]) for s in dense) - FAR_BELOW
+    shown = [s for s in summaries if mean(s.scores[score]) >= lowest]
     styles = dict(dense=('o', '0.4'), baseline=('s', 'tab:orange'), method=('D', 'tab:blue'))
-    for summary in summaries:
+    for summary in shown:
         marker, color = styles[kind(summary.name)]
         values = summary.scores[score]
         deviation = stdev(values) if len(values) > 1 else None
         x, y = milliseconds(summary), mean(values)
         ax.errorbar(x, y, deviation, fmt=marker, color=color, markersize=5, capsize=2, zorder=2)
-        below = kind(summary.name) == DENSE
-        ax.annotate(
-            short(summary.name), (x, y), xytext=(5, -9) if below else (-4, 4),
-            ha='left' if below else 'right', textcoords='offset points', fontsize=7, color=color,
-        )  # fmt: skip
     ax.set_xlabel('milliseconds a photograph')
     ax.set_ylabel(score)
     ax.set_xlim(left=0)
     ax.margins(x=0.15, y=0.12)
     ax.spines[['top', 'right']].set_visible(False)
     ax.grid(alpha=0.3)
+    write_names(ax, shown, score, {key: color for key, (_, color) in styles.items()})
+    missing = ', '.join(
+        f'{s.name}: {mean(s.scores[score]):.1f}' for s in summaries if s not in shown
+    )
+    if missing:
+        ax.text(0.99, 0.02, f'below: {missing}', transform=ax.transAxes, ha='right', fontsize=7)
+
+
+def write_names(ax: Axes, summaries: list[Summary], score: str, colors: dict[str, str]) -> None:
+    """Names beside the points: of the dense network to the right, of others to the left.
+
+    Those to the left are moved apart, from the highest one downwards.
+    """
+    ax.figure.tight_layout()
+    to_pixels, line = ax.transData, LINE * ax.figure.dpi / 72
+    written: list[tuple[float, float]] = []
+    for summary in sorted(summaries, key=lambda s: -mean(s.scores[score])):
+        point = milliseconds(summary), mean(summary.scores[score])
+        x, y = to_pixels.transform(point)
+        group = kind(summary.name)
+        if group == DENSE:
+            place, side = (x + line / 2, y - line), 'left'
+        else:
+            near = [b for a, b in written if abs(a - x) < NEAR * line]
+            place, side = (x - line / 2, min([y, *(b - line for b in near)])), 'right'
+            written.append((x, place[1]))
+        ax.annotate(
+            short(summary.name), point, xytext=to_pixels.inverted().transform(place), ha=side,
+            va='center', fontsize=7, color=colors[group],
+            arrowprops=dict(arrowstyle='-', linewidth=0.4, color=colors[group], shrinkB=3),
+        )  # fmt: skip
 
 
 def kind(name: str) -> str:
