@@ -210,7 +210,7 @@ class PSViT(PatchBackbone):
             name = (
                 f'stage {i + 1}, {len(stage.groups)} attention maps in {len(stage.blocks)} layers'
             )
-            record_rectangles(name, len(tokens), layout.grid, lambda place, _, i=i: place >> i)
+            record_rectangles(name, tokens.shape[0], layout.grid, lambda place, _, i=i: place >> i)
             if i in self.out_indices:
                 maps.append(to_map(getattr(self, f'norm{i}')(tokens)))
         if self.finest is not None:

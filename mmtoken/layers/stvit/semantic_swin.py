@@ -160,7 +160,7 @@ def pool_windows(x: Tensor, windows: WindowSpec, conv_pos: nn.Module | None) -> 
     size, pooled = windows.size, windows.pooled_size
     record_rectangles(
         'pooled to semantic tokens',
-        len(x),
+        x.shape[0],
         tuple(x.shape[1:3]),
         lambda place, _: place * pooled // size,
     )

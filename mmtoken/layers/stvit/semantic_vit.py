@@ -80,7 +80,7 @@ class SpatialPooling(nn.Module):
         """
         record_rectangles(
             'pooled to semantic tokens',
-            len(x),
+            x.shape[0],
             tuple(x.shape[1:3]),
             lambda place, side: (place + (-side % self.size) // 2) // self.size,
         )

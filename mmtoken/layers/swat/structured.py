@@ -99,7 +99,7 @@ class StructuredStem(nn.Module):
 def record_cells(x: Tensor, side: int) -> Tensor:
     """Record tokens with planes of ``side * side`` cells, ``(B, H, W, C)``, and return them."""
     name = f'{side} x {side} cells in a token'
-    record_rectangles(name, len(x), tuple(x.shape[1:3]), cells=side)
+    record_rectangles(name, x.shape[0], tuple(x.shape[1:3]), cells=side)
     return x
 
 
