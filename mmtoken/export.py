@@ -3,8 +3,6 @@
 onnx, onnxscript and onnxruntime are needed for ONNX only (the extra ``export``).
 """
 
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,7 +16,6 @@ Format = Literal['onnx', 'torch-export']
 Run = Callable[[Tensor], tuple[Tensor, ...]]
 SUFFIXES = {'onnx': '.onnx', 'torch-export': '.pt2'}
 TOLERANCE = 1e-3  # of the largest value of an output
-ROUNDS = 5
 
 
 class FeatureExtractor(nn.Module):
@@ -150,16 +147,3 @@ def compare(exported: Run, network: Run, images: Tensor) -> list[OutputCheck]:
     if not worst <= TOLERANCE:
         raise ValueError(f"its outputs differ from PyTorch's by {worst:.1e}, above {TOLERANCE}")
     return checks
-
-
-@torch.no_grad()
-def time_in_turn(exported: Run, network: Run, images: Tensor) -> tuple[float, float]:
-    """Median milliseconds of both."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for turn in range(ROUNDS + 1):  # the first warms up
-        for run, of_run in zip((exported, network), times, strict=True):
-            started = time.perf_counter()
-            run(images)
-            if turn:
-                of_run.append(1e3 * (time.perf_counter() - started))
-    return statistics.median(times[0]), statistics.median(times[1])

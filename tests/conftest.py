@@ -6,7 +6,7 @@ import torch
 from metafiles import cache_metafiles
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / 'tools' / folder) for folder in ('', 'datasets', 'analysis')]
+sys.path[:0] = [str(ROOT / 'tools' / folder) for folder in ('', 'datasets', 'analysis', 'misc')]
 sys.path.append(str(ROOT / 'benchmarks' / 'study'))
 cache_metafiles()
 

@@ -1,9 +1,5 @@
 """Exported networks compute what they do in PyTorch."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -21,7 +17,6 @@ from mmtoken.backbones import (
 from mmtoken.export import SUFFIXES, FeatureExtractor, check_exportable, compare, export, load
 from mmtoken.runtime.budget import set_budget
 
-TOOL = Path(__file__).resolve().parents[1] / 'tools' / 'misc' / 'export.py'
 VIT = dict(embed_dims=32, num_layers=3, num_heads=2, feedforward_channels=64)
 SWIN = dict(embed_dims=16, depths=(1, 1, 6, 1), num_heads=(1, 1, 2, 2))
 PSVIT = dict(stages=[(16, 1, (1,)), (32, 2, (2, 1))])
@@ -41,21 +36,6 @@ CHOOSING = {
     'DGEDeiT': lambda: DGEDeiT(VIT),
     'MergeViT': lambda: MergeViT(VIT, merge_blocks=(1,)),
 }
-CONFIG = """
-default_scope = 'mmseg'
-model = dict(
-    type='EncoderDecoder',
-    data_preprocessor=dict(type='SegDataPreProcessor', size=(64, 64)),
-    backbone=dict(
-        type='mmtoken.STViTDeiT', base_layers=1,
-        arch=dict(embed_dims=32, num_layers=3, num_heads=2, feedforward_channels=64),
-    ),
-    decode_head=dict(
-        type='FCNHead', in_channels=32, channels=16, num_classes=3, norm_cfg=dict(type='BN'),
-    ),
-    test_cfg=dict(mode='whole'),
-)
-"""
 
 
 class Model(nn.Module):
@@ -99,39 +79,3 @@ def test_wrong_outputs_are_refused():
         compare(lambda x: x[5], lambda x: (x,), images)
     with pytest.raises(ValueError, match='differ'):
         compare(lambda x: (x * float('nan'),), lambda x: (x,), images)
-
-
-@pytest.fixture
-def tool(monkeypatch, tmp_path):
-    spec = importlib.util.spec_from_file_location('export_tool', TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    config = tmp_path / 'stvit.py'
-    config.write_text(CONFIG)
-
-    def run(*arguments, config=config):
-        monkeypatch.setattr(sys, 'argv', ['export', str(config), *map(str, arguments)])
-        return tool.main()
-
-    return run
-
-
-def test_a_segmentor(tool, tmp_path, capsys):
-    file = tmp_path / 'model.onnx'
-    assert tool('--format', 'onnx', '--part', 'model', '--out', file) == 0
-    printed = capsys.readouterr().out
-    assert '1 x 3 x 4 x 4' in printed and 'PyTorch' in printed and file.exists()
-    assert tool('--format', 'onnx', '--out', file) == 1
-    assert f'{file} exists; --force overwrites it' in capsys.readouterr().err
-
-
-def test_nothing_is_left_behind(tool, tmp_path, monkeypatch, capsys):
-    config = tmp_path / 'msvit.py'
-    config.write_text(CONFIG.replace("'mmtoken.STViTDeiT', base_layers=1", "'mmtoken.MSViT'"))
-    file = tmp_path / 'out' / 'maps.pt2'
-    assert tool('--format', 'torch-export', '--out', file, config=config) == 1
-    assert 'backbone (MSViT) chooses its tokens' in capsys.readouterr().err
-    monkeypatch.setattr('mmtoken.export.TOLERANCE', -1.0)
-    assert tool('--format', 'torch-export', '--out', file) == 1
-    assert 'differ from PyTorch' in capsys.readouterr().err
-    assert not file.exists()

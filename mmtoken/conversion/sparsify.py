@@ -30,13 +30,15 @@ class Sparsified:
     """What :func:`sparsify` wrote.
 
     Attributes:
-        config: Path of the config.
+        base: The config that was given.
+        config: Path of the new config.
         checkpoint: Path of the weights of the whole model; None if none were given.
         backbone: Config of the sparse backbone.
         notes: What differs from the dense backbone, beside its tokens.
         report: What became of the weights; None without.
     """
 
+    base: Config
     config: Path
     checkpoint: Path | None
     backbone: Args
@@ -100,7 +102,7 @@ def sparsify(
     if state is not None:
         with replacing(files[1]) as new:
             torch.save(dict(state_dict=state, meta=dict(sparsified=method)), new)
-    return Sparsified(files[0], files[1] if checkpoint else None, sparse, notes, report)
+    return Sparsified(cfg, files[0], files[1] if checkpoint else None, sparse, notes, report)
 
 
 def read_base(path: str) -> Config:

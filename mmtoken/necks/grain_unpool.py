@@ -70,7 +70,6 @@ class GrainUnpoolNeck(CheckpointedModule):
 
     ratio_name = DynamicGranularityBlock.ratio_name
     twin_args = dict(granularities=(1,), budget=None)
-    ratio_name = 'query_ratio'
 
     def __init__(
         self,

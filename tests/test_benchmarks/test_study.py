@@ -10,6 +10,15 @@ from PIL import Image
 
 STUDY = Path(__file__).resolve().parents[2] / 'benchmarks' / 'study'
 NAMES = ('rows', 'run', 'summaries', 'measure', 'plot', 'budgets')
+# One iteration from scratch, in this process
+SHORT = [
+    '--cfg-options', 'model.backbone.init_cfg=None', 'train_cfg.max_iters=1',
+    *(
+        f'{part}_dataloader.{name}={value}'
+        for part in ('train', 'test')
+        for name, value in (('num_workers', 0), ('persistent_workers', False))
+    ),
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -77,13 +86,7 @@ def write_ccp(folder):
 
 def test_a_row_is_trained_tested_measured_and_drawn(study, tmp_path, monkeypatch, capsys):
     write_ccp(tmp_path / 'data' / 'ccp')
-    options = ['--cfg-options', 'model.backbone.init_cfg=None', 'train_cfg.max_iters=1']
-    options += [
-        f'{part}_dataloader.{name}={value}'
-        for part in ('train', 'test')
-        for name, value in (('num_workers', 0), ('persistent_workers', False))
-    ]
-    monkeypatch.setattr(sys, 'argv', ['run.py', 'ccp', 'dense_420x280', *options])
+    monkeypatch.setattr(sys, 'argv', ['run.py', 'ccp', 'dense_420x280', *SHORT])
     assert study['run'].main() == 0
     result = tmp_path / 'results' / 'ccp' / 'dense_420x280_seed0.json'
     first = json.loads(result.read_text())
@@ -124,17 +127,11 @@ def test_a_row_is_trained_tested_measured_and_drawn(study, tmp_path, monkeypatch
 def test_budgets_of_one_checkpoint(study, tmp_path, monkeypatch):
     write_ccp(tmp_path / 'data' / 'ccp')
     row = replace(study['rows'].read_rows('ccp')['msvit'], size=(168, 112))
-    options = ['model.backbone.init_cfg=None', 'train_cfg.max_iters=1']
-    options += [
-        f'{part}_dataloader.{name}={value}'
-        for part in ('train', 'test')
-        for name, value in (('num_workers', 0), ('persistent_workers', False))
-    ]
     for name in ('run', 'budgets'):
         monkeypatch.setattr(study[name], 'read_rows', lambda task: dict(msvit=row))
-    monkeypatch.setattr(sys, 'argv', ['run.py', 'ccp', 'msvit', '--cfg-options', *options])
+    monkeypatch.setattr(sys, 'argv', ['run.py', 'ccp', 'msvit', *SHORT])
     assert study['run'].main() == 0
-    few = ['--photos', '1', '--rounds', '1', '--cfg-options', *options]
+    few = ['--photos', '1', '--rounds', '1', *SHORT]
     monkeypatch.setattr(sys, 'argv', ['budgets.py', 'ccp', 'msvit', '--tokens', '0.5', '1', *few])
     assert study['budgets'].main() == 0
     file = tmp_path / 'results' / 'ccp' / 'budgets_msvit.json'

@@ -6,16 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 from benchmarking import measure as measuring
-from benchmarking import memory, timing
+from benchmarking import memory
 from benchmarking.measure import count_progress, measure
 from benchmarking.profile import KINDS, OTHER, profile_step
 from benchmarking.step import Setting, make_images, make_step
 from benchmarking.targets import BenchmarkTarget, build_target, dense_target
-from benchmarking.timing import ratios, time_in_turn
 from mmengine.config import Config
 from torch import nn
 
+from mmtoken.analysis import timing
 from mmtoken.analysis.spread import spread
+from mmtoken.analysis.timing import ratios, time_in_turn
 from mmtoken.backbones import MSViT
 from mmtoken.runtime.aux_losses import publish
 

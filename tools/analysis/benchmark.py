@@ -136,9 +136,8 @@ def choose_targets(cfg, args) -> dict:
 
 def summarize(measured: dict, targets: dict) -> dict:
     """The figures that are quoted, and the raw ones behind them."""
-    from benchmarking.timing import ratios
-
     from mmtoken.analysis.spread import spread
+    from mmtoken.analysis.timing import ratios
 
     sparse, dense, peer = measured['sparse'], measured['dense'], measured.get('peer')
     medians = {name: spread(m.times)['median'] for name, m in measured.items()}

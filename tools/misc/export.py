@@ -2,7 +2,9 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -26,6 +28,7 @@ examples:
   mmtoken export CFG CKPT --format torch-export --out network.pt2 --shape 512 512 --dynamic-batch
   mmtoken export SEGMENTOR_CFG CKPT --format onnx --part model --image photo.jpg --out model.onnx
 """
+ROUNDS = 5
 
 
 def main() -> int:
@@ -88,7 +91,8 @@ def run(args: argparse.Namespace) -> tuple:
 
     from mmtoken.analysis.configs import load_config
     from mmtoken.analysis.recording import load_model
-    from mmtoken.export import check_exportable, compare, export, load, time_in_turn
+    from mmtoken.analysis.timing import time_in_turn
+    from mmtoken.export import check_exportable, compare, export, load
     from mmtoken.files import replacing
 
     if args.out.exists() and not args.force:
@@ -110,8 +114,10 @@ def run(args: argparse.Namespace) -> tuple:
         checks = compare(exported, network, images)
         if args.dynamic_batch:
             compare(exported, network, torch.cat([images, images[:1]]))
-        times = time_in_turn(exported, network, images)
-    return args, checks, times
+        runs = dict(exported=partial(exported, images), network=partial(network, images))
+        with torch.no_grad():
+            times = time_in_turn(runs, ROUNDS, images.device)
+    return args, checks, {name: median(ms) for name, ms in times.items()}
 
 
 def wrap(model, part: str):
@@ -137,7 +143,7 @@ def make_images(cfg, model, args: argparse.Namespace):
     return batch['inputs']
 
 
-def report(args: argparse.Namespace, checks: list, times: tuple[float, float]) -> None:
+def report(args: argparse.Namespace, checks: list, times: dict[str, float]) -> None:
     """Print a table of outputs, and times."""
     table = Table(title=f'{args.out}, {args.out.stat().st_size / 1e6:.1f} MB', box=SIMPLE_HEAD)
     table.add_column('output')
@@ -146,7 +152,7 @@ def report(args: argparse.Namespace, checks: list, times: tuple[float, float]) -
         table.add_row(' x '.join(map(str, check.shape)), f'{check.error:.0e}')
     console = Console()
     console.print(table)
-    console.print(f'{times[0]:.0f} ms, PyTorch {times[1]:.0f} ms', highlight=False)
+    console.print(f'{times["exported"]:.0f} ms, PyTorch {times["network"]:.0f} ms', highlight=False)
 
 
 if __name__ == '__main__':

@@ -1,11 +1,10 @@
 """Put a sparse backbone in the place of the dense one of a config and its checkpoint."""
 
 import argparse
-import statistics
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
+from statistics import median
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -44,7 +43,6 @@ def main() -> int:
 
     from mmtoken.analysis.configs import default_shape
     from mmtoken.conversion import TRAINING_FREE, sparsify
-    from mmtoken.conversion.sparsify import read_base
 
     torch.set_num_threads(1)
     try:
@@ -54,7 +52,7 @@ def main() -> int:
                 f'{", ".join(TRAINING_FREE)}'
             )
         result = sparsify(args.config, args.method, args.out_dir, args.checkpoint, args.finetune)
-        shape = tuple(args.shape or default_shape(read_base(args.config)))
+        shape = tuple(args.shape or default_shape(result.base))
     except (OSError, ValueError) as error:
         print(f'sparsify: {error}', file=sys.stderr)
         return 1
@@ -109,15 +107,16 @@ def compare(backbone: dict, shape: tuple[int, int], timed: bool) -> Table:
 
     from mmtoken import dense_twin, routing_override
     from mmtoken.analysis.cost import measure_cost
+    from mmtoken.analysis.timing import time_in_turn
     from mmtoken.registry import MODELS
 
     sparse = {key: value for key, value in backbone.items() if key != 'init_cfg'}
     dense = dense_twin(dict(model=dict(backbone=sparse)))['model']['backbone']
     ratio = getattr(MODELS.get(sparse['type']), 'ratio_name', None)
     images = torch.rand(1, sparse.get('in_channels', 3), *shape)
-    networks, costs, runs = {}, {}, {}
+    costs, runs = {}, {}
     for name, cfg in (('dense', dense), ('sparse', sparse)):
-        network = networks[name] = MODELS.build(dict(cfg)).eval()
+        network = MODELS.build(dict(cfg)).eval()
         chooses = name == 'sparse' and ratio
 
         def context(chooses=chooses):
@@ -130,28 +129,16 @@ def compare(backbone: dict, shape: tuple[int, int], timed: bool) -> Table:
         with torch.no_grad():
             costs[name] = measure_cost(network, images, context=context)
         runs[name] = run
-    times = time_in_turn(runs) if timed else {}
+    times = time_in_turn(runs, ROUNDS, images.device) if timed else {}
     assumed = f', {ratio.replace("_", " ")} {TARGET}' if ratio else ''
     table = Table(title=f'Backbone, {shape[0]} x {shape[1]} pixels{assumed}', box=SIMPLE_HEAD)
     table.add_column('')
     for column in ('M parameters', 'G MACs', *['ms'] * timed):
         table.add_column(column, justify='right')
     for name, cost in costs.items():
-        ms = [f'{times[name]:.0f}'] if timed else []
+        ms = [f'{median(times[name]):.0f}'] if timed else []
         table.add_row(name, f'{cost.parameters / 1e6:.2f}', f'{cost.macs / 1e9:.1f}', *ms)
     return table
-
-
-def time_in_turn(runs: dict) -> dict[str, float]:
-    """Median milliseconds of each function, all called in turn."""
-    times = {name: [] for name in runs}
-    for turn in range(ROUNDS + 1):  # the first warms up
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            if turn:
-                times[name].append(1e3 * (time.perf_counter() - started))
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 if __name__ == '__main__':

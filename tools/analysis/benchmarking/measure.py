@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 
 from mmtoken.analysis.cost import Cost
+from mmtoken.analysis.timing import time_in_turn
 
 from .memory import peak_mb
 from .profile import profile_step
 from .step import Setting, make_images, make_step
 from .targets import BenchmarkTarget
-from .timing import time_in_turn
 
 WARM_UP_CALLS = dict(cpu=2, cuda=20)
 

@@ -7,10 +7,10 @@ import torch
 from benchmarking.memory import peak_on_cuda
 from benchmarking.step import Setting, make_images, make_step
 from benchmarking.targets import dense_target
-from benchmarking.timing import ratios, time_in_turn
 
 from mmtoken.analysis.host_reads import count_host_reads
 from mmtoken.analysis.spread import spread
+from mmtoken.analysis.timing import ratios, time_in_turn
 
 from .cases import Case
 from .costs import compare_costs
