@@ -147,9 +147,7 @@ def make_delta(cfg: Config, backbone: Args, checkpoint: Path | None) -> Args:
         custom_imports=dict(imports=[*imports, 'mmtoken'], allow_failed_imports=False),
         model=model,
     )
-    if hasattr(
-        MODELS.get(backbone['type']), 'ratio_name'
-    ):  # it chooses, with a loss on its choices
+    if MODELS.get(backbone['type']).ratio_name:  # it chooses, with a loss on its choices
         delta['default_hooks'] = dict(token_losses=dict(type='mmtoken.TokenLossHook'))
     if checkpoint is not None:
         delta['load_from'] = str(checkpoint)

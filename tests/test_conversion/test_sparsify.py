@@ -176,6 +176,7 @@ def test_a_base_of_a_library(tmp_path):
     cfg = load_config(result.config)
     assert cfg.model.backbone.init_cfg.checkpoint.endswith('swin_tiny_patch4_window7_224.pth')
     assert cfg.model.backbone.arch == 'tiny' and result.checkpoint is None
+    assert 'token_losses' not in cfg.default_hooks  # nothing is chosen, so nothing has a loss
     assert cfg.model.roi_head.bbox_head.num_classes == 80
 
 
