@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .backbones.msvit import MSViT
 from .runtime.budget import Budgeted
 
 Format = Literal['onnx', 'torch-export']
@@ -62,19 +63,28 @@ class OutputCheck(NamedTuple):
     error: float
 
 
-def check_exportable(model: nn.Module) -> None:
-    """Refuse networks whose tokens depend on the image: their shapes would, too.
+def check_exportable(model: nn.Module, single: bool) -> None:
+    """Refuse what a file cannot hold, before any work.
+
+    Args:
+        model: A detector, segmentor, classifier or backbone.
+        single: Whether the file is to take one image at a time.
 
     Raises:
-        ValueError: The model has such a part.
+        ValueError: Tokens are chosen and there are several images, or attention windows.
     """
     for name, module in model.named_modules():
-        if isinstance(module, Budgeted) and module.least_budget:
+        part = f'{name or "the model"} ({type(module).__name__})'
+        if isinstance(module, MSViT) and module.window is not None:
             raise ValueError(
-                f'{name or type(module).__name__} ({type(module).__name__}) chooses its tokens '
-                'image by image, which a file of fixed shapes cannot: STViT-R, STViT, PSViT, SWAT '
-                'and dense twins (mmtoken.dense_twin(cfg), from the same checkpoint) can be '
-                'exported. In PyTorch, mmtoken.set_budget gives all images the same cost'
+                f'{part} has attention windows, whose numbers of tokens differ: it can be '
+                'exported with window_size=None only'
+            )
+        if isinstance(module, Budgeted) and module.least_budget and not single:
+            raise ValueError(
+                f'{part} chooses its tokens image by image, and several images have several '
+                'numbers of them: export it with a batch size of 1 that is not dynamic, or its '
+                'dense twin (mmtoken.dense_twin(cfg))'
             )
 
 
@@ -101,6 +111,7 @@ def export(
                 program = torch.onnx.export(
                     network, (images,), dynamo=True, verbose=False, dynamic_shapes=shapes,
                     input_names=['images'],
+                    custom_translation_table={torch.ops.aten.sort.stable: sort_for_onnx},
                 )  # fmt: skip
                 program.save(file)
             else:
@@ -111,6 +122,14 @@ def export(
     except Exception as error:  # exporters raise anything
         reason = str(error).strip().splitlines() or ['']
         raise ValueError(f'{type(error).__name__}: {reason[0]}') from error
+
+
+def sort_for_onnx(values, stable=True, dim=-1, descending=False):
+    """``torch.sort`` with ``stable``, which torch does not translate; TopK is stable, too."""
+    from onnxscript import opset18
+
+    length = opset18.Gather(opset18.Shape(values), [dim])
+    return opset18.TopK(values, length, axis=dim, largest=int(descending))
 
 
 def load(file: Path, form: Format) -> Run:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from mmtoken.backbones import (
+    DGEDPVT,
     DGEDeiT,
     MergeViT,
     MSViT,
@@ -30,10 +31,12 @@ STATIC = {
     'SWATDeiT': lambda: SWATDeiT(dict(VIT, patch_size=16, mlp_kernel=3), plane_size=4),
     'ViT': lambda: MergeViT(VIT, merge_blocks=()),
 }
+DGE = dict(embed_dims=(16, 32, 32, 32), depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))
 CHOOSING = {
     'MSViT': lambda: MSViT(VIT),
     'MSViT with a budget': lambda: set_budget(MSViT(VIT), 0.5),
-    'DGEDeiT': lambda: DGEDeiT(VIT),
+    'DGEDeiT with a budget': lambda: set_budget(DGEDeiT(VIT), 0.5),
+    'DGEDPVT': lambda: DGEDPVT(dict(DGE, mlp_ratios=(2, 2, 2, 2))),
     'MergeViT': lambda: MergeViT(VIT, merge_blocks=(1,)),
 }
 
@@ -64,10 +67,26 @@ def test_static_networks(name, form, tmp_path):
         assert checks and all(check.shape[0] == batch for check in checks)
 
 
+@pytest.mark.parametrize('form', SUFFIXES)
 @pytest.mark.parametrize('name', CHOOSING)
-def test_networks_that_choose_are_refused(name):
-    with pytest.raises(ValueError, match='chooses its tokens image by image, .*dense_twin'):
-        check_exportable(make(CHOOSING[name]))
+def test_networks_that_choose(name, form, tmp_path):
+    """The file chooses for each image."""
+    network = make(CHOOSING[name])
+    file = tmp_path / f'network{SUFFIXES[form]}'
+    export(network, torch.randn(1, 3, 64, 96), file, form)
+    exported = load(file, form)
+    for scale in (0.1, 1, 10):
+        compare(exported, network, scale * torch.randn(1, 3, 64, 96))
+
+
+def test_what_cannot_be_exported_is_refused():
+    network = make(CHOOSING['MSViT'])
+    check_exportable(network, single=True)
+    with pytest.raises(ValueError, match='chooses its tokens image by image.* batch size of 1'):
+        check_exportable(network, single=False)
+    windows = make(lambda: MSViT(VIT, window_size=4, cls_token=False))
+    with pytest.raises(ValueError, match='attention windows'):
+        check_exportable(windows, single=True)
 
 
 def test_wrong_outputs_are_refused():

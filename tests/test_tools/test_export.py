@@ -40,9 +40,13 @@ def test_a_segmentor(export, tmp_path):
 def test_nothing_is_left_behind(export, tmp_path, monkeypatch):
     file = tmp_path / 'out' / 'maps.pt2'
     choosing = CONFIG.replace("'mmtoken.STViTDeiT', base_layers=1", "'mmtoken.MSViT'")
-    result = export('--format', 'torch-export', '--out', file, text=choosing)
+    several = ('--format', 'torch-export', '--out', file, '--batch-size', 2)
+    result = export(*several, text=choosing)
     assert result.returncode == 1
     assert 'backbone (MSViT) chooses its tokens' in result.stderr
+    result = export('--format', 'torch-export', '--out', file, '--tokens', 0.5)
+    assert result.returncode == 1
+    assert 'no part of EncoderDecoder chooses its tokens' in result.stderr
     monkeypatch.setattr('mmtoken.export.TOLERANCE', -1.0)
     result = export('--format', 'torch-export', '--out', file)
     assert result.returncode == 1

@@ -15,9 +15,10 @@ Export backbone and neck of a config, or a whole segmentor up to its scores, and
 outputs must equal PyTorch's to 0.001 of their largest value. Time is printed beside PyTorch's, on
 one CPU thread.
 
-Networks that always have the same tokens can be exported: STViT-R, STViT, PSViT, SWAT and dense
-twins. Height and width are fixed, the batch size too, unless --dynamic-batch. Input is what the
-data preprocessor of the model makes of images: normalized, float32, (B, C, H, W).
+Height and width are fixed, the batch size too, unless --dynamic-batch. The file of a network that
+chooses its tokens (DGE, MSViT, MPM) chooses them for each image, as PyTorch does, and takes one
+image at a time. Input is what the data preprocessor of the model makes of images: normalized,
+float32, (B, C, H, W).
 
 ONNX needs the extra `export`: pip install onnx onnxscript onnxruntime
 """
@@ -27,6 +28,7 @@ examples:
       --format onnx --out stvit-r.onnx
   mmtoken export CFG CKPT --format torch-export --out network.pt2 --shape 512 512 --dynamic-batch
   mmtoken export SEGMENTOR_CFG CKPT --format onnx --part model --image photo.jpg --out model.onnx
+  mmtoken export MSVIT_CFG CKPT --format onnx --tokens 0.4 --out msvit.onnx
 """
 ROUNDS = 5
 
@@ -71,6 +73,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--batch-size', type=int, default=1, metavar='N', help='default: 1')
     parser.add_argument('--dynamic-batch', action='store_true', help='leave the batch size open')
     parser.add_argument(
+        '--tokens',
+        type=float,
+        metavar='SHARE',
+        help='share of tokens that all images get (mmtoken.set_budget), for networks that choose '
+        'them (default: what CFG says)',
+    )
+    parser.add_argument(
         '--image',
         type=Path,
         metavar='FILE',
@@ -94,6 +103,7 @@ def run(args: argparse.Namespace) -> tuple:
     from mmtoken.analysis.timing import time_in_turn
     from mmtoken.export import check_exportable, compare, export, load
     from mmtoken.files import replacing
+    from mmtoken.runtime.budget import set_budget
 
     if args.out.exists() and not args.force:
         raise FileExistsError(f'{args.out} exists; --force overwrites it')
@@ -105,7 +115,9 @@ def run(args: argparse.Namespace) -> tuple:
             f'{cfg.default_scope}, whose boxes its own tools make'
         )
     model = load_model(cfg, args.checkpoint)
-    check_exportable(model)
+    check_exportable(model, args.batch_size == 1 and not args.dynamic_batch)
+    if args.tokens is not None:
+        set_budget(model, args.tokens)
     network = wrap(model, args.part)
     images = make_images(cfg, model, args)
     with replacing(args.out) as new:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ...runtime.reference import is_compiling
 from .cache import cache_by_shape
 from .utils import ceil_div
 
@@ -202,23 +203,28 @@ class RegionPlan(NamedTuple):
     owner: Tensor
 
 
-def check_concrete(choice: Tensor) -> None:
-    """Refuse choices that have no values yet.
+def check_concrete(choice: Tensor, batch: int) -> None:
+    """Refuse choices that have no values yet; in ``torch.export`` one image needs none.
+
+    Args:
+        choice: A choice, or what it is made from.
+        batch: Images.
 
     Raises:
         RuntimeError: The tensor is on the meta device, fake, or transformed by torch.func.
     """
+    if is_compiling() and batch == 1:
+        return
     transformed = torch._C._functorch.is_functorch_wrapped_tensor(choice)
     if choice.is_meta or isinstance(choice, FakeTensor) or transformed:
         raise RuntimeError(
             'this network chooses its tokens by looking at the image, which has no '
-            'values here: it can neither be exported (torch.export, the ONNX exporter on top of '
-            'it), nor run on fake tensors, on the meta device or under torch.func. Give it '
-            'images, or take the dense twin, mmtoken.dense_twin(config), which chooses nothing'
+            'values here: it can neither be exported for more than one image at a time, nor run '
+            'on fake tensors, on the meta device or under torch.func. Give it images, or take the '
+            'dense twin, mmtoken.dense_twin(config), which chooses nothing'
         )
 
 
-# Not traced: the number of queries depends on values.
 @torch.compiler.disable
 def plan_regions(choice: Tensor, layout: RegionLayout) -> RegionPlan:
     """Find the queries of a batch. Synchronizes with the device once, for their number.
@@ -230,19 +236,39 @@ def plan_regions(choice: Tensor, layout: RegionLayout) -> RegionPlan:
     Raises:
         RuntimeError: See :func:`check_concrete`.
     """
-    check_concrete(choice)
     batch, choice = len(choice), choice.flatten(1)
+    check_concrete(choice, batch)
     prefix = torch.ones(batch, layout.num_prefix_tokens, dtype=torch.bool, device=choice.device)
     chosen = torch.cat([prefix, choice[:, layout.region] == layout.level], dim=1)
     counts = torch.stack([part.sum(dim=1) for part in chosen.split(layout.sizes, dim=1)], dim=1)
-    counts = counts.tolist()
     rank = chosen.flatten().cumsum(0) - 1
-    queries = CellSet(layout, _indices(chosen.flatten(), rank, sum(map(sum, counts))), counts)
+    queries = CellSet(layout, *find_chosen(chosen.flatten(), rank, counts))
     prefix, cell = layout.cell_of_token.tensor_split([layout.num_prefix_tokens], dim=1)
     token = torch.arange(cell.shape[1], device=choice.device)
     cell = cell.flatten()[choice[:, layout.token_region] * len(token) + token]
     owned = torch.cat([prefix[:1].expand(batch, -1), cell], dim=1)
     return RegionPlan(queries, rank.view(batch, -1).gather(1, owned).flatten())
+
+
+def find_chosen(mask: Tensor, rank: Tensor, counts: Tensor) -> tuple[Tensor, list[list[int]]]:
+    """Places where a flat mask is True, and their numbers. Synchronizes with the device once.
+
+    Args:
+        mask: Of a batch, ``(N,)``, bool.
+        rank: ``mask.cumsum(0) - 1``.
+        counts: How often it is True in the parts of each image, ``(B, parts)``.
+
+    Returns:
+        Rising places, ``(M,)``, and ``counts``. In ``torch.export``, of one image, M is a symbol,
+        and the only count.
+    """
+    if is_compiling():
+        (places,) = mask.nonzero(as_tuple=True)
+        torch._check(places.shape[0] > 0)
+        torch._check(places.shape[0] <= mask.shape[0])
+        return places, [[places.shape[0]]]
+    counts = counts.tolist()
+    return _indices(mask, rank, sum(map(sum, counts))), counts
 
 
 def _indices(mask: Tensor, rank: Tensor, total: int) -> Tensor:

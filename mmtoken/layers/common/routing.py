@@ -7,8 +7,6 @@ from torch import Tensor, nn
 from ...runtime.routing_override import current_override
 from ...runtime.tracing import untraced
 
-BISECTIONS = 40
-
 
 def straight_through(scores: Tensor) -> Tensor:
     """One-hot choices of the highest score, with the gradient of a softmax.
@@ -114,8 +112,8 @@ def spend_queries(
     """The choices that keep the labels of most regions with a given number of queries.
 
     A choice serves a region if it is no coarser than the one that the region needs, so with the sum
-    of the probabilities of all choices that are as coarse or coarser. A price of a query, one for
-    each image, decides where finer choices pay; it is found by bisection.
+    of the probabilities of all choices that are as coarse or coarser. Regions become finer in the
+    order of what a query more gains, as long as queries are left.
 
     Args:
         scores: Of the choices of each region, finest first, ``(B, Hr, Wr, K)``.
@@ -127,26 +125,41 @@ def spend_queries(
     Returns:
         Indices of choices, ``(B, Hr, Wr)``.
     """
-    serves = scores.detach().float().softmax(dim=-1).flatten(1, 2)  # (B, R, K)
-    serves = serves.flip(-1).cumsum(dim=-1).flip(-1)
-    counts = counts.to(serves)
-    costs = counts / counts[:, :1]
-    real = torch.ones_like(serves[..., 0]) if padding is None else (~padding).flatten(1).to(serves)
-    allowed = query_ratio * (real * counts[:, 0]).sum(dim=1)
+    shape, steps = scores.shape[:-1], scores.shape[-1] - 1
+    serves = scores.detach().float().softmax(dim=-1).flatten(1, 2)
+    serves, counts = serves.flip(-1).cumsum(dim=-1), counts.flip(-1)  # from coarse to fine
+    real = torch.ones_like(serves[..., :1]) if padding is None else ~padding.flatten(1)[..., None]
+    counts = counts * real.to(counts)  # (B, R, K)
+    least, most = counts[..., 0].sum(dim=1), counts[..., -1].sum(dim=1)
+    # A hundredth of a query more, so that float32 loses none of a whole number
+    left = query_ratio * most + 0.01 - least
+    gain = gain_per_query(serves, counts)  # (B, R, K - 1)
+    order = gain.flatten(1).argsort(dim=1, descending=True, stable=True)
+    spent = counts.diff(dim=-1).flatten(1).gather(1, order).cumsum(dim=1)
+    taken = torch.zeros_like(order, dtype=torch.bool).scatter(1, order, spent <= left[:, None])
+    taken = taken.view_as(gain)
+    for i in reversed(range(steps - 1)):  # steps of equal gain are one: both or none
+        taken[..., i] &= taken[..., i + 1] | (gain[..., i] > gain[..., i + 1])
+    return (steps - taken.sum(dim=-1)).view(shape)
 
-    def choice(price: Tensor) -> Tensor:
-        return (serves - price[:, None, None] * costs).argmax(dim=-1)
 
-    # Between prices at which all regions are finest and coarsest
-    least = (costs[:, :-1] - costs[:, 1:]).clamp(min=1e-6).min() if costs.shape[1] > 1 else 1
-    high = torch.ones_like(allowed) * 2 / least
-    low = -high
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        spent = counts.expand(len(serves), -1, -1).gather(-1, choice(middle)[..., None])
-        affordable = (spent[..., 0] * real).sum(dim=1) <= allowed
-        low, high = torch.where(affordable, low, middle), torch.where(affordable, middle, high)
-    return choice(high).view(scores.shape[:-1])
+def gain_per_query(values: Tensor, counts: Tensor) -> Tensor:
+    """What a query more is worth in each step from a choice to the next finer one.
+
+    A step that gains less than the one behind it has the mean gain of both: these are the slopes of
+    the least concave function above the values.
+
+    Args:
+        values: Of the choices, from coarse to fine, ``(..., K)``.
+        counts: Their queries, rising or equal, ``(..., K)``.
+
+    Returns:
+        ``(..., K - 1)``, falling.
+    """
+    rise = values[..., None, :] - values[..., :, None]
+    rise = rise / (counts[..., None, :] - counts[..., :, None]).clamp(min=1e-6)  # (..., from, to)
+    steps = range(1, values.shape[-1])
+    return torch.stack([rise[..., :i, i:].amax(dim=-1).amin(dim=-1) for i in steps], dim=-1)
 
 
 def explores(chooser: nn.Module, x: Tensor) -> bool:

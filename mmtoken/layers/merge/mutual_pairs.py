@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...runtime.reference import is_compiling
 from ..common.attention import gated_attention_fused, varlen_attention
 from ..common.precision import full_precision
-from ..common.regions import check_concrete
+from ..common.regions import check_concrete, find_chosen
 from ..common.vit import AttentionFn
 
 # Similarities that are in memory at a time: 4 MB in fp32, all those of 1024 tokens
@@ -97,25 +98,26 @@ def merge_mutual_pairs(
             'this network merges tokens that are alike, and torch.jit.trace would keep the pairs '
             'that it finds in one image. mmtoken.dense_twin(cfg) merges nothing and can be traced'
         )
-    check_concrete(tokens)
+    check_concrete(tokens, len(layout.lengths))
     prefix, start, others = layout.num_prefix_tokens, 0, []
     for image in tokens.detach().split(layout.lengths):
-        other = torch.arange(start, start + len(image), device=tokens.device)
+        other = torch.arange(start, start + image.shape[0], device=tokens.device)
         other[prefix:] = find_mutual_pairs(image[prefix:], least) + (start + prefix)
         others.append(other)
-        start += len(image)
+        start += image.shape[0]
     other = torch.cat(others)  # in the pair of each token; itself, if it has none
-    place = torch.arange(len(other), device=other.device)
+    place = torch.arange(other.shape[0], device=other.device)
     stays = place <= other  # the first of a pair stands for both
-    lengths = torch.stack([part.sum() for part in stays.split(layout.lengths)]).tolist()
-    # The places that stay; nonzero() would synchronize again, to find their number.
-    first = (~stays).byte().argsort(stable=True)[: sum(lengths)]
+    rank = stays.cumsum(0) - 1
+    counts = torch.stack([part.sum() for part in stays.split(layout.lengths)])
+    first, counts = find_chosen(stays, rank, counts[:, None])
     second = other[first]
     size, added = layout.sizes[first], layout.sizes[second]
     share = (added / (size + added)).to(tokens.dtype)[:, None]
     merged = torch.lerp(tokens.index_select(0, first), tokens.index_select(0, second), share)
-    owner = (stays.cumsum(0) - 1)[torch.minimum(place, other)][layout.owner]
+    owner = rank[torch.minimum(place, other)][layout.owner]
     sizes = size + added * (first != second)
+    lengths = [count for (count,) in counts]
     return merged, replace(layout, lengths=lengths, owner=owner, sizes=sizes)
 
 
@@ -135,14 +137,14 @@ def find_mutual_pairs(x: Tensor, least: int = 0) -> Tensor:
         For each vector the index of the other in its pair, its own if it is in none: ``(N,)``.
     """
     nearest, similarity = nearest_neighbors(x)
-    place = torch.arange(len(x), device=x.device)
+    place = torch.arange(x.shape[0], device=x.device)
     other = torch.where(nearest[nearest] == place, nearest, place)
     if not least:
         return other
     first = place < other
     order = similarity.masked_fill(~first, float('-inf')).argsort(descending=True, stable=True)
     merges = torch.zeros_like(first)
-    merges[order[: max(0, len(x) - least)]] = True
+    merges[order[: torch.sym_max(0, x.shape[0] - least)]] = True
     merges &= first
     return torch.where(merges | merges[other], other, place)
 
@@ -158,9 +160,13 @@ def nearest_neighbors(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     with full_precision(x.device):
         x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
-        found, rows = [], max(1, MAX_SIMILARITIES // len(x))
-        for start in range(0, len(x), rows):
-            similarity = x[start : start + rows] @ x.T  # (rows, N)
-            similarity.diagonal(start).fill_(float('-inf'))
+        # In torch.export, where N is not known, there is one part.
+        parts = [x] if is_compiling() else x.split(max(1, MAX_SIMILARITIES // len(x)))
+        found, start = [], 0
+        for part in parts:
+            similarity = part @ x.T  # (rows, N)
+            row = torch.arange(part.shape[0], device=x.device)
+            similarity[row, row + start] = float('-inf')
             found.append(similarity.max(dim=1))
+            start += part.shape[0]
     return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])

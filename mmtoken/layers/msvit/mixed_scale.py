@@ -22,6 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ...runtime.reference import is_compiling
 from ..common.attention import gated_attention, gated_attention_fused, varlen_attention
 from ..common.packed import SparseFeatures
 from ..common.regions import RegionLayout, all_cells, gate_per_cell, plan_regions
@@ -45,7 +46,8 @@ class PackedLayout:
         lengths: Tokens of each image.
         windows: Tokens of each attention window; ``lengths`` without windows.
         owner: The token that stands for each place, prefix first, ``(B, P + H * W)``.
-        fine: The places that have a fine token, of the ``B * H * W`` of the batch, ``(m,)``.
+        fine: The places that have a fine token, of the ``B * H * W`` of the batch, ``(m,)``; all
+            in ``torch.export``, where m is not known.
     """
 
     regions: RegionLayout
@@ -194,9 +196,10 @@ def build_layout(
         owner = owner.view(batch, -1)
     index, lengths, windows = cells.cells, cells.lengths, cells.lengths
     num_places = len(regions.token_region)
-    fine = [
-        image * num_places + place for image, level, _, place in cells.levels() if level == FINE
-    ]
+    if is_compiling():
+        fine = [torch.arange(num_places, device=device)]
+    else:
+        fine = [i * num_places + place for i, level, _, place in cells.levels() if level == FINE]
     if window is not None:
         order, windows = order_by_windows(index, regions, window, batch)
         index, place = index[order], order.argsort()
