@@ -1,5 +1,6 @@
-"""The library of OpenMMLab that a config is for."""
+"""The libraries of OpenMMLab: which one a config is for, and the files that they ship."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from mmengine.config import Config
@@ -11,18 +12,54 @@ LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
 def read_config(path: str | Path) -> Config:
     """Read a config file, in any of MMEngine's forms.
 
+    Args:
+        path: Of a file, or of a config that an installed library ships, such as
+            ``'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py'``.
+
     Raises:
-        FileNotFoundError: There is no such file, or it is a folder.
+        FileNotFoundError: There is no such file or library, or it is a folder.
         ValueError: It cannot be read; the message says why.
     """
-    if Path(path).is_dir():
+    path = find_config(path)
+    if path.is_dir():
         raise FileNotFoundError(f'no config file {path}: this is a folder; give a file in it')
-    if not Path(path).is_file():
+    if not path.is_file():
         raise FileNotFoundError(f'no config file {path}')
     try:
         return Config.fromfile(path)
     except Exception as error:  # configs are programs
         raise ValueError(f'{path} cannot be read: {type(error).__name__}: {error}') from error
+
+
+def find_config(path: str | Path) -> Path:
+    """Turn ``library::path``, as in ``_base_``, to the path of a file; others stay what they are.
+
+    Raises:
+        FileNotFoundError: The library is not installed, or ships no such file.
+    """
+    library, separator, name = str(path).partition('::')
+    return shipped_file(library, f'configs/{name}') if separator else Path(path)
+
+
+def shipped_file(library: str, name: str) -> Path:
+    """A config or tool that an installed library ships.
+
+    Args:
+        library: A package, such as ``'mmdet'``.
+        name: As in the library's repository, such as ``'tools/train.py'``.
+
+    Raises:
+        FileNotFoundError: It is not installed, or ships no such file.
+    """
+    spec = find_spec(library) if library.isidentifier() else None
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(f'no {name} of {library}, which is not installed')
+    package = Path(spec.origin).parent
+    # Installed packages keep them in .mim, editable installs beside the package.
+    for folder in (package / '.mim', package.parent):
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f'{library} is installed in {package}, but without its {name}')
 
 
 def library_of(cfg: Config) -> str:

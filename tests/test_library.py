@@ -52,6 +52,20 @@ def test_reading(tmp_path):
         read_config(tmp_path / 'd.py')
 
 
+def test_configs_of_libraries():
+    assert read_config('mmtoken::shapes/fpn_pvt-nano_1xb16-500i_shapes-128x128.py').model
+    assert read_config('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py').model.type == 'RetinaNet'
+    with pytest.raises(
+        FileNotFoundError, match='mmdet is installed in .* without its configs/x.py'
+    ):
+        read_config('mmdet::x.py')
+    for name in ('nothing', 'no.thing', ''):
+        with pytest.raises(
+            FileNotFoundError, match=f'configs/x.py of {name}, which is not installed'
+        ):
+            read_config(f'{name}::x.py')
+
+
 @pytest.mark.parametrize(
     'bases',
     ["'{}'", "['{}']", "['{}', './mine.py']", "['./mine.py', '{}']", "['./list.py', './mine.py']"],

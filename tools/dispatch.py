@@ -2,7 +2,6 @@
 
 import runpy
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 CONFIG_SUFFIXES = ('.py', '.json', '.yaml', '.yml')
@@ -10,7 +9,8 @@ USAGE = """\
 usage: mmtoken {tool} CONFIG {arguments}[options]
 
 Runs the {tool}.py of mmdet, mmseg or mmpretrain, according to the config's `default_scope` or the
-class of its model. All arguments are passed on unchanged. The usual options:
+class of its model. CONFIG is a file, or as in mmdet::pvt/retinanet_pvt-t_fpn_1x_coco.py one that an
+installed library ships. All other arguments are passed on unchanged. The usual options:
 
   --work-dir DIR           where logs and checkpoints go (default: work_dirs/NAME_OF_CONFIG)
 {options}  --cfg-options KEY=VALUE  override settings of the config
@@ -36,7 +36,7 @@ OPTIONS = dict(
 def main(tool: str) -> None:
     """Run ``tool`` ('train' or 'test') with this process's arguments."""
     arguments = sys.argv[1:]
-    config = find_config(arguments)
+    config = given_config(arguments)
     if config is None:
         wanted = {'-h', '--help'} & set(arguments)
         if arguments and not wanted and not arguments[0].startswith('-'):
@@ -44,16 +44,18 @@ def main(tool: str) -> None:
         print(USAGE.format(tool=tool, arguments=ARGUMENTS[tool], options=OPTIONS[tool]))
         sys.exit(0 if wanted else 2)
     # Importing mmtoken first lets configs inherit from mmtoken:: configs.
-    from mmtoken.library import library_of, read_config
+    from mmtoken.library import find_config, library_of, read_config, shipped_file
 
     try:
         cfg = read_config(config)
-        library = library_of(cfg)
+        stock_tool = shipped_file(library_of(cfg), f'tools/{tool}.py')
         if tool == 'test' and 'backbone' in cfg.get('model', {}):
             check_checkpoint(arguments[arguments.index(config) + 1 :])
     except (OSError, ValueError) as error:
         sys.exit(f'{tool}.py: {error}')
-    runpy.run_path(stock_tool(library, f'{tool}.py'), run_name='__main__')
+    # The libraries' tools take files only.
+    sys.argv[1 + arguments.index(config)] = str(find_config(config))
+    runpy.run_path(str(stock_tool), run_name='__main__')
 
 
 def check_checkpoint(arguments: list[str]) -> None:
@@ -83,7 +85,7 @@ def check_checkpoint(arguments: list[str]) -> None:
         )
 
 
-def find_config(arguments: list[str]) -> str | None:
+def given_config(arguments: list[str]) -> str | None:
     """The first argument that names a config file."""
     return next((a for a in arguments if a.endswith(CONFIG_SUFFIXES)), None)
 
@@ -93,22 +95,3 @@ def no_config(argument: str) -> str:
     if Path(argument).is_dir():
         return f'no config file {argument}: this is a folder; give a file in it'
     return f'no config file {argument}; their names end in {", ".join(CONFIG_SUFFIXES)}'
-
-
-def stock_tool(library: str, name: str) -> str:
-    """Path of a tool of an OpenMMLab library.
-
-    Raises:
-        SystemExit: If the library or its tools are not installed.
-    """
-    spec = find_spec(library)
-    if spec is None or spec.origin is None:
-        sys.exit(
-            f'this needs {library}, which is not installed; see the README for the installation'
-        )
-    package = Path(spec.origin).parent
-    # Installed packages keep their tools in .mim, editable installs beside the package.
-    for tools in (package / '.mim' / 'tools', package.parent / 'tools'):
-        if (tools / name).is_file():
-            return str(tools / name)
-    sys.exit(f'{library} is installed in {package}, but without its tools/{name}')

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
-from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
@@ -15,7 +14,6 @@ from ..analysis.configs import load_config
 from ..checkpoints import Report, find_weights, fit_to, read_checkpoint
 from ..checkpoints.convert import keep_outside
 from ..files import replacing
-from ..library import library_of
 from ..registry import MODELS
 from .methods import sparse_backbone
 from .plain import Args, describe
@@ -73,7 +71,7 @@ def sparsify(
         OSError: A file is missing, or one that would be written exists.
         ValueError: The method does not fit the backbone, or the weights do not fit the model.
     """
-    cfg = read_base(base)
+    cfg = load_config(base)
     backbone = find_backbone(cfg)
     sparse, notes = sparse_backbone(describe(backbone, cfg.default_scope), method)
     stem = f'{Path(base.rpartition("::")[2]).stem}_{method}'
@@ -103,18 +101,6 @@ def sparsify(
         with replacing(files[1]) as new:
             torch.save(dict(state_dict=state, meta=dict(sparsified=method)), new)
     return Sparsified(cfg, files[0], files[1] if checkpoint else None, sparse, notes, report)
-
-
-def read_base(path: str) -> Config:
-    """A config by its path, or by ``'library::path'``, with its ``default_scope`` set."""
-    if '::' not in path:
-        return load_config(path)
-    try:
-        cfg = get_config(path)
-    except Exception as error:  # MMEngine raises anything
-        raise ValueError(f'{path} cannot be read: {error}') from error
-    cfg.default_scope = library_of(cfg)
-    return cfg
 
 
 def find_backbone(cfg: Config) -> Mapping:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mmtoken.library import shipped_file
+
 TOOLS = Path(__file__).resolve().parent.parent.parent / 'tools'
 
 
@@ -56,11 +58,22 @@ def test_all_styles_of_configs(name, text, tmp_path, monkeypatch):
 
     (tmp_path / name).write_text(f'{text}\n')
     called = []
-    monkeypatch.setattr(dispatch, 'stock_tool', lambda *args: '/'.join(args))
     monkeypatch.setattr(dispatch.runpy, 'run_path', lambda path, **kwargs: called.append(path))
     monkeypatch.setattr(sys, 'argv', ['train.py', str(tmp_path / name), '--amp'])
     dispatch.main('train')
-    assert called == ['mmseg/train.py']
+    assert called == [str(shipped_file('mmseg', 'tools/train.py'))]
+
+
+def test_a_config_that_a_library_ships(monkeypatch):
+    """Its file is what the library's tool is given."""
+    import dispatch
+
+    called = []
+    monkeypatch.setattr(dispatch.runpy, 'run_path', lambda path, **kwargs: called.append(sys.argv))
+    name = 'retinanet/retinanet_r50_fpn_1x_coco.py'
+    monkeypatch.setattr(sys, 'argv', ['train.py', f'mmdet::{name}', '--amp'])
+    dispatch.main('train')
+    assert called == [['train.py', str(shipped_file('mmdet', f'configs/{name}')), '--amp']]
 
 
 @pytest.mark.parametrize(
