@@ -102,15 +102,13 @@ class TokenMapHook(Hook):
         """Draw a batch of one image; a model without tokens of its own is reported instead."""
         from ..visualization.token_maps import draw_image, to_pixels  # which load matplotlib
 
-        drawn = draw_image(evaluated(runner), batch, self.per_block)
-        if drawn is None:
+        try:
+            figure, _ = draw_image(evaluated(runner), batch, self.per_block)
+        except ValueError as error:
             self.drawn = self.num_images
-            runner.logger.warning(
-                f'{type(self).__name__} draws nothing: no part of the model reduces, chooses or '
-                'structures its tokens'
-            )
+            runner.logger.warning(f'{type(self).__name__} draws nothing: {error}')
             return
-        runner.visualizer.add_image(name, to_pixels(drawn[0], self.dpi), runner.iter)
+        runner.visualizer.add_image(name, to_pixels(figure, self.dpi), runner.iter)
 
 
 def evaluated(runner: Runner):

@@ -24,6 +24,7 @@ from ..analysis.decisions import (
     token_owners,
 )
 from ..analysis.recording import backbone_macs, record_batch, to_picture
+from ..runtime.budget import set_budget
 from ..runtime.decisions import Record, RoutingDecision, TokenGroups, record_tokens
 
 COLORS = 'viridis'
@@ -36,6 +37,7 @@ BORDER = dict(color='black', alpha=0.45)
 BORDER_WIDTH = 0.06  # over the side of a place
 MAX_BORDER = 0.8  # in points
 INCH = 72  # in points
+LINE = 0.2  # height of a line of a title, in inches
 LEGEND = dict(
     tokens='Each token is painted in the mean color of its pixels.',
     cells='Each cell of a token is painted in the mean color of its pixels; lines part tokens.',
@@ -59,7 +61,7 @@ class Panel(NamedTuple):
 
 def draw_image(
     model: nn.Module, batch: Mapping, per_block: bool = False
-) -> tuple[Figure, list[Record]] | None:
+) -> tuple[Figure, list[Record]]:
     """Run backbone and neck on one image, and draw its tokens and what they cost.
 
     Args:
@@ -69,17 +71,53 @@ def draw_image(
         per_block: See :func:`draw_tokens`.
 
     Returns:
-        The figure, and what was recorded; None if nothing in the model makes tokens of its own.
+        The figure, and what was recorded.
+
+    Raises:
+        ValueError: Nothing in the model makes tokens of its own.
     """
     images, _, records, sizes = record_batch(model, batch, record_tokens)
     if not records:
-        return None
+        raise ValueError('no part of the model reduces, chooses or structures its tokens')
     picture = to_picture(images[0], model.data_preprocessor)
     size = None if sizes is None else sizes[0].tolist()
     macs = backbone_macs(model, images) / 1e9
-    name = type(model.backbone).__name__ if hasattr(model, 'backbone') else type(model).__name__
-    title = f'{name}: {macs:.3g} G multiply-accumulates in backbone and neck'
+    title = f'{model_name(model)}: {macs:.3g} G multiply-accumulates in backbone and neck'
     return draw_tokens(picture, records, size, per_block, title), records
+
+
+def draw_budgets(
+    model: nn.Module, batch: Mapping, budgets: Sequence[float]
+) -> tuple[Figure, list[list[Record]]]:
+    """Draw the tokens of one image under several budgets, see :func:`~mmtoken.set_budget`.
+
+    Args:
+        model: A detector, segmentor or classifier, in eval mode, that chooses its tokens. It keeps
+            the last budget.
+        batch: Of one image.
+        budgets: Shares of tokens.
+
+    Returns:
+        The figure, and what was recorded under each budget.
+
+    Raises:
+        ValueError: The model chooses nothing, or cannot have so few tokens.
+    """
+    panels, records, averaged = [], [], []
+    for tokens in budgets:
+        set_budget(model, tokens)
+        images, _, recorded, sizes = record_batch(model, batch, record_tokens)
+        picture = to_picture(images[0], model.data_preprocessor)
+        size = picture.shape[:2] if sizes is None else sizes[0].tolist()
+        macs = backbone_macs(model, images) / 1e9
+        budget = f'budget {tokens:.2g}, {macs:.3g} G MACs'
+        found, blocks = token_panels(picture, recorded, size)
+        panels += [panel._replace(title=f'{budget}\n{panel.title}') for panel in found]
+        averaged += blocks
+        records.append(recorded)
+    columns = MAX_COLUMNS if len(panels) == len(budgets) else len(panels) // len(budgets)
+    title = f'{model_name(model)}: one network, {len(budgets)} budgets'
+    return draw_panels(panels, size, columns, title, averaged), records
 
 
 def draw_tokens(
@@ -104,15 +142,24 @@ def draw_tokens(
         title: Above all panels.
     """
     size = picture.shape[:2] if size is None else tuple(size)
+    panels, averaged = token_panels(picture, records, size, per_block)
+    panels = [Panel('input', lambda ax: ax.imshow(picture)), *panels]
+    return draw_panels(panels, size, title=title, averaged=averaged)
+
+
+def token_panels(
+    picture: np.ndarray, records: Iterable[Record], size: Sequence[int], per_block: bool = False
+) -> tuple[list[Panel], list[RoutingDecision]]:
+    """The panels of :func:`draw_tokens` without the input, and blocks whose means they show."""
     groups, stages = split_records(records, per_block)
-    panels = [Panel('input', lambda ax: ax.imshow(picture))]
-    panels += [tokens_panel(picture, each, size) for each in distinct(groups)]
+    panels = [tokens_panel(picture, each, size) for each in distinct(groups)]
     panels += [_stage_panel(picture, i, blocks) for i, blocks in enumerate(stages, start=1)]
-    figure = draw_panels(panels, size, title=title)
-    if stages:
-        figure.set_figwidth(figure.get_figwidth() + SCALE_WIDTH)
-        _draw_scale(figure, [block for stage in stages for block in stage])
-    return figure
+    return panels, [block for stage in stages for block in stage]
+
+
+def model_name(model: nn.Module) -> str:
+    """The class of the backbone, or of a model without one."""
+    return type(getattr(model, 'backbone', model)).__name__
 
 
 def split_records(
@@ -222,7 +269,11 @@ def borders(owner: np.ndarray) -> np.ndarray:
 
 
 def draw_panels(
-    panels: Sequence[Panel], size: Sequence[int], columns: int = MAX_COLUMNS, title: str = ''
+    panels: Sequence[Panel],
+    size: Sequence[int],
+    columns: int = MAX_COLUMNS,
+    title: str = '',
+    averaged: Sequence[RoutingDecision] = (),
 ) -> Figure:
     """Panels in rows, and under them what their colors mean.
 
@@ -231,13 +282,15 @@ def draw_panels(
         size: Height and width of the image, in pixels.
         columns: At most.
         title: Above all panels.
+        averaged: Blocks whose means are drawn, in the colors of a scale.
     """
     height, width = size
     rows = math.ceil(len(panels) / columns)
     columns = math.ceil(len(panels) / rows)
     side = math.sqrt(PANEL_AREA / (height * width))  # of a pixel, in inches
+    above = LINE * (1 + max(panel.title.count('\n') for panel in panels)) + 0.1
     figure = Figure(
-        figsize=(columns * (width * side + 0.1), rows * (height * side + 0.5) + 0.5),
+        figsize=(columns * (width * side + 0.1), rows * (height * side + above) + 0.6),
         layout='constrained',
     )
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -251,6 +304,9 @@ def draw_panels(
     figure.suptitle(title, fontsize='large')
     used = dict.fromkeys(panel.legend for panel in panels if panel.legend)
     figure.supxlabel('  '.join(LEGEND[name] for name in used), fontsize='small', color='0.35')
+    if averaged:
+        figure.set_figwidth(figure.get_figwidth() + SCALE_WIDTH)
+        _draw_scale(figure, averaged)
     return figure
 
 

@@ -52,6 +52,19 @@ model = dict(backbone=dict(_delete_=True, type='mmtoken.MSViT', arch=arch), neck
     assert ratios == dict(query_ratio=1.0, coarse_ratio=0.0, unit=unit, stages=[1.0])
 
 
+def test_maps_of_several_budgets(image, run, tmp_path):
+    ratios = tmp_path / 'ratios.json'
+    args = (image, '--out', tmp_path, '--json', ratios, '--dpi', 40, '--budgets', 0.4, 1)
+    result = run('token_maps', DETECTOR, *args)
+    assert result.returncode == 0, result.stderr
+    assert 'budget 0.4: 0.' in result.stderr and 'budget 1.0: 1.00 queries' in result.stderr
+    assert Image.open(tmp_path / 'noise.png').width > 400
+    measured = json.loads(ratios.read_text())[str(image)]
+    assert measured['0.4']['query_ratio'] <= 0.4 < measured['1.0']['query_ratio']
+    result = run('token_maps', STATIC, *args, '--force')
+    assert result.returncode == 1 and 'no part of MaskRCNN chooses its tokens' in result.stderr
+
+
 def test_maps_of_a_network_that_chooses_nothing(image, run, tmp_path):
     ratios = tmp_path / 'ratios.json'
     result = run('token_maps', STATIC, image, '--out', tmp_path, '--json', ratios, '--dpi', 40)
@@ -85,7 +98,7 @@ def test_tables_of_statistics(capsys):
 def test_nothing_to_draw(image, run, tmp_path):
     result = run('token_maps', DENSE, image, '--out', tmp_path)
     assert result.returncode == 1
-    assert f'no part of the model in {DENSE} reduces, chooses' in result.stderr
+    assert f'{DENSE}: no part of the model reduces, chooses' in result.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -28,6 +28,7 @@ EXAMPLES = """\
 examples:
   mmtoken maps CFG work_dirs/NAME/epoch_12.pth a.jpg b.jpg --out maps
   mmtoken maps DGE_CFG CKPT *.jpg --out maps --per-block --json ratios.json
+  mmtoken maps MSVIT_CFG CKPT a.jpg --out maps --budgets 0.3 0.44 0.6 1
   mmtoken maps CFG a.jpg --out maps      random weights, as a trial
 """
 CHECKPOINTS = ('.pth', '.pt')
@@ -45,7 +46,7 @@ def main() -> int:
     quieten()
     from mmtoken.analysis.configs import load_config
     from mmtoken.analysis.recording import check_channels, image_pipeline, load_image, load_model
-    from mmtoken.visualization.token_maps import draw_image
+    from mmtoken.visualization.token_maps import draw_budgets, draw_image
 
     if checkpoint is None:
         print('No checkpoint is given: weights are random, and what they choose means nothing.')
@@ -64,16 +65,22 @@ def main() -> int:
             check_channels(cfg, batch)
         except (OSError, ValueError) as bad:
             return fail(f'{path}: {bad}')
-        drawn = draw_image(model, batch, args.per_block)
-        if drawn is None:
-            return fail(
-                f'no part of the model in {args.config} reduces, chooses or structures its tokens'
-            )
-        figure, records = drawn
+        try:
+            if args.budgets:
+                figure, records = draw_budgets(model, batch, args.budgets)
+                measured = dict(zip(map(str, args.budgets), map(measure, records), strict=True))
+                lines = [describe(f'budget {tokens}', one) for tokens, one in measured.items()]
+            else:
+                figure, records = draw_image(model, batch, args.per_block)
+                measured = measure(records)
+                lines = [describe(target, measured)]
+        except ValueError as bad:
+            return fail(f'{args.config}: {bad}')
         args.out.mkdir(parents=True, exist_ok=True)
         figure.savefig(target, dpi=args.dpi)
-        ratios[str(path)] = one = measure(records)
-        console.print(describe(target, one), highlight=False, soft_wrap=True)
+        ratios[str(path)] = measured
+        for line in lines:
+            console.print(line, highlight=False, soft_wrap=True)
     write_json(args.json, ratios)
     return 0
 
@@ -92,6 +99,13 @@ def parse_args():
         '--per-block',
         action='store_true',
         help='for DGE a panel for each block, not stage',
+    )
+    parser.add_argument(
+        '--budgets',
+        type=float,
+        nargs='+',
+        metavar='SHARE',
+        help='draw the tokens that each of these shares leaves (mmtoken.set_budget)',
     )
     parser.add_argument('--force', action='store_true', help='overwrite existing pictures')
     parser.add_argument('--device', default='cpu', help='where to run')
@@ -120,13 +134,13 @@ def measure(records: list) -> dict:
     )
 
 
-def describe(target: Path, ratios: dict) -> str:
-    """One line on a picture."""
+def describe(name: Path | str, ratios: dict) -> str:
+    """One line on a picture, or on a budget in it."""
     if not ratios:
-        return str(target)
+        return str(name)
     stages = ' '.join(f'{ratio:.2f}' for ratio in ratios['stages'])
     return (
-        f'{target}: {ratios["query_ratio"]:.2f} {ratios["unit"]}'
+        f'{name}: {ratios["query_ratio"]:.2f} {ratios["unit"]}'
         + f' (by stage: {stages})' * (len(ratios['stages']) > 1)
         + f', {ratios["coarse_ratio"]:.2f} of the regions coarse'
     )
