@@ -41,7 +41,7 @@ WARM_UP = 15  # iterations
 
 @dataclass(frozen=True)
 class Setting:
-    """How a gate is built and trained; the defaults are those of the configs."""
+    """How a gate is built and trained."""
 
     name: str
     input: str = 'patches'
@@ -53,12 +53,12 @@ class Setting:
 
 
 SETTINGS = (
-    Setting('as in the config'),
+    Setting('sees 3×3 regions'),
     Setting('learning rate 1e-3', lr=1e-3),
     Setting('starts with 10 % coarse, 1e-3', lr=1e-3, start_ratio=0.1),
     Setting('reads the coarse embedding', input='embed'),
     Setting('sees no neighbors', kernel_size=1),
-    Setting('sees 5×5 regions', kernel_size=5),
+    Setting('as in the config: sees 5×5 regions', kernel_size=5),
     Setting('ten times the photographs', lr=3e-3, iterations=750, batch_size=4),
 )
 

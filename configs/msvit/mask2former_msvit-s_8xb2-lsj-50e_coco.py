@@ -12,7 +12,7 @@ model = dict(
         gate=dict(
             input='patches',
             fine_ratio=0.5,
-            kernel_size=3,
+            kernel_size=5,
             label_loss=dict(type='mmtoken.LabelPurityLoss'),
         ),
         train_mode='gathered',

@@ -20,7 +20,7 @@ model = dict(
         gate=dict(
             input='patches',
             fine_ratio=0.25,
-            kernel_size=3,
+            kernel_size=5,
             label_loss=dict(type='mmtoken.LabelPurityLoss'),
         ),
         train_mode='gathered',
