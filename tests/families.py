@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 SWIN = dict(embed_dims=16, depths=(2, 1, 6, 1), num_heads=(1, 2, 2, 4))
 VIT = dict(embed_dims=32, num_layers=6, num_heads=2, feedforward_channels=48)
+LATER = dict(mlp='swiglu', norm_eps=1e-5, qk_norm=True, rotary='dinov3', num_registers=2)
 SHORT_VIT = dict(VIT, num_layers=4)
 SMALL_VIT = dict(VIT, num_layers=3)
 DPVT = dict(
@@ -149,7 +150,7 @@ FAMILIES = {
     ),
     'DGEDeiT': Family(
         variants=[
-            dict(arch=VIT, img_size=80, out_indices=(1, 3, 4, 5), **kwargs)
+            dict(arch=VIT, img_size=80, out_indices=(1, 3, 4, 5)) | kwargs
             for kwargs in (
                 {},
                 dict(cls_token=True, granularities=(1, 4), train_mode='dense'),
@@ -177,12 +178,13 @@ FAMILIES = {
     ),
     'MSViT': Family(
         variants=[
-            dict(arch=VIT, img_size=80, out_indices=(1, 3, 4, 5), **kwargs)
+            dict(arch=VIT, img_size=80, out_indices=(1, 3, 4, 5)) | kwargs
             for kwargs in (
                 {},
                 dict(train_mode='gathered', num_registers=2, layer_scale=1e-5, qkv_bias=False),
                 dict(cls_token=False, window_size=4, share_patch_embed=False),
                 dict(gate=None),
+                dict(arch=dict(VIT, **LATER)),
             )
         ],
         num_stages=6,
@@ -208,18 +210,20 @@ FAMILIES = {
             ' windows': dict(
                 arch=SHORT_VIT, cls_token=False, window_size=2, share_patch_embed=False
             ),
+            ' later': dict(arch=dict(SHORT_VIT, pos_embed=False, **LATER)),
         },
         size=('img_size', dict(arch=VIT, gate=dict(loss=None))),
         chooses=True,
     ),
     'MergeViT': Family(
         variants=[
-            dict(arch=VIT, img_size=80, out_indices=(1, 3, 4, 5), **kwargs)
+            dict(arch=VIT, img_size=80, out_indices=(1, 3, 4, 5)) | kwargs
             for kwargs in (
                 dict(merge_blocks=(2, 4)),
                 dict(merge_blocks=(0, -1), num_registers=2, layer_scale=1e-5, qkv_bias=False),
                 dict(merge_blocks=1, proportional=False, cls_token=False),
                 dict(merge_blocks=()),
+                dict(arch=dict(VIT, mlp='swiglu-norm', rotary='eva02'), merge_blocks=2),
             )
         ],
         num_stages=6,
@@ -237,7 +241,10 @@ FAMILIES = {
             'norm.weight': -1,
         },
         small=dict(arch=SMALL_VIT, img_size=80, merge_blocks=(1, 2)),
-        networks={'': dict(arch=SHORT_VIT, layer_scale=0.5, merge_blocks=(1, 3))},
+        networks={
+            '': dict(arch=SHORT_VIT, layer_scale=0.5, merge_blocks=(1, 3)),
+            ' later': dict(arch=dict(SHORT_VIT, pos_embed=False, **LATER), merge_blocks=(1, 3)),
+        },
         size=('img_size', dict(arch=VIT, merge_blocks=(2, 4))),
         chooses=True,
     ),

@@ -3,7 +3,8 @@
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch.nn as nn
 from timm.layers import trunc_normal_
@@ -186,13 +187,19 @@ def _init_linear(module: nn.Module) -> None:
 SHORT_NAMES = dict(t='tiny', s='small', m='medium', b='base', l='large')  # as in mmpretrain
 
 
-def resolve_arch(arch: str | Mapping, zoo: Mapping[str, dict], keys: Iterable[str]) -> dict:
+def resolve_arch(
+    arch: str | Mapping,
+    zoo: Mapping[str, dict],
+    keys: Iterable[str],
+    optional: Mapping[str, Any] = MappingProxyType({}),
+) -> dict:
     """Look an architecture up in a zoo, or check a user's own.
 
     Args:
-        arch: A name in the zoo, or a mapping with exactly ``keys``.
+        arch: A name in the zoo, or a mapping.
         zoo: Named architectures.
         keys: What a mapping must hold.
+        optional: What it may hold as well, with default values.
 
     Raises:
         ValueError: An unknown name, or a mapping that lacks a key or has another.
@@ -202,12 +209,13 @@ def resolve_arch(arch: str | Mapping, zoo: Mapping[str, dict], keys: Iterable[st
         arch = SHORT_NAMES.get(arch, arch)
         if arch not in zoo:
             raise ValueError(f'arch is {arch!r}; known are {sorted(zoo)}, or a dict')
-        return dict(zoo[arch])
+        return {**optional, **zoo[arch]}
     if not isinstance(arch, Mapping):
         raise TypeError(f'arch must be a name or a dict, got {type(arch).__name__}')
-    if set(arch) != set(keys):
-        raise ValueError(f'an arch dict has the keys {sorted(keys)}, got {sorted(arch)}')
-    return dict(arch)
+    if set(arch) - set(optional) != set(keys):
+        allowed = f'{sorted(keys)}' + f' and may have {sorted(optional)}' * bool(optional)
+        raise ValueError(f'an arch dict has the keys {allowed}, got {sorted(arch)}')
+    return {**optional, **arch}
 
 
 def check_out_indices(out_indices: int | Iterable[int], num_stages: int) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from ..layers.merge.mutual_pairs import (
 )
 from ..registry import MODELS
 from ..runtime.decisions import TokenGroups, record_groups
-from .vit_base import DenseLayout, PlainBackbone
+from .vit_base import TRUNK_OPTIONS, TRUNKS, DenseLayout, PlainBackbone
 
 
 @MODELS.register_module()
@@ -66,6 +66,8 @@ class MergeViT(PlainBackbone):
     """
 
     twin_args = dict(merge_blocks=())
+    arch_options = TRUNK_OPTIONS
+    arch_zoo = PlainBackbone.arch_zoo | TRUNKS
 
     def __init__(
         self,
@@ -109,8 +111,9 @@ class MergeViT(PlainBackbone):
     ) -> tuple[Tensor, DenseLayout | MergedLayout]:
         if index in self.merge_blocks:
             if isinstance(layout, DenseLayout):
-                prefix, device = self.num_prefix_tokens, tokens.device
-                layout = unmerged_layout(layout.grid, prefix, len(tokens), device)
+                layout = unmerged_layout(
+                    layout.grid, self.num_prefix_tokens, len(tokens), tokens.device, layout.rotation
+                )
                 tokens = tokens.flatten(0, 1)  # (B, L, C) -> (M, C)
             # Outside of what is recomputed, which then has the same pairs
             least = self.least_behind(index, layout.grid)

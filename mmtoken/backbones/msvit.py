@@ -5,6 +5,7 @@ here, see :class:`MSViT`. Parameter names are timm's where timm has the layer.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -19,6 +20,7 @@ from ..layers.common.packed import SparseFeatures
 from ..layers.common.padding import padding_regions, valid_size
 from ..layers.common.plain import has_geometry
 from ..layers.common.regions import RegionLayout, describe_regions, make_region_layout, pool_cells
+from ..layers.common.rotary import Rotation, rotated
 from ..layers.common.routing import choose, explores, rank_regions
 from ..layers.common.stem import PatchEmbed, pad_to_stride
 from ..layers.common.utils import ceil_div
@@ -28,7 +30,7 @@ from ..losses.label_purity import publish_label_loss
 from ..registry import MODELS
 from ..runtime.aux_losses import publish, should_publish
 from ..runtime.decisions import RoutingDecision, record_decision
-from .vit_base import DenseLayout, PlainBackbone
+from .vit_base import TRUNK_OPTIONS, TRUNKS, DenseLayout, PlainBackbone
 
 TrainMode = Literal['masked', 'gathered']
 GateInput = Literal['embed', 'pixels', 'patches']
@@ -97,6 +99,8 @@ class MSViT(PlainBackbone):
     stem_names = (*PlainBackbone.stem_names, 'patch_embed_coarse')
     out_types = ('map', 'tokens', 'cls_token', 'avg_featmap')
     fixed_args = ('patch_size',)
+    arch_options = TRUNK_OPTIONS
+    arch_zoo = PlainBackbone.arch_zoo | TRUNKS
     twin_args = dict(gate=None)
     ratio_name = 'coarse_ratio'
     ignorable_keys = (
@@ -269,12 +273,13 @@ class MSViT(PlainBackbone):
             tokens, layout = self.embed(x)  # (B, P + H * W, C)
             if self.window is None:
                 return tokens, layout
-            layout = fine_layout(regions, len(x), self.window)
-            return layout.pack(tokens), layout
+            packed = fine_layout(regions, len(x), self.window)
+            return packed.pack(tokens), self.turn(packed, layout.rotation)
         coarse = self.embed_coarse(x)  # (B, Hr, Wr, C)
         patches = self.patch_embed(x) if self.gate_input == 'patches' else None  # (B, H, W, C)
         gates = self.choose_scales(x, coarse, patches, regions)
         layout = build_layout(gates, regions, self.window, self.train_mode == 'masked')
+        layout = self.turn(layout, self.rotation(grid, x.device))
         prefix, position = self.positions(grid)
         fine = self.embed_fine(x, layout) if patches is None else patches
         fine = (fine + position).flatten(1, 2)  # (B, H * W, C)
@@ -282,12 +287,25 @@ class MSViT(PlainBackbone):
         prefix = prefix.expand(len(x), -1, -1).to(fine)
         return layout.pack(torch.cat([prefix, fine, coarse], dim=1)), layout
 
+    def turn(self, layout: PackedLayout, rotation: Rotation | None) -> PackedLayout:
+        """Add the rotation of the tokens of a layout, given that of all fine tokens.
+
+        A coarse token has the position of the center of its region.
+        """
+        if rotation is None:
+            return layout
+        fine = rotation.angles[self.num_prefix_tokens :]
+        coarse = pool_cells(fine.unflatten(0, layout.grid)[None], self.ratio).flatten(0, 2)
+        angles = torch.cat([rotation.angles, coarse])[: layout.regions.num_cells_total]
+        own = layout.index % layout.regions.num_cells_total
+        return replace(layout, rotation=rotation.at(angles.index_select(0, own)))
+
     def run_block(
         self, index: int, tokens: Tensor, layout: DenseLayout | PackedLayout
     ) -> tuple[Tensor, DenseLayout | PackedLayout]:
         if isinstance(layout, DenseLayout):
             return super().run_block(index, tokens, layout)
-        attn_fn = layout.attn_fn(windowed=index not in self.global_blocks)
+        attn_fn = rotated(layout.attn_fn(index not in self.global_blocks), layout.rotation)
         return self.checkpoint(self.blocks[index], tokens, attn_fn, layout.lengths), layout
 
     def restore(self, index: int, tokens: Tensor, layout: DenseLayout | PackedLayout) -> Tensor:

@@ -5,6 +5,7 @@ Source: ViT, arXiv 2010.11929. Parameter names are timm's.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..layers.common.cache import compile_for_size
 from ..layers.common.packed import SparseFeatures
 from ..layers.common.positions import resample
+from ..layers.common.rotary import ROTARY, Rotation, grid_rotation, rotated
 from ..layers.common.stem import PatchEmbed
 from ..layers.common.utils import (
     ceil_div,
@@ -25,12 +27,56 @@ from ..layers.common.utils import (
     to_map,
     trunc_normal_parameter,
 )
-from ..layers.common.vit import NORM_EPS
+from ..layers.common.vit import NORM_EPS, Attention, SwiGLU, self_attention
 from .base import (
     TokenBackbone,
     check_out_type,
     resolve_arch,
 )
+
+MLPS = ('gelu', 'swiglu', 'swiglu-norm')
+# What an architecture may say of its trunk, and what it is in ViT and DeiT: the MLP, the epsilon of
+# norms, whether queries and keys are normalized, which rotary positions there are, whether there
+# are learned ones, and registers
+TRUNK_OPTIONS = dict(
+    mlp='gelu', norm_eps=NORM_EPS, qk_norm=False, rotary=None, pos_embed=True, num_registers=0
+)  # fmt: skip
+DINOV3 = dict(rotary='dinov3', pos_embed=False, norm_eps=1e-5, num_registers=4)
+# Trunks of later models, by the names of their weights
+TRUNKS = {
+    'dinov2-giant': dict(
+        embed_dims=1536, num_layers=40, num_heads=24, feedforward_channels=4096, mlp='swiglu'
+    ),
+    'dinov3-small': dict(
+        embed_dims=384, num_layers=12, num_heads=6, feedforward_channels=1536, **DINOV3
+    ),
+    'dinov3-small-plus': dict(
+        embed_dims=384, num_layers=12, num_heads=6, feedforward_channels=1536, mlp='swiglu',
+        **DINOV3,
+    ),
+    'dinov3-base': dict(
+        embed_dims=768, num_layers=12, num_heads=12, feedforward_channels=3072, **DINOV3
+    ),
+    'dinov3-large': dict(
+        embed_dims=1024, num_layers=24, num_heads=16, feedforward_channels=4096, **DINOV3
+    ),
+    'eva02-tiny': dict(
+        embed_dims=192, num_layers=12, num_heads=3, feedforward_channels=512, mlp='swiglu',
+        rotary='eva02',
+    ),
+    'eva02-small': dict(
+        embed_dims=384, num_layers=12, num_heads=6, feedforward_channels=1024, mlp='swiglu',
+        rotary='eva02',
+    ),
+    'eva02-base': dict(
+        embed_dims=768, num_layers=12, num_heads=12, feedforward_channels=2048,
+        mlp='swiglu-norm', rotary='eva02',
+    ),
+    'eva02-large': dict(
+        embed_dims=1024, num_layers=24, num_heads=16, feedforward_channels=2730,
+        mlp='swiglu-norm', rotary='eva02',
+    ),
+}  # fmt: skip
 
 
 class DenseLayout(NamedTuple):
@@ -38,15 +84,18 @@ class DenseLayout(NamedTuple):
 
     Attributes:
         grid: ``(H, W)``, in tokens.
+        rotation: Of queries and keys, where positions are rotary.
     """
 
     grid: tuple[int, int]
+    rotation: Rotation | None = None
 
 
 class PatchBackbone(TokenBackbone):
     """A backbone that starts as ViT does: patch embedding and position embedding."""
 
     stem_names = ('patch_embed', 'cls_token', 'reg_token', 'pos_embed')
+    rotary: str | None = None
 
     def make_stem(
         self,
@@ -56,6 +105,7 @@ class PatchBackbone(TokenBackbone):
         in_channels: int,
         cls_token: bool = False,
         num_registers: int = 0,
+        pos_embed: bool = True,
     ) -> None:
         """Add the embeddings; for the arguments see :class:`PlainBackbone`."""
         self.embed_dims = embed_dims
@@ -68,7 +118,10 @@ class PatchBackbone(TokenBackbone):
             self.cls_token = trunc_normal_parameter(1, 1, embed_dims)
         if num_registers:
             self.reg_token = trunc_normal_parameter(1, num_registers, embed_dims)
-        self.pos_embed = trunc_normal_parameter(1, math.prod(self.pos_grid) + cls_token, embed_dims)
+        self.pos_embed = None
+        if pos_embed:
+            places = math.prod(self.pos_grid) + cls_token
+            self.pos_embed = trunc_normal_parameter(1, places, embed_dims)
 
     def embed(self, x: Tensor) -> tuple[Tensor, DenseLayout]:
         """Embed the patches and add their positions.
@@ -86,17 +139,31 @@ class PatchBackbone(TokenBackbone):
         x = (x + position).flatten(1, 2)
         if self.num_prefix_tokens:
             x = torch.cat([prefix.expand(x.shape[0], -1, -1).to(x), x], dim=1)
-        return x, DenseLayout(grid)
+        return x, DenseLayout(grid, self.rotation(grid, x.device))
 
     def positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Prefix tokens ``(1, P, C)``, and the position embedding of a grid, ``(1, H, W, C)``."""
+        """Prefix tokens ``(1, P, C)``, and what a grid has added to it, ``(1, H, W, C)`` or zeros
+        of one channel."""
         num_cls = int(self.cls_token is not None)
-        prefix, position = self.pos_embed[:, :num_cls], self.pos_embed[:, num_cls:]
-        if self.cls_token is not None:
-            prefix = self.cls_token + prefix
+        if self.pos_embed is None:
+            weight = self.patch_embed.proj.weight
+            prefix = weight.new_empty(1, 0, self.embed_dims) if not num_cls else self.cls_token
+            position = weight.new_zeros(1, *grid, 1)
+        else:
+            prefix, position = self.pos_embed[:, :num_cls], self.pos_embed[:, num_cls:]
+            if num_cls:
+                prefix = self.cls_token + prefix
+            position = resample(position, self.pos_grid, grid, 'bicubic', True)
         if self.reg_token is not None:  # registers have no position
             prefix = torch.cat([prefix, self.reg_token], dim=1)
-        return prefix, resample(position, self.pos_grid, grid, 'bicubic', True)
+        return prefix, position
+
+    def rotation(self, grid: tuple[int, int], device: torch.device) -> Rotation | None:
+        """Of prefix tokens and a grid, row by row; None where positions are not rotary."""
+        if self.rotary is None:
+            return None
+        head_dims = self.embed_dims // self.num_heads
+        return grid_rotation(self.rotary, grid, self.num_prefix_tokens, head_dims, device)
 
 
 class PlainBackbone(PatchBackbone):
@@ -108,13 +175,14 @@ class PlainBackbone(PatchBackbone):
 
     Args:
         arch: ``'tiny'``, ``'small'``, ``'base'``, ``'large'``, or a dict with the keys
-            ``embed_dims``, ``num_layers``, ``num_heads`` and ``feedforward_channels``.
+            ``embed_dims``, ``num_layers``, ``num_heads`` and ``feedforward_channels``. Some methods
+            know later ones, too: see :data:`TRUNKS`.
         img_size: Image that the position embedding is laid out for, in pixels: a side, or
             ``(H, W)``. Images of any size are accepted.
         patch_size: Side of a patch, in pixels.
         in_channels: Channels of the image.
         cls_token: Whether there is a class token.
-        num_registers: Register tokens, as in some weights of DINOv2.
+        num_registers: Register tokens, as in some weights of DINOv2. None for those of ``arch``.
         qkv_bias: Biases of queries, keys and values.
         layer_scale: Initial LayerScale; None for none. That of weights, such as DINOv2's, is folded
             into the layers before it where the model has none.
@@ -139,6 +207,7 @@ class PlainBackbone(PatchBackbone):
     out_types: ClassVar[tuple[str, ...]] = ('map', 'cls_token', 'avg_featmap')
     ignorable_keys = r'(head|head_dist|norm|fc_norm)\..*|cls_token|dist_token'
     arch_keys = ('embed_dims', 'num_layers', 'num_heads', 'feedforward_channels')
+    arch_options: ClassVar[Mapping[str, Any]] = {}
     arch_zoo: ClassVar[dict[str, dict]] = dict(
         tiny=dict(embed_dims=192, num_layers=12, num_heads=3, feedforward_channels=768),
         small=dict(embed_dims=384, num_layers=12, num_heads=6, feedforward_channels=1536),
@@ -153,7 +222,7 @@ class PlainBackbone(PatchBackbone):
         patch_size: int = 16,
         in_channels: int = 3,
         cls_token: bool = False,
-        num_registers: int = 0,
+        num_registers: int | None = None,
         qkv_bias: bool = True,
         layer_scale: float | None = None,
         drop_path_rate: float = 0.0,
@@ -171,7 +240,14 @@ class PlainBackbone(PatchBackbone):
             (dims,) * depth, (patch_size,) * depth, out_indices, frozen_stages, norm_eval, init_cfg
         )
         check_out_type(out_type, self.out_types, self.out_indices, depth - 1, cls_token)
-        self.make_stem(dims, img_size, patch_size, in_channels, cls_token, num_registers)
+        options = {**TRUNK_OPTIONS, **arch}
+        if num_registers is None:
+            num_registers = options['num_registers']
+        self.num_heads, self.rotary = arch['num_heads'], options['rotary']
+        self.norm_layer = partial(nn.LayerNorm, eps=options['norm_eps'])
+        self.make_stem(
+            dims, img_size, patch_size, in_channels, cls_token, num_registers, options['pos_embed']
+        )
         self.out_type = out_type
         self.final_norm = final_norm
         self.with_cp = with_cp
@@ -185,11 +261,24 @@ class PlainBackbone(PatchBackbone):
         )
         if layer_scale is not None:
             self.block_args.update(layer_scale=layer_scale)
+        self.block_args.update(self.later_args(options))
+
+    def later_args(self, options: Mapping[str, Any]) -> dict:
+        """Arguments of a ViT block for what differs from :data:`TRUNK_OPTIONS`."""
+        args = {}
+        if options['norm_eps'] != NORM_EPS:
+            args['norm_eps'] = options['norm_eps']
+        if options['qk_norm']:
+            args['attn'] = partial(Attention, qk_norm=self.norm_layer)
+        if options['mlp'] != 'gelu':
+            norm = self.norm_layer if options['mlp'] == 'swiglu-norm' else None
+            args['mlp'] = partial(SwiGLU, norm_layer=norm)
+        return args
 
     def finish_init(self) -> None:
         """Add the norm behind the last block, if an output needs it, and apply freezing."""
         # Only where it is used: DDP refuses parameters without a gradient.
-        self.norm = nn.LayerNorm(self.embed_dims, NORM_EPS) if self.has_norm else nn.Identity()
+        self.norm = self.norm_layer(self.embed_dims) if self.has_norm else nn.Identity()
         self.train()
 
     @property
@@ -210,14 +299,23 @@ class PlainBackbone(PatchBackbone):
         Raises:
             ValueError, TypeError: As for :func:`resolve_arch`; heads that do not divide channels.
         """
-        arch = resolve_arch(arch, cls.arch_zoo, cls.arch_keys)
+        arch = resolve_arch(arch, cls.arch_zoo, cls.arch_keys, cls.arch_options)
         check_heads(arch['embed_dims'], arch['num_heads'])
+        for name, allowed in dict(mlp=MLPS, rotary=(None, *ROTARY)).items():
+            if arch.get(name, allowed[0]) not in allowed:
+                raise ValueError(f"arch['{name}'] must be one of {allowed}, got {arch[name]!r}")
+        if arch.get('rotary') and arch['embed_dims'] // arch['num_heads'] % 4:
+            raise ValueError(
+                'rotary positions need a multiple of 4 channels in each head, got '
+                f'{arch["embed_dims"]} channels in {arch["num_heads"]} heads'
+            )
         return arch
 
     @classmethod
     def library_baseline(cls, args: Mapping) -> dict | None:
-        """mmpretrain's ViT, which has neither registers nor DINOv2's layer scale."""
-        if args.get('num_registers') or args.get('layer_scale'):
+        """mmpretrain's ViT, which has neither registers nor layer scale nor later options."""
+        later = any(args['arch'].get(key, value) != value for key, value in TRUNK_OPTIONS.items())
+        if later or args.get('num_registers') or args.get('layer_scale'):
             return None
         same = ('img_size', 'patch_size', 'in_channels', 'qkv_bias', 'drop_path_rate')
         return dict(
@@ -260,7 +358,8 @@ class PlainBackbone(PatchBackbone):
 
     def run_block(self, index: int, tokens: Tensor, layout: Any) -> tuple[Tensor, Any]:
         """Run one block; it may change the layout."""
-        return self.checkpoint(self.blocks[index], tokens), layout
+        attn_fn = rotated(self_attention, None if self.rotary is None else layout.rotation)
+        return self.checkpoint(self.blocks[index], tokens, attn_fn), layout
 
     def restore(self, index: int, tokens: Tensor, layout: Any) -> Tensor:
         """Tokens behind a block to those of the whole grid, prefix first: ``(B, P + H * W, C)``."""

@@ -18,8 +18,8 @@ def convert(
 
     Args:
         state_dict: Names and tensors.
-        source: ``'stvit-r'``, ``'swat'``, ``'swin'``, ``'vtpack'``, ``'pvt'``, ``'dinov2'``,
-            ``'deit'`` or ``'vit'``. The layout is recognized by the names.
+        source: ``'stvit-r'``, ``'swat'``, ``'swin'``, ``'vtpack'``, ``'pvt'``, ``'rotary-vit'``,
+            ``'dinov2'``, ``'deit'`` or ``'vit'``. The layout is recognized by the names.
         prefix: What precedes the backbone's names, see :func:`take_prefix`.
 
     Returns:

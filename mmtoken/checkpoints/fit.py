@@ -30,6 +30,11 @@ GRIDS = dict(pos_embed='pos_grid', centers='center_grid', semantic_token2='cente
 PREFIX_TOKENS = ('cls_token', 'dist_token')
 PATCHES = 'patch_embed.proj.weight'  # of a ViT
 
+# Projections that timm's Eva has in parts
+PARTS = {
+    'attn.qkv': ('attn.q_proj', 'attn.k_proj', 'attn.v_proj'),
+    'mlp.fc1': ('mlp.fc1_g', 'mlp.fc1_x'),
+}
 COARSE_AND_FINE = ('patch_embed_coarse', 'patch_embed')  # of MSViT
 RGB = 3
 
@@ -44,7 +49,9 @@ def fit(state: State, module: nn.Module, report: Report) -> State:
     * ``attn.qkv`` is split where the model has ``attn.q`` and ``attn.kv``, or ``attn.v`` alone.
       Such a block has queries from other tokens, or another block's attention map; it has no bias
       table of windows, which is dropped.
-    * ``attn.q`` and ``attn.kv`` are joined where the model has ``attn.qkv``.
+    * ``attn.q`` and ``attn.kv`` are joined where the model has ``attn.qkv``, and so are timm's
+      ``attn.q_proj``, ``attn.k_proj`` and ``attn.v_proj``, where keys may lack a bias, and the two
+      halves of a SwiGLU.
     * LayerScale is multiplied into the layers before it where the model has none, see
       :mod:`~mmtoken.checkpoints.layer_scale`.
     * Structured layers are initialized from plain ones so that they compute the same, see
@@ -74,6 +81,7 @@ def fit(state: State, module: nn.Module, report: Report) -> State:
     _name_output_norm(state, own, report)
     _split_attention(state, own, report)
     _join_attention(state, own, report)
+    _join_parts(state, own, report)
     fold_scales(state, own, report)  # while the layers have their plain names
     structure_layers(state, own, report)
     _free_registers(state, own, report)
@@ -84,7 +92,7 @@ def fit(state: State, module: nn.Module, report: Report) -> State:
             state[name] = _resize_table(name, state, own, module)
         elif name.rpartition('.')[2] in GRIDS:
             state[name] = _resize_grid(name, state, own, module, report)
-        elif name == PATCHES and 'pos_embed' in own:
+        elif name == PATCHES and 'blocks.0.norm1.weight' in own:
             state[name] = _resize_patches(state[name], own[name])
         if name.startswith(stem) and state[name].ndim == 4:
             state[name] = _adapt_channels(state[name], own[name].shape, report)
@@ -138,6 +146,23 @@ def _join_attention(state: State, own: State, report: Report) -> None:
             report.joined += [report.mapped[name], report.mapped.pop(key_value)]
 
 
+def _join_parts(state: State, own: State, report: Report) -> None:
+    for name in own:
+        for joint, parts in PARTS.items():
+            if name in state or f'.{joint}.' not in name:
+                continue
+            names = [name.replace(joint, part) for part in parts]
+            present = [part for part in names if part in state]
+            absent = {part for part in names if not part.endswith('k_proj.bias')} - state.keys()
+            if absent:
+                continue
+            zero = torch.zeros_like(state[names[0]])  # the bias of keys
+            state[name] = torch.cat([state.pop(part, zero) for part in names])
+            old = [report.mapped.pop(part) for part in present]
+            report.mapped[name] = old[0]
+            report.joined += old
+
+
 def _free_registers(state: State, own: State, report: Report) -> None:
     """Give positions to the class token and the patches only, in a file with registers.
 
@@ -166,7 +191,7 @@ def _free_registers(state: State, own: State, report: Report) -> None:
 
 def _add_biases(state: State, own: State, report: Report) -> None:
     """Give projections of patches, or of attention, the bias that none of them has in a file."""
-    for layer in ('patch_embed.proj', 'attn.proj'):
+    for layer in ('patch_embed.proj', 'attn.proj', 'attn.qkv'):
         biases = [name for name in own if name.endswith(f'{layer}.bias')]
         if not state.keys() & set(biases):
             for name in biases:

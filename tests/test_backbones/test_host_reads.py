@@ -13,8 +13,8 @@ READS = {
     'DGEPVT': [dict(tolist=5)] * 3 + [{}],
     'DGEDPVT': [dict(tolist=5), {}],
     'DGEDeiT': [dict(tolist=6)] * 3 + [{}],
-    'MSViT': [dict(tolist=1)] * 2 + [dict(tolist=2), {}],
-    'MergeViT': [dict(tolist=2)] * 2 + [dict(tolist=1), {}],
+    'MSViT': [dict(tolist=1)] * 2 + [dict(tolist=2), {}, dict(tolist=1)],
+    'MergeViT': [dict(tolist=2)] * 2 + [dict(tolist=1), {}, dict(tolist=1)],
 }
 CASES = [
     pytest.param(

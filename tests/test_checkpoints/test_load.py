@@ -62,14 +62,14 @@ def test_all_that_differs_is_listed_at_once(save):
 def test_unknown_family(save):
     resnet = torchvision.models.resnet18(weights=None).state_dict()
     assert detect_source(resnet) is None
-    known = 'stvit-r, swat, swin, vtpack, pvt, dinov2, deit, vit'
+    known = 'stvit-r, swat, swin, vtpack, pvt, rotary-vit, dinov2, deit, vit'
     message = rf'does not fit STViTRSwin; its names are of no known source \({known}\)'
     with pytest.raises(ValueError, match=f'file.pth: {message} and has 0 of its'):
         load_into(STViTRSwin('tiny'), save(resnet))
 
 
 def test_unknown_source(save):
-    known = r"\['deit', 'dinov2', 'pvt', 'stvit-r'"
+    known = r"\['deit', 'dinov2', 'pvt', 'rotary-vit', 'stvit-r'"
     with pytest.raises(ValueError, match=f"file.pth: source is 'swim'; known are {known}"):
         load_into(Net(3, 2), save(dict(weight=torch.zeros(2, 3))), source='swim')
 

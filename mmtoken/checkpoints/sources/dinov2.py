@@ -2,7 +2,7 @@
 
 A plain ViT with layer scale and patches of 14 pixels. DeiT III has the same names in timm and
 mmpretrain, so it is read as this too. Models without layer scale take it folded, see
-:mod:`~mmtoken.checkpoints.layer_scale`. The giant model, whose MLP is a SwiGLU, is refused.
+:mod:`~mmtoken.checkpoints.layer_scale`. The giant model has a SwiGLU as MLP.
 
 Source: github.com/facebookresearch/dinov2 (Apache-2.0): released backbones, and what its training
 saves, where blocks may be in chunks (``blocks.CHUNK.BLOCK``, the latter counted from the first
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from . import vit
-from .source import Layout, Rename, Renamed, Source, rename_with
+from .source import Layout, Renamed, Source, rename_with
 
 PATCHES = r'patch_embed\.proj\.weight'
 SCALE = r'blocks\.0\.ls1\.gamma'
@@ -23,25 +23,10 @@ RULES = (
     vit.HEADS,
     vit.PRETRAINING,
     (r'register_tokens$', 'reg_token'),
+    (r'blocks\.(?:\d+\.)?(\d+)\.mlp\.w12\.', r'blocks.\1.mlp.fc1.'),
+    (r'blocks\.(?:\d+\.)?(\d+)\.mlp\.w3\.', r'blocks.\1.mlp.fc2.'),
     (r'blocks\.\d+\.(\d+)\.', r'blocks.\1.'),
 )
-
-
-def without_swiglu(rename: Rename) -> Rename:
-    """Refuse SwiGLU: ``w12`` by name, and what timm calls ``fc1`` by its size."""
-
-    def rename_and_refuse(state: Mapping[str, Tensor]) -> Renamed:
-        renamed = rename(state)
-        inner = [renamed.get(f'blocks.0.mlp.{layer}.weight') for layer in ('fc1', 'fc2')]
-        packed = all(inner) and inner[0][1].shape[0] != inner[1][1].shape[1]
-        if packed or any('.w12.' in name for name in state):
-            raise ValueError(
-                'the MLP of these blocks is a SwiGLU, as in the giant DINOv2, which our backbones '
-                'do not have; take the small, base or large model'
-            )
-        return renamed
-
-    return rename_and_refuse
 
 
 def teacher(state: Mapping[str, Tensor]) -> Renamed:
@@ -51,7 +36,7 @@ def teacher(state: Mapping[str, Tensor]) -> Renamed:
     return {new: (names[old], tensor) for new, (old, tensor) in official(taken).items()}
 
 
-official = without_swiglu(rename_with(*RULES))
+official = rename_with(*RULES)
 
 DINOV2 = Source(
     'dinov2',
@@ -62,7 +47,7 @@ DINOV2 = Source(
         Layout(
             'mmpretrain',
             (r'layers\.0\.ln1\.weight', r'layers\.0\.attn\.gamma1\.weight'),
-            without_swiglu(vit.openmmlab),
+            vit.openmmlab,
         ),
     ),
     known_keys=vit.NAMES,

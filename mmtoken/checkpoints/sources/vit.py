@@ -14,15 +14,19 @@ from ..report import OURS
 from .source import Layout, Rename, Renamed, Source, rename_with
 
 PARAM = r'\.(weight|bias)'
-ATTENTION = r'qkv|q|kv|proj'
+ATTENTION = r'qkv|q|kv|proj|[qkv]_proj|[qk]_norm'
 NAMES = (
     rf'cls_token|reg_token|pos_embed|patch_embed\.proj{PARAM}|(norm|fc_norm){PARAM}'
-    rf'|blocks\.\d+\.(norm[12]|attn\.({ATTENTION})|mlp\.fc[12]|router\.gate){PARAM}'
+    rf'|blocks\.\d+\.(norm[12]|attn\.({ATTENTION})|mlp\.(fc[12]|fc1_[gx]|norm)|router\.gate){PARAM}'
     r'|blocks\.\d+\.ls[12]\.gamma'
     r'|(gate|gate_loss|label_loss|patch_embed_coarse)\..*'
 )
 HEADS = (r'(head|head_dist|pre_logits)\.', None)
-REGISTERS = ('reg_token', 'register_tokens')  # in timm and officially
+REGISTERS = ('reg_token', 'register_tokens', 'storage_tokens')  # in timm and officially
+# In timm, its Eva, mmpretrain and transformers
+SCALES = ('.ls1.gamma', '.gamma_1', '.attn.gamma1.weight', '.layer_scale1.lambda1')
+# The gate of a SwiGLU, alone or with what it gates: officially, in timm and in transformers
+GATES = ('.w1.weight', '.w12.weight', '.fc1_g.weight', '.gate_proj.weight')
 PRETRAINING = (r'mask_token$|decoder_', None)
 # What our models of dynamic granularity have beyond a plain ViT or PVT, and those of mixed scale
 GRAINED = (rf'.*\.router\.gate{PARAM}', r'budget\..*')
@@ -55,11 +59,11 @@ def check_arguments(state: Mapping[str, Tensor], model: nn.Module) -> None:
         model: Any; it is compared if it is a plain ViT.
 
     Raises:
-        ValueError: The model has layer scale and the file has not, or their numbers of registers
-            differ; the message names the argument.
+        ValueError: The model has layer scale or learned positions and the file has not, or one of
+            them has a SwiGLU, or their numbers of registers differ; the message names the argument.
     """
     own = model.state_dict()
-    if 'pos_embed' not in own:  # of another family, as its names will tell
+    if 'blocks.0.norm1.weight' not in own:  # of another family, as its names will tell
         return
     name, arguments = type(model).__name__, inspect.signature(type(model)).parameters
 
@@ -67,13 +71,28 @@ def check_arguments(state: Mapping[str, Tensor], model: nn.Module) -> None:
         remedy = f'set {argument}={value}' if argument in arguments else f'it takes no {argument}'
         raise ValueError(f'{what}; {remedy}')
 
-    scaled = any(key.endswith(('.ls1.gamma', '.attn.gamma1.weight')) for key in state)
+    scaled = any(key.endswith(SCALES) for key in state)
     if 'blocks.0.ls1.gamma' in own and not scaled:  # the reverse is folded
         refuse(f'{name} has layer scale, it has none', 'layer_scale', None)
+    if is_gated(state) != is_gated(own):
+        theirs, ours = ('a SwiGLU' if is_gated(s) else 'a plain MLP' for s in (state, own))
+        refuse(f'its blocks have {theirs}, those of {name} {ours}', 'arch', 'that of these weights')
+    if 'pos_embed' in own and not any(key.endswith('pos_embed') for key in state):
+        refuse(
+            'it has no learned positions', 'arch', "that of these weights, such as 'dinov3-base'"
+        )
     registers = [t.shape[1] for key, t in state.items() if key.endswith(REGISTERS)]
     theirs, ours = (*registers, 0)[0], own['reg_token'].shape[1] if 'reg_token' in own else 0
     if theirs != ours:
         refuse(f'it has {theirs} register tokens, {name} has {ours}', 'num_registers', theirs)
+
+
+def is_gated(state: Mapping[str, Tensor]) -> bool:
+    """Whether the MLPs of a file or a model are SwiGLUs, by names or, in timm, by size."""
+    if any(key.endswith(GATES) for key in state):
+        return True
+    inner = [state.get(f'blocks.0.mlp.{layer}.weight') for layer in ('fc1', 'fc2')]
+    return all(w is not None for w in inner) and inner[0].shape[0] != inner[1].shape[1]
 
 
 timm = without_distillation(rename_with(HEADS, PRETRAINING))
@@ -88,6 +107,8 @@ openmmlab = without_distillation(
         (r'layers\.(\d+)\.ffn\.gamma2\.weight', r'blocks.\1.ls2.gamma'),
         (r'layers\.(\d+)\.attn\.attn\.in_proj_', r'blocks.\1.attn.qkv.'),
         (r'layers\.(\d+)\.attn\.attn\.out_proj\.', r'blocks.\1.attn.proj.'),
+        (r'layers\.(\d+)\.ffn\.w12\.', r'blocks.\1.mlp.fc1.'),
+        (r'layers\.(\d+)\.ffn\.w3\.', r'blocks.\1.mlp.fc2.'),
         (r'layers\.(\d+)\.ffn\.layers\.0\.0\.', r'blocks.\1.mlp.fc1.'),
         (r'layers\.(\d+)\.ffn\.layers\.1\.', r'blocks.\1.mlp.fc2.'),
         (r'layers\.', 'blocks.'),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn as nn
-from timm.layers import DropPath, LayerScale, Mlp
+from timm.layers import DropPath, GluMlp, LayerScale, Mlp
 from torch import Tensor
 
 from .attention import attention, cross_attention
@@ -34,6 +34,8 @@ class Attention(nn.Module):
         num_heads: Attention heads.
         qkv_bias: Biases of queries, keys and values.
         linear: Makes the projections, as ``nn.Linear(in_dims, out_dims, bias=True)`` does.
+        qk_norm: Normalizes queries and keys of a head, as ``nn.LayerNorm(dims)`` does; None for
+            none.
     """
 
     def __init__(
@@ -42,10 +44,14 @@ class Attention(nn.Module):
         num_heads: int,
         qkv_bias: bool = True,
         linear: Callable[..., nn.Module] = nn.Linear,
+        qk_norm: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = linear(embed_dims, 3 * embed_dims, bias=qkv_bias)
+        self.q_norm = self.k_norm = None
+        if qk_norm is not None:
+            self.q_norm, self.k_norm = (qk_norm(embed_dims // num_heads) for _ in range(2))
         self.proj = linear(embed_dims, embed_dims)
 
     def forward(self, x: Tensor, attn_fn: AttentionFn = self_attention) -> Tensor:
@@ -55,6 +61,8 @@ class Attention(nn.Module):
     def attend(self, qkv: Tensor, attn_fn: AttentionFn) -> Tensor:
         """Attention of projected tokens: ``(..., 3 * C) -> (..., C)``."""
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
         return attn_fn(query, key, value).flatten(-2)
 
 
@@ -94,6 +102,7 @@ class ViTBlock(nn.Module):
         layer_scale: Initial value of a LayerScale behind attention and MLP; None for none.
         attn: Makes the attention, as ``Attention(embed_dims, num_heads, qkv_bias)`` does.
         mlp: Makes the MLP, as ``Mlp(embed_dims, feedforward_channels)`` does.
+        norm_eps: Epsilon of the two LayerNorms.
 
     Example:
         >>> block = ViTBlock(embed_dims=32, num_heads=2, feedforward_channels=64)
@@ -111,13 +120,14 @@ class ViTBlock(nn.Module):
         layer_scale: float | None = None,
         attn: Callable[..., nn.Module] = Attention,
         mlp: Callable[..., nn.Module] = Mlp,
+        norm_eps: float = NORM_EPS,
     ) -> None:
         super().__init__()
         scaled = layer_scale is not None
-        self.norm1 = nn.LayerNorm(embed_dims, NORM_EPS)
+        self.norm1 = nn.LayerNorm(embed_dims, norm_eps)
         self.attn = attn(embed_dims, num_heads, qkv_bias)
         self.ls1 = LayerScale(embed_dims, layer_scale) if scaled else nn.Identity()
-        self.norm2 = nn.LayerNorm(embed_dims, NORM_EPS)
+        self.norm2 = nn.LayerNorm(embed_dims, norm_eps)
         self.mlp = mlp(embed_dims, feedforward_channels)
         self.ls2 = LayerScale(embed_dims, layer_scale) if scaled else nn.Identity()
         self.drop_path = DropPath(drop_path)
@@ -152,6 +162,32 @@ class ViTBlock(nn.Module):
         keep = self.drop_path(update.new_ones(len(lengths), 1))
         repeats = torch.tensor(lengths, device=update.device)
         return update * keep.repeat_interleave(repeats, 0, output_size=len(update))
+
+
+class SwiGLU(GluMlp):
+    """An MLP whose hidden channels are gated, in one projection of twice as many.
+
+    Source: arXiv 2002.05202; a form of timm's ``GluMlp``, with its names.
+
+    Args:
+        embed_dims: Channels, C.
+        feedforward_channels: Hidden channels behind the gate.
+        norm_layer: Normalizes these, as ``nn.LayerNorm(dims)`` does; None for none.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        feedforward_channels: int,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        super().__init__(
+            embed_dims,
+            2 * feedforward_channels,
+            act_layer=nn.SiLU,
+            norm_layer=norm_layer,
+            gate_last=False,
+        )
 
 
 class CrossAttentionBlock(ViTBlock):

@@ -23,6 +23,7 @@ from ...runtime.reference import is_compiling
 from ..common.attention import gated_attention_fused, varlen_attention
 from ..common.precision import full_precision
 from ..common.regions import check_concrete, find_chosen
+from ..common.rotary import Rotation, rotated
 from ..common.vit import AttentionFn
 
 # Similarities that are in memory at a time: 4 MB in fp32, all those of 1024 tokens
@@ -42,6 +43,7 @@ class MergedLayout:
         lengths: Tokens of each image.
         owner: The token that stands for each place, prefix first, ``(B, P + H * W)``.
         sizes: Places that each token stands for, ``(M,)``, float.
+        rotation: Of queries and keys, where positions are rotary.
     """
 
     grid: tuple[int, int]
@@ -49,6 +51,7 @@ class MergedLayout:
     lengths: list[int]
     owner: Tensor
     sizes: Tensor
+    rotation: Rotation | None = None
 
     def attn_fn(self, proportional: bool) -> AttentionFn:
         """Attention between the tokens of an image, ``(M, heads, d)`` each.
@@ -56,19 +59,35 @@ class MergedLayout:
         Args:
             proportional: A key that stands for n places counts n times.
         """
+        attn_fn = partial(varlen_attention, lengths=self.lengths)
         if proportional:
-            return partial(gated_attention_fused, gate=self.sizes, lengths=self.lengths)
-        return partial(varlen_attention, lengths=self.lengths)
+            attn_fn = partial(gated_attention_fused, gate=self.sizes, lengths=self.lengths)
+        return rotated(attn_fn, self.rotation)
 
 
 def unmerged_layout(
-    grid: tuple[int, int], num_prefix_tokens: int, batch: int, device: torch.device
+    grid: tuple[int, int],
+    num_prefix_tokens: int,
+    batch: int,
+    device: torch.device,
+    rotation: Rotation | None = None,
 ) -> MergedLayout:
-    """The layout before the first merge: each place has its own token."""
+    """The layout before the first merge: each place has its own token.
+
+    Args:
+        grid: ``(H, W)``, in patches.
+        num_prefix_tokens: P.
+        batch: Images.
+        device: For tensors.
+        rotation: Of the tokens of an image, where positions are rotary.
+    """
     length = num_prefix_tokens + grid[0] * grid[1]
     owner = torch.arange(batch * length, device=device)
     sizes = torch.ones(batch * length, device=device)
-    return MergedLayout(grid, num_prefix_tokens, [length] * batch, owner.view(batch, -1), sizes)
+    if rotation is not None:
+        rotation = rotation.at(rotation.angles.repeat(batch, 1))
+    owner = owner.view(batch, -1)
+    return MergedLayout(grid, num_prefix_tokens, [length] * batch, owner, sizes, rotation)
 
 
 # Not traced: the number of tokens depends on values.
@@ -113,12 +132,20 @@ def merge_mutual_pairs(
     first, counts = find_chosen(stays, rank, counts[:, None])
     second = other[first]
     size, added = layout.sizes[first], layout.sizes[second]
-    share = (added / (size + added)).to(tokens.dtype)[:, None]
-    merged = torch.lerp(tokens.index_select(0, first), tokens.index_select(0, second), share)
+    share = (added / (size + added))[:, None]
+
+    def merge(values: Tensor) -> Tensor:
+        pair = values.index_select(0, first), values.index_select(0, second)
+        return torch.lerp(*pair, share.to(values.dtype))
+
+    rotation = layout.rotation
+    if rotation is not None:  # to that of the mean position
+        rotation = rotation.at(merge(rotation.angles))
     owner = rank[torch.minimum(place, other)][layout.owner]
     sizes = size + added * (first != second)
     lengths = [count for (count,) in counts]
-    return merged, replace(layout, lengths=lengths, owner=owner, sizes=sizes)
+    layout = replace(layout, lengths=lengths, owner=owner, sizes=sizes, rotation=rotation)
+    return merge(tokens), layout
 
 
 def unmerge(tokens: Tensor, layout: MergedLayout) -> Tensor:

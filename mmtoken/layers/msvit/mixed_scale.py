@@ -16,7 +16,7 @@ There are three layouts of packed tokens:
 Source: MSViT, arXiv 2307.02321.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -26,6 +26,7 @@ from ...runtime.reference import is_compiling
 from ..common.attention import gated_attention, gated_attention_fused, varlen_attention
 from ..common.packed import SparseFeatures
 from ..common.regions import RegionLayout, all_cells, gate_per_cell, plan_regions
+from ..common.rotary import Rotation
 from ..common.utils import ceil_div, to_map
 from ..common.vit import AttentionFn
 
@@ -48,6 +49,7 @@ class PackedLayout:
         owner: The token that stands for each place, prefix first, ``(B, P + H * W)``.
         fine: The places that have a fine token, of the ``B * H * W`` of the batch, ``(m,)``; all
             in ``torch.export``, where m is not known.
+        rotation: Of queries and keys, where positions are rotary.
     """
 
     regions: RegionLayout
@@ -57,6 +59,7 @@ class PackedLayout:
     windows: list[int]
     owner: Tensor
     fine: Tensor
+    rotation: Rotation | None = field(default=None, kw_only=True)
 
     @property
     def num_places(self) -> int:

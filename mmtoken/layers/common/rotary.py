@@ -1,0 +1,119 @@
+"""Rotary positions: queries and keys are turned by angles that are linear in their position.
+
+So the mean angle of several tokens is the angle at their mean position, which coarse and merged
+tokens have; and prefix tokens, which have no position, have angles of 0 and are not turned.
+
+Source: RoFormer, arXiv 2104.09864; over rows and columns as in EVA-02, arXiv 2303.11331, and
+DINOv3, arXiv 2508.10104.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .cache import cache_by_shape
+from .vit import AttentionFn
+
+
+class Rotary(NamedTuple):
+    """How positions become angles.
+
+    Attributes:
+        temperature: The wavelength of the last frequency over that of the first.
+        reference: Rows and columns that any grid is scaled to, where a step from one to the next
+            is one radian of the first frequency. None scales rows and columns to one turn to
+            either side of the center.
+        interleaved: Channels 0 and 1 are turned by the first angle, 2 and 3 by the second, and so
+            on; otherwise channels 0 and d / 2 by the first.
+    """
+
+    temperature: float
+    reference: tuple[int, int] | None
+    interleaved: bool
+
+
+ROTARY = dict(
+    dinov3=Rotary(100.0, reference=None, interleaved=False),
+    eva02=Rotary(10000.0, reference=(16, 16), interleaved=True),
+)
+
+
+class Rotation(NamedTuple):
+    """What queries and keys of tokens are turned by.
+
+    Attributes:
+        angles: ``(N, d / 2)``.
+        sin: Of each channel, ``(N, 1, d)``.
+        cos: Likewise.
+        interleaved: See :class:`Rotary`.
+    """
+
+    angles: Tensor
+    sin: Tensor
+    cos: Tensor
+    interleaved: bool
+
+    @classmethod
+    def by(cls, angles: Tensor, interleaved: bool) -> 'Rotation':
+        """The rotation by angles ``(N, d / 2)``."""
+        if interleaved:
+            channels = angles.repeat_interleave(2, dim=-1)
+        else:
+            channels = torch.cat([angles, angles], dim=-1)
+        return cls(angles, channels.sin()[:, None], channels.cos()[:, None], interleaved)
+
+    def at(self, angles: Tensor) -> 'Rotation':
+        """A rotation of the same kind by other angles, such as means or a selection of these."""
+        return Rotation.by(angles, self.interleaved)
+
+
+@cache_by_shape
+def grid_rotation(
+    kind: str, grid: tuple[int, int], num_prefix_tokens: int, dims: int, device: torch.device
+) -> Rotation:
+    """The rotation of the tokens of a grid, row by row, prefix tokens first.
+
+    Args:
+        kind: A key of :data:`ROTARY`.
+        grid: ``(H, W)``.
+        num_prefix_tokens: Tokens that are not turned.
+        dims: Of an attention head, a multiple of 4.
+        device: For the result, which is float32.
+    """
+    rotary = ROTARY[kind]
+    frequencies = rotary.temperature ** -torch.arange(0, 1, 4 / dims, dtype=torch.float64)
+    axes = []
+    for i, side in enumerate(grid):
+        place = torch.arange(side, dtype=torch.float64)
+        if rotary.reference is None:
+            axes.append(2 * math.pi * (2 * (place + 0.5) / side - 1))
+        else:
+            axes.append(place * rotary.reference[i] / side)
+    places = torch.stack(torch.meshgrid(*axes, indexing='ij'), dim=-1)  # (H, W, 2)
+    angles = (places[..., None] * frequencies).reshape(-1, dims // 2).float()
+    prefix = angles.new_zeros(num_prefix_tokens, dims // 2)
+    return Rotation.by(torch.cat([prefix, angles]).to(device), rotary.interleaved)
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn queries or keys ``(..., N, heads, d)``, in float32 at least."""
+    if rotation.interleaved:
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+    else:
+        first, second = x.chunk(2, dim=-1)
+        turned = torch.cat([-second, first], dim=-1)
+    return (x * rotation.cos + turned * rotation.sin).to(x.dtype)
+
+
+def rotated(attn_fn: AttentionFn, rotation: Rotation | None) -> AttentionFn:
+    """Attention whose queries and keys are turned before; None leaves it as it is."""
+    return attn_fn if rotation is None else partial(_attend, attn_fn=attn_fn, rotation=rotation)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, attn_fn: AttentionFn, rotation: Rotation
+) -> Tensor:
+    return attn_fn(rotate(query, rotation), rotate(key, rotation), value)
