@@ -156,6 +156,7 @@ FAMILIES = {
                 dict(cls_token=True, granularities=(1, 4), train_mode='dense'),
                 dict(train_mode='sparse', region_size=8, qkv_bias=False),
                 dict(cls_token=True, granularities=(1,)),
+                dict(arch=dict(VIT, **LATER)),
             )
         ],
         num_stages=6,
@@ -172,7 +173,10 @@ FAMILIES = {
             'norm.weight': -1,
         },
         small=dict(arch=SMALL_VIT, img_size=80),
-        networks={'': dict(arch=SHORT_VIT, granularities=(1, 2), region_size=2)},
+        networks={
+            '': dict(arch=SHORT_VIT, granularities=(1, 2), region_size=2),
+            ' later': dict(arch=dict(SHORT_VIT, pos_embed=False, **LATER)),
+        },
         size=('img_size', dict(arch=VIT, cls_token=True)),
         chooses=True,
     ),

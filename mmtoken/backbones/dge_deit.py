@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch.nn as nn
+from timm.layers import Mlp
 from torch import Tensor
 
 from ..arguments import as_tuple
 from ..layers.common.padding import padding_regions, valid_size
-from ..layers.common.vit import NORM_EPS, ViTBlock
+from ..layers.common.regions import turn_cells
+from ..layers.common.vit import ViTBlock
 from ..layers.dge.block import DynamicGranularityBlock, Routing, TrainMode
 from ..layers.dge.shared_router import SharedRouter, split_router_args
 from ..layers.dge.spatial_reduction import SpatialReductionAttention
@@ -20,7 +22,7 @@ from ..layers.dge.stage import Decisions
 from ..losses.budget import BUDGET, BlockWidths, PatchWidths, build_budget, publish_budget
 from ..losses.label_purity import publish_label_loss
 from ..registry import MODELS
-from .vit_base import DenseLayout, PlainBackbone
+from .vit_base import TRUNK_OPTIONS, TRUNKS, DenseLayout, PlainBackbone
 
 
 class RoutedLayout(NamedTuple):
@@ -67,8 +69,8 @@ class DGEDeiT(PlainBackbone):
             ``label_loss``, config of :class:`mmtoken.LabelPurityLoss`, with which labels teach the
             router (with ``query_ratio`` they alone do); and those of
             :class:`~mmtoken.layers.common.gate.RegionGate`.
-        kwargs: As for :class:`~mmtoken.backbones.vit_base.PlainBackbone`, without ``num_registers``
-            and ``layer_scale``. Released DGE weights are for ``img_size=256`` and have a class
+        kwargs: As for :class:`~mmtoken.backbones.vit_base.PlainBackbone`, without ``layer_scale``.
+            Released DGE weights are for ``img_size=256`` and have a class
             token.
 
     Raises:
@@ -83,7 +85,9 @@ class DGEDeiT(PlainBackbone):
         [(1, 32, 4, 6), (1, 32, 4, 6)]
     """
 
-    fixed_args = ('num_registers', 'layer_scale')
+    fixed_args = ('layer_scale',)
+    arch_options = TRUNK_OPTIONS
+    arch_zoo = PlainBackbone.arch_zoo | TRUNKS
     ratio_name = DynamicGranularityBlock.ratio_name
     twin_args = dict(granularities=(1,), budget=None)
     ignorable_keys = rf'{PlainBackbone.ignorable_keys}|(budget|label_loss)\..*'
@@ -109,16 +113,21 @@ class DGEDeiT(PlainBackbone):
             self.router = SharedRouter(self.embed_dims, self.granularities, region_size, **args)
         self.budget = build_budget(budget, self.granularities)
         if self.is_routed:
-            dims, heads, hidden, bias = self.block_args.values()
+            args = dict(self.block_args)
+            dims, heads = args.pop('embed_dims'), args.pop('num_heads')
+            bias, _ = args.pop('qkv_bias'), args.pop('attn')
             self.blocks = nn.ModuleList(
                 DynamicGranularityBlock(
-                    dims, SpatialReductionAttention(dims, heads, 1, bias), hidden,
-                    self.granularities, region_size, train_mode, rate, NORM_EPS,
-                    has_router=self.router is None,
+                    dims, SpatialReductionAttention(dims, heads, 1, bias, self.qk_norm),
+                    granularities=self.granularities, region_size=region_size,
+                    train_mode=train_mode, drop_path=rate, has_router=self.router is None, **args,
                 )
                 for rate in self.drop_rates
             )  # fmt: skip
             self.block_widths = BlockWidths.of(self.blocks[0], attn_products=2)
+            if self.mlp_layer is not Mlp:  # three products where an MLP has two
+                hidden = self.block_widths.feedforward_channels
+                self.block_widths = self.block_widths._replace(feedforward_channels=1.5 * hidden)
             in_channels = self.patch_embed.proj.in_channels
             self.patch_widths = PatchWidths(in_channels, dims, self.patch_size, has_norm=False)
         else:
@@ -138,6 +147,7 @@ class DGEDeiT(PlainBackbone):
             return tokens, dense
         valid = valid_size(x)
         regions = self.blocks[0].layout(dense.grid, self.num_prefix_tokens, x.device)
+        regions = turn_cells(regions, dense.rotation)
         padding = padding_regions(valid, self.patch_size, regions)
         shared = None
         if self.router is not None:

@@ -5,7 +5,6 @@ here, see :class:`MSViT`. Parameter names are timm's where timm has the layer.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -19,8 +18,14 @@ from ..layers.common.gate import RegionGate, start_of
 from ..layers.common.packed import SparseFeatures
 from ..layers.common.padding import padding_regions, valid_size
 from ..layers.common.plain import has_geometry
-from ..layers.common.regions import RegionLayout, describe_regions, make_region_layout, pool_cells
-from ..layers.common.rotary import Rotation, rotated
+from ..layers.common.regions import (
+    RegionLayout,
+    describe_regions,
+    make_region_layout,
+    pool_cells,
+    turn_cells,
+)
+from ..layers.common.rotary import rotated
 from ..layers.common.routing import choose, explores, rank_regions
 from ..layers.common.stem import PatchEmbed, pad_to_stride
 from ..layers.common.utils import ceil_div
@@ -269,36 +274,23 @@ class MSViT(PlainBackbone):
         regions = make_region_layout(
             grid, self.granularities, self.ratio, self.num_prefix_tokens, x.device
         )
+        regions = turn_cells(regions, self.rotation(grid, x.device))
         if self.gate is None:
             tokens, layout = self.embed(x)  # (B, P + H * W, C)
             if self.window is None:
                 return tokens, layout
-            packed = fine_layout(regions, len(x), self.window)
-            return packed.pack(tokens), self.turn(packed, layout.rotation)
+            layout = fine_layout(regions, len(x), self.window)
+            return layout.pack(tokens), layout
         coarse = self.embed_coarse(x)  # (B, Hr, Wr, C)
         patches = self.patch_embed(x) if self.gate_input == 'patches' else None  # (B, H, W, C)
         gates = self.choose_scales(x, coarse, patches, regions)
         layout = build_layout(gates, regions, self.window, self.train_mode == 'masked')
-        layout = self.turn(layout, self.rotation(grid, x.device))
         prefix, position = self.positions(grid)
         fine = self.embed_fine(x, layout) if patches is None else patches
         fine = (fine + position).flatten(1, 2)  # (B, H * W, C)
         coarse = (coarse + pool_cells(position, self.ratio)).flatten(1, 2)
         prefix = prefix.expand(len(x), -1, -1).to(fine)
         return layout.pack(torch.cat([prefix, fine, coarse], dim=1)), layout
-
-    def turn(self, layout: PackedLayout, rotation: Rotation | None) -> PackedLayout:
-        """Add the rotation of the tokens of a layout, given that of all fine tokens.
-
-        A coarse token has the position of the center of its region.
-        """
-        if rotation is None:
-            return layout
-        fine = rotation.angles[self.num_prefix_tokens :]
-        coarse = pool_cells(fine.unflatten(0, layout.grid)[None], self.ratio).flatten(0, 2)
-        angles = torch.cat([rotation.angles, coarse])[: layout.regions.num_cells_total]
-        own = layout.index % layout.regions.num_cells_total
-        return replace(layout, rotation=rotation.at(angles.index_select(0, own)))
 
     def run_block(
         self, index: int, tokens: Tensor, layout: DenseLayout | PackedLayout

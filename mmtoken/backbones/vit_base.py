@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn as nn
-from timm.layers import to_2tuple
+from timm.layers import Mlp, to_2tuple
 from torch import Tensor
 
 from ..layers.common.cache import compile_for_size
@@ -34,7 +34,7 @@ from .base import (
     resolve_arch,
 )
 
-MLPS = ('gelu', 'swiglu', 'swiglu-norm')
+MLPS = {'gelu': Mlp, 'swiglu': SwiGLU, 'swiglu-norm': SwiGLU}
 # What an architecture may say of its trunk, and what it is in ViT and DeiT: the MLP, the epsilon of
 # norms, whether queries and keys are normalized, which rotary positions there are, whether there
 # are learned ones, and registers
@@ -245,6 +245,10 @@ class PlainBackbone(PatchBackbone):
             num_registers = options['num_registers']
         self.num_heads, self.rotary = arch['num_heads'], options['rotary']
         self.norm_layer = partial(nn.LayerNorm, eps=options['norm_eps'])
+        self.qk_norm = self.norm_layer if options['qk_norm'] else None
+        self.mlp_layer = MLPS[options['mlp']]
+        if options['mlp'] == 'swiglu-norm':
+            self.mlp_layer = partial(SwiGLU, norm_layer=self.norm_layer)
         self.make_stem(
             dims, img_size, patch_size, in_channels, cls_token, num_registers, options['pos_embed']
         )
@@ -261,19 +265,12 @@ class PlainBackbone(PatchBackbone):
         )
         if layer_scale is not None:
             self.block_args.update(layer_scale=layer_scale)
-        self.block_args.update(self.later_args(options))
-
-    def later_args(self, options: Mapping[str, Any]) -> dict:
-        """Arguments of a ViT block for what differs from :data:`TRUNK_OPTIONS`."""
-        args = {}
-        if options['norm_eps'] != NORM_EPS:
-            args['norm_eps'] = options['norm_eps']
-        if options['qk_norm']:
-            args['attn'] = partial(Attention, qk_norm=self.norm_layer)
-        if options['mlp'] != 'gelu':
-            norm = self.norm_layer if options['mlp'] == 'swiglu-norm' else None
-            args['mlp'] = partial(SwiGLU, norm_layer=norm)
-        return args
+        if self.arch_options:
+            self.block_args.update(
+                norm_eps=options['norm_eps'],
+                attn=partial(Attention, qk_norm=self.qk_norm),
+                mlp=self.mlp_layer,
+            )
 
     def finish_init(self) -> None:
         """Add the norm behind the last block, if an output needs it, and apply freezing."""
@@ -301,7 +298,7 @@ class PlainBackbone(PatchBackbone):
         """
         arch = resolve_arch(arch, cls.arch_zoo, cls.arch_keys, cls.arch_options)
         check_heads(arch['embed_dims'], arch['num_heads'])
-        for name, allowed in dict(mlp=MLPS, rotary=(None, *ROTARY)).items():
+        for name, allowed in dict(mlp=tuple(MLPS), rotary=(None, *ROTARY)).items():
             if arch.get(name, allowed[0]) not in allowed:
                 raise ValueError(f"arch['{name}'] must be one of {allowed}, got {arch[name]!r}")
         if arch.get('rotary') and arch['embed_dims'] // arch['num_heads'] % 4:

@@ -17,7 +17,7 @@ class TiledDynamicGranularityBlock(DynamicGranularityBlock):
     def forward(self, x: Tensor, layout: RegionLayout, routing: Routing | None = None) -> Tensor:
         if routing is None or not use_tiling(self, x):
             return super().forward(x, layout, routing)
-        plan, keys = routing.plan, self.attn.keys(self.norm1(x), layout.grid)
+        plan, keys = routing.plan, self.attn.keys(self.norm1(x), layout)
         updates = self.block_update(pool_by_granularity(x, plan), plan.queries, keys)
         return add_unpooled(x, updates, plan)
 

@@ -12,7 +12,7 @@ from mmtoken.analysis.host_reads import count_host_reads
 READS = {
     'DGEPVT': [dict(tolist=5)] * 3 + [{}],
     'DGEDPVT': [dict(tolist=5), {}],
-    'DGEDeiT': [dict(tolist=6)] * 3 + [{}],
+    'DGEDeiT': [dict(tolist=6)] * 3 + [{}, dict(tolist=6)],
     'MSViT': [dict(tolist=1)] * 2 + [dict(tolist=2), {}, dict(tolist=1)],
     'MergeViT': [dict(tolist=2)] * 2 + [dict(tolist=1), {}, dict(tolist=1)],
 }

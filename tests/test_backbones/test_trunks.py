@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mmtoken import routing_override
-from mmtoken.backbones import MergeViT, MSViT
+from mmtoken.backbones import DGEDeiT, MergeViT, MSViT
 from mmtoken.checkpoints import detect_source, load_into
 from mmtoken.layers.common.rotary import ROTARY as ROTARY_KINDS
 
@@ -83,6 +83,13 @@ TRUNKS = {
 }
 
 
+TWINS = [
+    partial(MSViT, gate=None),
+    partial(MergeViT, merge_blocks=()),
+    partial(DGEDeiT, granularities=(1,)),
+]
+
+
 def randomize(model):
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -98,7 +105,7 @@ def trunk(request, tmp_path):
     model = randomize(cls(**SIZES, **theirs))
     file = tmp_path / 'weights.pth'
     torch.save(model.state_dict(), file)
-    args = dict(args, arch=dict(ARCH, **arch), img_size=64)
+    args = dict(cls_token=True, arch=dict(ARCH, **arch), img_size=64) | args
     return model, file, args
 
 
@@ -110,9 +117,11 @@ def maps_of(model, images):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('dense', [partial(MSViT, gate=None), partial(MergeViT, merge_blocks=())])
+@pytest.mark.parametrize('dense', TWINS)
 def test_dense_twins_compute_what_timm_does(dense, trunk):
     theirs, file, args = trunk
+    if dense.func is DGEDeiT:
+        args = {name: value for name, value in args.items() if name != 'layer_scale'}
     ours = dense(**args).eval()
     load_into(ours, file)
     images = torch.randn(2, 3, 64, 64)
@@ -140,10 +149,27 @@ def rotary(request):
 @pytest.mark.parametrize('args', [{}, dict(cls_token=False, window_size=4)])
 def test_fine_tokens_everywhere_are_the_dense_twin(args, rotary):
     sparse, dense = MSViT(**rotary, **args).eval(), MSViT(gate=None, **rotary, **args).eval()
-    dense.load_state_dict(sparse.state_dict(), strict=False)
+    dense.load_state_dict(sparse.state_dict(), strict=False)  # but for the gate
     images = torch.randn(2, 3, 72, 104)
     with routing_override(coarse_ratio=0.0):
         torch.testing.assert_close(sparse(images), dense(images), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('mode', ['sparse', 'exact', 'dense'])
+def test_queries_everywhere_are_the_dense_twin(mode, rotary, tmp_path):
+    args = dict(rotary, cls_token=True)
+    args['arch'] = dict(args['arch'], mlp='swiglu', qk_norm=True, num_registers=2)
+    sparse = DGEDeiT(train_mode=mode, budget=None, **args)
+    dense = DGEDeiT(granularities=(1,), **args)
+    torch.save(dense.state_dict(), tmp_path / 'weights.pth')
+    load_into(sparse, tmp_path / 'weights.pth')
+    with routing_override(query_ratio=1.0):
+        torch.testing.assert_close(sparse(IMAGES), dense(IMAGES), atol=1e-5, rtol=1e-5)
+    with routing_override(query_ratio=0.4, seed=0):
+        trained = sparse.train()(IMAGES)
+    with routing_override(query_ratio=0.4, seed=0):
+        torch.testing.assert_close(sparse.eval()(IMAGES), trained, atol=1e-5, rtol=1e-5)
 
 
 def test_masked_and_gathered_tokens_are_turned_alike(rotary):

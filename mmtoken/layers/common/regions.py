@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ...runtime.reference import is_compiling
 from .cache import cache_by_shape
+from .rotary import Rotation
 from .utils import ceil_div
 
 
@@ -43,6 +44,7 @@ class RegionLayout(NamedTuple):
         cell_of_token: Cell of each token under each granularity, ``(K, N)``.
         token_region: Region of each token of the grid, ``(H * W,)``.
         num_cells: Cells of each region under each granularity, ``(R, K)``.
+        rotation: Of queries and keys of all L cells, where positions are rotary.
     """
 
     grid: tuple[int, int]
@@ -56,6 +58,7 @@ class RegionLayout(NamedTuple):
     cell_of_token: Tensor
     token_region: Tensor
     num_cells: Tensor
+    rotation: Rotation | None = None
 
     @property
     def num_cells_total(self) -> int:
@@ -318,6 +321,18 @@ def pool_every_granularity(x: Tensor, layout: RegionLayout) -> Tensor:
     Inverse: :func:`unpool_every_granularity`.
     """
     return torch.cat(pool_parts(x, layout), dim=1)
+
+
+def turn_cells(layout: RegionLayout, rotation: Rotation | None) -> RegionLayout:
+    """Add the rotation of all cells, given that of the tokens, prefix first.
+
+    A cell has the mean position of its tokens.
+    """
+    if rotation is None:
+        return layout
+    angles = pool_every_granularity(rotation.angles[None], layout)[0]
+    # Not _replace(), whose fields torch.compile loses
+    return RegionLayout(*layout[:-1], rotation.at(angles))
 
 
 def unpool_every_granularity(updates: Tensor, layout: RegionLayout) -> Tensor:

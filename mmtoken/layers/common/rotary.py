@@ -69,6 +69,10 @@ class Rotation(NamedTuple):
         """A rotation of the same kind by other angles, such as means or a selection of these."""
         return Rotation.by(angles, self.interleaved)
 
+    def of(self, tokens: Tensor | slice) -> 'Rotation':
+        """That of some tokens alone, given their indices ``(M,)``."""
+        return Rotation(*(part[tokens] for part in self[:3]), self.interleaved)
+
 
 @cache_by_shape
 def grid_rotation(

@@ -105,6 +105,7 @@ class DynamicGranularityBlock(nn.Module):
             what was chosen, so that a router learns from its own choices alone.
         drop_path: Stochastic depth rate.
         norm_eps: Epsilon of the two LayerNorms.
+        mlp: Makes the MLP, as ``Mlp(embed_dims, feedforward_channels)`` does.
         has_router: Whether it chooses itself; otherwise :meth:`forward` is told the choice.
 
     Raises:
@@ -123,6 +124,7 @@ class DynamicGranularityBlock(nn.Module):
         train_mode: TrainMode = 'exact',
         drop_path: float = 0.0,
         norm_eps: float = 1e-6,
+        mlp: Callable[..., nn.Module] = Mlp,
         has_router: bool = True,
     ) -> None:
         super().__init__()
@@ -136,7 +138,7 @@ class DynamicGranularityBlock(nn.Module):
         self.norm1 = nn.LayerNorm(embed_dims, norm_eps)
         self.attn = attn
         self.norm2 = nn.LayerNorm(embed_dims, norm_eps)
-        self.mlp = Mlp(embed_dims, feedforward_channels)
+        self.mlp = mlp(embed_dims, feedforward_channels)
         self.drop_path = DropPath(drop_path)
         self.budget: float | None = None  # of mmtoken.set_budget
         self.router = None
@@ -197,7 +199,7 @@ class DynamicGranularityBlock(nn.Module):
         Returns:
             ``(B, N, C)``.
         """
-        keys = self.attn.keys(self.norm1(x), layout.grid)
+        keys = self.attn.keys(self.norm1(x), layout)
         update = partial(self.block_update, keys=keys, keep=self.sample_drop_path(x))
         if routing is None:
             return x + update(x.flatten(0, 1), all_cells(layout, len(x))).view_as(x)

@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.regions import CellSet
+from ..common.regions import CellSet, RegionLayout
 
 # Share of the gradient that flows through the sampling positions, in the released code.
 OFFSET_GRADIENT = 0.1
@@ -33,17 +33,17 @@ class DeformableAttention(nn.Module):
         self.weights = nn.Linear(embed_dims, num_heads * num_points)
         self.proj = nn.Linear(embed_dims, embed_dims)
 
-    def keys(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def keys(self, x: Tensor, layout: RegionLayout) -> Tensor:
         """The map to sample from.
 
         Args:
             x: Normalized tokens of the grid, ``(B, H * W, C)``.
-            grid: ``(H, W)``.
+            layout: Of the grid.
 
         Returns:
             ``(B, heads, d, H, W)``.
         """
-        value = self.value(x).unflatten(-1, (self.num_heads, -1)).unflatten(1, grid)
+        value = self.value(x).unflatten(-1, (self.num_heads, -1)).unflatten(1, layout.grid)
         return value.permute(0, 3, 4, 1, 2).contiguous()
 
     def forward(self, queries: Tensor, keys: Tensor, cells: CellSet) -> Tensor:

@@ -16,8 +16,8 @@ There are three layouts of packed tokens:
 Source: MSViT, arXiv 2307.02321.
 """
 
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -49,7 +49,6 @@ class PackedLayout:
         owner: The token that stands for each place, prefix first, ``(B, P + H * W)``.
         fine: The places that have a fine token, of the ``B * H * W`` of the batch, ``(m,)``; all
             in ``torch.export``, where m is not known.
-        rotation: Of queries and keys, where positions are rotary.
     """
 
     regions: RegionLayout
@@ -59,7 +58,6 @@ class PackedLayout:
     windows: list[int]
     owner: Tensor
     fine: Tensor
-    rotation: Rotation | None = field(default=None, kw_only=True)
 
     @property
     def num_places(self) -> int:
@@ -74,6 +72,14 @@ class PackedLayout:
     def pack(self, tokens: Tensor) -> Tensor:
         """Keep the tokens that are there: ``(B, L, C) -> (M, C)``."""
         return tokens.flatten(0, 1).index_select(0, self.index)
+
+    @cached_property
+    def rotation(self) -> Rotation | None:
+        """Of queries and keys, where positions are rotary."""
+        rotation = self.regions.rotation
+        if rotation is None:
+            return None
+        return rotation.of(self.index % self.regions.num_cells_total)
 
     def restore(self, tokens: Tensor) -> Tensor:
         """Copy tokens to all places they stand for: ``(M, C) -> (B, P + H * W, C)``."""

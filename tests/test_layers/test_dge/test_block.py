@@ -238,8 +238,8 @@ def test_stochastic_depth_drops_images():
         out, _ = run(block, x, (8, 8))
         kinds = out.detach().unique(dim=0)
     assert len(kinds) == 4
-    keys = block.attn.keys(block.norm1(x[:1]), (8, 8))
     queries, cells = x[0], all_cells(make_region_layout((8, 8), (1,), 4), 1)
+    keys = block.attn.keys(block.norm1(x[:1]), cells.layout)
     for attn in (0.0, 2.0):
         for mlp in (0.0, 2.0):
             keep = torch.tensor([[attn]]), torch.tensor([[mlp]])

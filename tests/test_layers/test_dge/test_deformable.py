@@ -59,7 +59,7 @@ def test_queries_sample_around_the_middle_of_their_cell(granularities):
     plan = plan_regions(torch.randint(len(granularities), (2, *regions.shape)), regions)
     queries = pool_regions(x, plan)
     with torch.no_grad():
-        out = attn(queries, attn.keys(x, grid), plan.queries)
+        out = attn(queries, attn.keys(x, plan.queries.layout), plan.queries)
         values = attn.value(x).mT.unflatten(2, grid)
         offsets = attn.offsets(queries).view(-1, 2, 3, 2)
         weights = attn.weights(queries).view(-1, 2, 3).softmax(-1)
@@ -88,7 +88,7 @@ def test_without_offsets_tokens_find_themselves():
     nn.init.zeros_(attn.offsets.bias)
     x = torch.randn(1, 24, 8, dtype=torch.float64)
     cells = all_cells(make_region_layout(grid, (1,), 4), 1)
-    out = attn(x[0], attn.keys(x, grid), cells)
+    out = attn(x[0], attn.keys(x, cells.layout), cells)
     torch.testing.assert_close(out, attn.proj(attn.value(x[0])))
 
 
@@ -98,7 +98,9 @@ def test_gradients(monkeypatch):
     cells = all_cells(make_region_layout(grid, (1,), 4), 1)
 
     def attend(bias, x):
-        return functional_call(attn, {'offsets.bias': bias}, (x[0], attn.keys(x, grid), cells))
+        return functional_call(
+            attn, {'offsets.bias': bias}, (x[0], attn.keys(x, cells.layout), cells)
+        )
 
     bias = attn.offsets.bias.detach().clone().requires_grad_()
     (slow,) = torch.autograd.grad(attend(bias, x).square().sum(), bias)

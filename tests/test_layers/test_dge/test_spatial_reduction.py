@@ -9,7 +9,7 @@ from mmtoken.layers.dge.spatial_reduction import SpatialReductionAttention
 def dense(attn, x, norm, grid):
     """Every token a query."""
     cells = all_cells(make_region_layout(grid, (1,), 1, x.shape[1] - grid[0] * grid[1]), len(x))
-    return attn(norm(x).flatten(0, 1), attn.keys(norm(x), grid), cells).view_as(x)
+    return attn(norm(x).flatten(0, 1), attn.keys(norm(x), cells.layout), cells).view_as(x)
 
 
 @pytest.mark.parametrize('sr_ratio', [1, 2, 3])
