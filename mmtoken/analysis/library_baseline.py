@@ -3,7 +3,6 @@
 import inspect
 from importlib.util import find_spec
 
-from ..backbones.base import resolve_arch
 from .twin import our_class
 
 
@@ -20,7 +19,7 @@ def library_baseline(backbone: dict) -> dict | None:
     """
     cls = our_class(backbone)
     args = {name: p.default for name, p in inspect.signature(cls).parameters.items()} | backbone
-    args['arch'] = resolve_arch(args['arch'], cls.arch_zoo, cls.arch_keys)
+    args['arch'] = cls.full_arch(args['arch'])
     baseline = cls.library_baseline(args)
     if baseline is None:
         return None

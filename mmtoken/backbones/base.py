@@ -40,6 +40,10 @@ class TokenBackbone(CheckpointedBackbone):
         ValueError: ``out_indices`` or ``frozen_stages`` out of range.
     """
 
+    arch_zoo: ClassVar[Mapping[str, dict]] = {}
+    arch_keys: ClassVar[tuple[str, ...]] = ()
+    arch_options: ClassVar[Mapping[str, Any]] = {}  # what an architecture may say, with defaults
+
     stem_names: ClassVar[tuple[str, ...]] = ('patch_embed',)  # what precedes the first block
     stages_name: ClassVar[str] = 'layers'  # the attribute that lists the stages
     twin_args: ClassVar[dict]  # constructor arguments that turn the class into its dense twin
@@ -86,6 +90,21 @@ class TokenBackbone(CheckpointedBackbone):
     def unbuilt_keys(self) -> str:
         """Names of what a checkpoint may have behind the last stage (regular expression)."""
         return rf'{self.stages_name}\.({"|".join(map(str, range(self.num_built, MAX_STAGES)))})\..*'
+
+    @classmethod
+    def full_arch(cls, arch: str | Mapping) -> dict:
+        """An architecture with all that the class lets it say, see :func:`resolve_arch`."""
+        return resolve_arch(arch, cls.arch_zoo, cls.arch_keys, cls.arch_options)
+
+    @classmethod
+    def short_arch(cls, arch: str | Mapping) -> str | dict:
+        """Its name in the zoo, or else what differs from the defaults of ``arch_options``."""
+        arch = cls.full_arch(arch)
+        for name in cls.arch_zoo:
+            if cls.full_arch(name) == arch:
+                return name
+        options = cls.arch_options
+        return {k: v for k, v in arch.items() if k not in options or v != options[k]}
 
     @classmethod
     def library_baseline(cls, args: Mapping) -> dict | None:

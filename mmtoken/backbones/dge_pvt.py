@@ -23,7 +23,7 @@ from ..layers.dge.stage import DynamicGranularityStage
 from ..losses.budget import BUDGET, BlockWidths, PatchWidths, build_budget, publish_budget
 from ..losses.label_purity import publish_label_loss
 from ..registry import MODELS
-from .base import TokenBackbone, check_out_type, resolve_arch
+from .base import TokenBackbone, check_out_type
 
 OutType = Literal['map', 'cls_token', 'avg_featmap']
 
@@ -122,7 +122,7 @@ class DGEPVT(TokenBackbone):
         with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
-        arch = check_stages(resolve_arch(arch, self.arch_zoo, self.arch_keys))
+        arch = check_stages(self.full_arch(arch))
         dims, last = arch['embed_dims'], len(arch['embed_dims']) - 1
         strides = STRIDES[: len(dims)]
         super().__init__(dims, strides, out_indices, frozen_stages, norm_eval, init_cfg)

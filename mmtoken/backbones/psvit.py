@@ -19,7 +19,6 @@ from ..layers.psvit.pooling import Pooling, TokenPooling, token_unpooling, unpoo
 from ..layers.psvit.sharing import SharingStage
 from ..registry import MODELS
 from ..runtime.decisions import record_rectangles
-from .base import resolve_arch
 from .vit_base import PatchBackbone
 
 
@@ -169,7 +168,7 @@ class PSViT(PatchBackbone):
             ValueError, TypeError: As for :func:`~mmtoken.backbones.base.resolve_arch`; a stage that
                 is not ``(embed_dims, num_heads, groups)``, heads that do not divide channels.
         """
-        arch = resolve_arch(arch, cls.arch_zoo, cls.arch_keys)
+        arch = cls.full_arch(arch)
         stages = [tuple(stage) for stage in arch['stages']]
         if not stages:
             raise ValueError('arch has no stages')

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..layers.common.cache import compile_for_size
 from ..layers.common.utils import check_heads, join_maps, to_map
-from .base import TokenBackbone, resolve_arch
+from .base import TokenBackbone
 
 PATCH_SIZE = 4  # side of a patch, in pixels
 
@@ -64,7 +64,7 @@ class SwinBackbone(TokenBackbone):
             ValueError, TypeError: As for :func:`~mmtoken.backbones.base.resolve_arch`; numbers for
                 different numbers of stages, heads that do not divide channels.
         """
-        arch = resolve_arch(arch, cls.arch_zoo, cls.arch_keys)
+        arch = cls.full_arch(arch)
         depths, num_heads = tuple(arch['depths']), tuple(arch['num_heads'])
         if not depths or len(depths) != len(num_heads):
             raise ValueError(

@@ -31,7 +31,6 @@ from ..layers.common.vit import NORM_EPS, Attention, SwiGLU, self_attention
 from .base import (
     TokenBackbone,
     check_out_type,
-    resolve_arch,
 )
 
 MLPS = {'gelu': Mlp, 'swiglu': SwiGLU, 'swiglu-norm': SwiGLU}
@@ -207,7 +206,6 @@ class PlainBackbone(PatchBackbone):
     out_types: ClassVar[tuple[str, ...]] = ('map', 'cls_token', 'avg_featmap')
     ignorable_keys = r'(head|head_dist|norm|fc_norm)\..*|cls_token|dist_token'
     arch_keys = ('embed_dims', 'num_layers', 'num_heads', 'feedforward_channels')
-    arch_options: ClassVar[Mapping[str, Any]] = {}
     arch_zoo: ClassVar[dict[str, dict]] = dict(
         tiny=dict(embed_dims=192, num_layers=12, num_heads=3, feedforward_channels=768),
         small=dict(embed_dims=384, num_layers=12, num_heads=6, feedforward_channels=1536),
@@ -294,9 +292,10 @@ class PlainBackbone(PatchBackbone):
         """Look an architecture up in the zoo, or check a user's own.
 
         Raises:
-            ValueError, TypeError: As for :func:`resolve_arch`; heads that do not divide channels.
+            ValueError, TypeError: As for :func:`~mmtoken.backbones.base.resolve_arch`; heads that
+                do not divide channels; options with values that are not allowed.
         """
-        arch = resolve_arch(arch, cls.arch_zoo, cls.arch_keys, cls.arch_options)
+        arch = cls.full_arch(arch)
         check_heads(arch['embed_dims'], arch['num_heads'])
         for name, allowed in dict(mlp=tuple(MLPS), rotary=(None, *ROTARY)).items():
             if arch.get(name, allowed[0]) not in allowed:

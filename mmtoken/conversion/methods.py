@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable
 
-from ..backbones.base import resolve_arch
 from ..registry import MODELS
 from .plain import Args, PlainConfig
 
@@ -88,7 +87,11 @@ def sparse_backbone(plain: PlainConfig, method: str) -> tuple[Args, list[str]]:
             raise ValueError(f'{name}={value!r} of {plain.name} is nothing that {method} has')
         if value:
             notes.append(LACKING[name])
-    arch = resolve_arch(cfg['arch'], cls.arch_zoo, cls.arch_keys)
-    cfg['arch'] = next((name for name, known in cls.arch_zoo.items() if known == arch), arch)
+    later = cfg['arch'].keys() - {*cls.arch_keys, *cls.arch_options}
+    if later:
+        raise ValueError(
+            f'{plain.name} has {", ".join(sorted(later))}, which {method} does not know'
+        )
+    cfg['arch'] = cls.short_arch(cfg['arch'])
     named = ('type', 'arch')
     return {name: v for name, v in cfg.items() if name in named or v != taken[name]}, notes

@@ -8,7 +8,6 @@ from typing import Any
 from mmengine.registry import MODELS, init_default_scope
 
 from ..analysis.twin import our_class
-from ..backbones.base import resolve_arch
 from ..backbones.dge_deit import DGEDeiT
 from ..backbones.dge_pvt import DGEPVT, PATCH_SIZES
 from ..backbones.merge_vit import MergeViT
@@ -107,9 +106,9 @@ def _describe_ours(cls: type, backbone: Mapping) -> PlainConfig:
         args['patch_size'] = args['fine_size']
     family = OURS[cls]
     shared = {key: args[key] for key in SHARED[family] if key in args and key != 'init_cfg'}
-    return PlainConfig(
-        name, family, shared | dict(arch=resolve_arch(args['arch'], cls.arch_zoo, cls.arch_keys))
-    )
+    arch = cls.short_arch(args['arch'])
+    arch = dict(cls.arch_zoo[arch]) if isinstance(arch, str) else arch
+    return PlainConfig(name, family, shared | dict(arch=arch))
 
 
 def _take_swin(args: Args, cls: type) -> Args:

@@ -9,6 +9,7 @@ from mmengine.registry import HOOKS, MODELS, init_default_scope
 import mmtoken
 from mmtoken.analysis.configs import load_config
 from mmtoken.conversion import METHODS, sparsify
+from mmtoken.conversion.methods import sparse_backbone
 from mmtoken.conversion.plain import describe
 from mmtoken.conversion.sparsify import FOREIGN_TWIN
 
@@ -226,3 +227,18 @@ def test_sparse_networks_are_refused():
 
 def test_every_method_is_tested():
     assert {method for _, method in CASES} == set(METHODS)
+
+
+def test_later_trunks():
+    base = describe(dict(type='mmtoken.MSViT', arch='dinov3-small', gate=None), 'mmseg')
+    for method in ('msvit', 'dge', 'merge'):
+        sparse, _ = sparse_backbone(base, method)
+        assert sparse['arch'] == 'dinov3-small'
+    with pytest.raises(ValueError, match='norm_eps, num_registers, pos_embed, rotary, which stvit'):
+        sparse_backbone(base, 'stvit')
+    arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)
+    own = dict(arch, mlp='swiglu', norm_eps=1e-6)
+    sparse, _ = sparse_backbone(
+        describe(dict(type='mmtoken.MSViT', arch=own, gate=None), 'mmseg'), 'dge'
+    )
+    assert sparse['arch'] == dict(arch, mlp='swiglu')
