@@ -263,6 +263,39 @@ def test_dinov3_of_other_projects(names, gated, tmp_path):
     torch.testing.assert_close(ours(images)[0], maps_of(theirs, images), atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize('registers', [0, 4])
+def test_dinov2_of_transformers(registers, tmp_path):
+    kwargs = dict(mlp_ratio=2, init_values=0.1, reg_tokens=registers, no_embed_class=False)
+    theirs = randomize(VisionTransformer(**SIZES, **kwargs))
+    if registers:  # which have no position there
+        theirs.pos_embed.data[:, 1 : 1 + registers] = 0
+    state = theirs.state_dict()
+    positions = state.pop('pos_embed')
+    positions = torch.cat([positions[:, :1], positions[:, 1 + registers :]], dim=1)
+    for i in range(SIZES['depth']):
+        for kind in ('weight', 'bias'):
+            parts = state.pop(f'blocks.{i}.attn.qkv.{kind}').chunk(3)
+            for name, part in zip(('query', 'key', 'value'), parts, strict=True):
+                state[f'blocks.{i}.attention.attention.{name}.{kind}'] = part
+    renames = [
+        ('blocks.', 'encoder.layer.'),
+        ('attn.proj', 'attention.output.dense'), ('ls1.gamma', 'layer_scale1.lambda1'),
+        ('ls2.gamma', 'layer_scale2.lambda1'), ('reg_token', 'embeddings.register_tokens'),
+        ('cls_token', 'embeddings.cls_token'),
+        ('patch_embed.proj', 'embeddings.patch_embeddings.projection'),
+    ]  # fmt: skip
+    state = {replace_all(name, renames): tensor for name, tensor in state.items()}
+    state |= {f'layernorm.{kind}': state.pop(f'norm.{kind}') for kind in ('weight', 'bias')}
+    state['embeddings.position_embeddings'] = positions
+    assert detect_source(state) == 'dinov2'
+    torch.save(state, tmp_path / 'weights.pth')
+    ours = MSViT(ARCH, gate=None, img_size=64, num_registers=registers).eval()
+    assert not load_into(ours, tmp_path / 'weights.pth').newly_initialized
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(ours(images)[0], maps_of(theirs, images), atol=1e-5, rtol=1e-5)
+
+
 def test_what_does_not_fit_is_named(tmp_path):
     def refused(model, arguments, message):
         file = tmp_path / 'weights.pth'

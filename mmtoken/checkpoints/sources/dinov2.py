@@ -37,6 +37,20 @@ def teacher(state: Mapping[str, Tensor]) -> Renamed:
 
 
 official = rename_with(*RULES)
+transformers = rename_with(
+    (r'embeddings\.mask_token', None),
+    (r'embeddings\.cls_token', 'cls_token'),
+    (r'embeddings\.register_tokens', 'reg_token'),
+    (r'embeddings\.position_embeddings', 'pos_embed'),
+    (r'embeddings\.patch_embeddings\.projection\.', 'patch_embed.proj.'),
+    (r'encoder\.layer\.(\d+)\.attention\.attention\.([qkv])[a-z]+\.', r'blocks.\1.attn.\2_proj.'),
+    (r'encoder\.layer\.(\d+)\.attention\.output\.dense\.', r'blocks.\1.attn.proj.'),
+    (r'encoder\.layer\.(\d+)\.layer_scale(\d)\.lambda1', r'blocks.\1.ls\2.gamma'),
+    (r'encoder\.layer\.(\d+)\.mlp\.weights_in\.', r'blocks.\1.mlp.fc1.'),
+    (r'encoder\.layer\.(\d+)\.mlp\.weights_out\.', r'blocks.\1.mlp.fc2.'),
+    (r'encoder\.layer\.', 'blocks.'),
+    (r'layernorm\.', 'norm.'),
+)
 
 DINOV2 = Source(
     'dinov2',
@@ -44,6 +58,11 @@ DINOV2 = Source(
         Layout('official', (PATCHES, 'mask_token', r'blocks\.0\.(0\.)?ls1\.gamma'), official),
         Layout('training', (TEACHER + PATCHES, TEACHER + 'mask_token'), teacher),
         Layout('timm', (PATCHES, SCALE), official),
+        Layout(
+            'transformers',
+            (r'embeddings\.position_embeddings', r'encoder\.layer\.0\.layer_scale1\.lambda1'),
+            transformers,
+        ),
         Layout(
             'mmpretrain',
             (r'layers\.0\.ln1\.weight', r'layers\.0\.attn\.gamma1\.weight'),

@@ -25,8 +25,9 @@ HEADS = (r'(head|head_dist|pre_logits)\.', None)
 REGISTERS = ('reg_token', 'register_tokens', 'storage_tokens')  # in timm and officially
 # In timm, its Eva, mmpretrain and transformers
 SCALES = ('.ls1.gamma', '.gamma_1', '.attn.gamma1.weight', '.layer_scale1.lambda1')
+POSITIONS = ('pos_embed', 'position_embeddings')
 # The gate of a SwiGLU, alone or with what it gates: officially, in timm and in transformers
-GATES = ('.w1.weight', '.w12.weight', '.fc1_g.weight', '.gate_proj.weight')
+GATES = ('.w1.weight', '.w12.weight', '.fc1_g.weight', '.gate_proj.weight', '.weights_in.weight')
 PRETRAINING = (r'mask_token$|decoder_', None)
 # What our models of dynamic granularity have beyond a plain ViT or PVT, and those of mixed scale
 GRAINED = (rf'.*\.router\.gate{PARAM}', r'budget\..*')
@@ -77,7 +78,7 @@ def check_arguments(state: Mapping[str, Tensor], model: nn.Module) -> None:
     if is_gated(state) != is_gated(own):
         theirs, ours = ('a SwiGLU' if is_gated(s) else 'a plain MLP' for s in (state, own))
         refuse(f'its blocks have {theirs}, those of {name} {ours}', 'arch', 'that of these weights')
-    if 'pos_embed' in own and not any(key.endswith('pos_embed') for key in state):
+    if 'pos_embed' in own and not any(key.endswith(POSITIONS) for key in state):
         refuse(
             'it has no learned positions', 'arch', "that of these weights, such as 'dinov3-base'"
         )
