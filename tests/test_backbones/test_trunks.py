@@ -129,14 +129,13 @@ def test_dense_twins_compute_what_timm_does(dense, trunk):
 
 
 @torch.no_grad()
-def test_other_grids(trunk):
-    """Rotary positions follow the grid as timm's do; learned ones are resampled as elsewhere."""
-    theirs, file, args = trunk
-    if getattr(theirs, 'pos_embed', None) is not None:
-        pytest.skip('timm interpolates learned positions in another way')
-    ours = MSViT(gate=None, **args).eval()
-    load_into(ours, file)
-    images = torch.randn(1, 3, 96, 160)
+@pytest.mark.parametrize('size', [(96, 160), (32, 64)])
+def test_rotary_positions_follow_the_grid_as_in_timm(size, tmp_path):
+    theirs = randomize(Eva(**SIZES, **DINOV3))
+    torch.save(theirs.state_dict(), tmp_path / 'weights.pth')
+    ours = MSViT(dict(ARCH, **ROTARY), gate=None, img_size=64).eval()
+    load_into(ours, tmp_path / 'weights.pth')
+    images = torch.randn(1, 3, *size)
     torch.testing.assert_close(ours(images)[0], maps_of(theirs, images), atol=1e-5, rtol=1e-5)
 
 

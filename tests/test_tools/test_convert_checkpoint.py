@@ -157,7 +157,7 @@ def test_failed_write_leaves_nothing(convert, swin, tmp_path, monkeypatch):
     'args, message',
     [
         (['missing.pth'], "No such file or directory: 'missing.pth'"),
-        (['{other}'], 'its names are not those of stvit-r, swat, swin, vtpack, pvt, dinov2, '),
+        (['{other}'], 'its names are not those of stvit-r, swat, swin, vtpack, pvt, rotary-vit, '),
         (['{other}', '--source', 'vit'], "not the names of a 'vit' checkpoint"),
         (['{swin}', '--source', 'vit'], "they look like 'swin'"),
         (['{swin}', '--prefix', 'backbone'], '--prefix'),

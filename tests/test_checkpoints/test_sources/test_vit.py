@@ -250,9 +250,11 @@ def test_learned_centers_keep_their_grid(save):
 
 def test_registers_are_not_ours(save):
     with pytest.raises(
-        ValueError, match='has 4 register tokens, DGEDeiT has 0; it takes no num_registers'
+        ValueError, match='has 4 register tokens, STViTDeiT has 0; it takes no num_registers'
     ):
-        load_into(DGEDeiT(ARCH, img_size=64), save(timm_vit(reg_tokens=4).state_dict()))
+        load_into(
+            STViTDeiT(ARCH, base_layers=0, img_size=64), save(timm_vit(reg_tokens=4).state_dict())
+        )
 
 
 def with_decoder(state):
