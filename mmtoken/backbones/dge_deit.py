@@ -70,8 +70,7 @@ class DGEDeiT(PlainBackbone):
             router (with ``query_ratio`` they alone do); and those of
             :class:`~mmtoken.layers.common.gate.RegionGate`.
         kwargs: As for :class:`~mmtoken.backbones.vit_base.PlainBackbone`, without ``layer_scale``.
-            Released DGE weights are for ``img_size=256`` and have a class
-            token.
+            Released DGE weights are for ``img_size=256`` and have a class token.
 
     Raises:
         ValueError: Invalid argument values; the message says what is allowed.
@@ -113,14 +112,14 @@ class DGEDeiT(PlainBackbone):
             self.router = SharedRouter(self.embed_dims, self.granularities, region_size, **args)
         self.budget = build_budget(budget, self.granularities)
         if self.is_routed:
-            args = dict(self.block_args)
-            dims, heads = args.pop('embed_dims'), args.pop('num_heads')
-            bias, _ = args.pop('qkv_bias'), args.pop('attn')
+            args, dims = self.block_args, self.embed_dims
+            attn = args['num_heads'], 1, args['qkv_bias'], self.qk_norm
+            shared = {name: args[name] for name in ('feedforward_channels', 'norm_eps', 'mlp')}
             self.blocks = nn.ModuleList(
                 DynamicGranularityBlock(
-                    dims, SpatialReductionAttention(dims, heads, 1, bias, self.qk_norm),
+                    dims, SpatialReductionAttention(dims, *attn),
                     granularities=self.granularities, region_size=region_size,
-                    train_mode=train_mode, drop_path=rate, has_router=self.router is None, **args,
+                    train_mode=train_mode, drop_path=rate, has_router=self.router is None, **shared,
                 )
                 for rate in self.drop_rates
             )  # fmt: skip

@@ -28,12 +28,9 @@ from ..layers.common.utils import (
     trunc_normal_parameter,
 )
 from ..layers.common.vit import NORM_EPS, Attention, SwiGLU, self_attention
-from .base import (
-    TokenBackbone,
-    check_out_type,
-)
+from .base import TokenBackbone, check_out_type
 
-MLPS = {'gelu': Mlp, 'swiglu': SwiGLU, 'swiglu-norm': SwiGLU}
+MLPS = ('gelu', 'swiglu', 'swiglu-norm')
 # What an architecture may say of its trunk, and what it is in ViT and DeiT: the MLP, the epsilon of
 # norms, whether queries and keys are normalized, which rotary positions there are, whether there
 # are learned ones, and registers
@@ -141,8 +138,11 @@ class PatchBackbone(TokenBackbone):
         return x, DenseLayout(grid, self.rotation(grid, x.device))
 
     def positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Prefix tokens ``(1, P, C)``, and what a grid has added to it, ``(1, H, W, C)`` or zeros
-        of one channel."""
+        """Prefix tokens, and what is added to the tokens of a grid.
+
+        Returns:
+            ``(1, P, C)`` and ``(1, H, W, C)``; without learned positions zeros, ``(1, H, W, 1)``.
+        """
         num_cls = int(self.cls_token is not None)
         if self.pos_embed is None:
             weight = self.patch_embed.proj.weight
@@ -244,9 +244,9 @@ class PlainBackbone(PatchBackbone):
         self.num_heads, self.rotary = arch['num_heads'], options['rotary']
         self.norm_layer = partial(nn.LayerNorm, eps=options['norm_eps'])
         self.qk_norm = self.norm_layer if options['qk_norm'] else None
-        self.mlp_layer = MLPS[options['mlp']]
-        if options['mlp'] == 'swiglu-norm':
-            self.mlp_layer = partial(SwiGLU, norm_layer=self.norm_layer)
+        normalized = partial(SwiGLU, norm_layer=self.norm_layer)
+        mlps = {'gelu': Mlp, 'swiglu': SwiGLU, 'swiglu-norm': normalized}
+        self.mlp_layer = mlps[options['mlp']]
         self.make_stem(
             dims, img_size, patch_size, in_channels, cls_token, num_registers, options['pos_embed']
         )
@@ -297,7 +297,7 @@ class PlainBackbone(PatchBackbone):
         """
         arch = cls.full_arch(arch)
         check_heads(arch['embed_dims'], arch['num_heads'])
-        for name, allowed in dict(mlp=tuple(MLPS), rotary=(None, *ROTARY)).items():
+        for name, allowed in dict(mlp=MLPS, rotary=(None, *ROTARY)).items():
             if arch.get(name, allowed[0]) not in allowed:
                 raise ValueError(f"arch['{name}'] must be one of {allowed}, got {arch[name]!r}")
         if arch.get('rotary') and arch['embed_dims'] // arch['num_heads'] % 4:

@@ -30,11 +30,12 @@ GRIDS = dict(pos_embed='pos_grid', centers='center_grid', semantic_token2='cente
 PREFIX_TOKENS = ('cls_token', 'dist_token')
 PATCHES = 'patch_embed.proj.weight'  # of a ViT
 
-# Projections that timm's Eva has in parts
-PARTS = {
-    'attn.qkv': ('attn.q_proj', 'attn.k_proj', 'attn.v_proj'),
-    'mlp.fc1': ('mlp.fc1_g', 'mlp.fc1_x'),
-}
+# Projections, and how else files have them: of a cross-attention block, and in timm's Eva
+JOINED = (
+    ('qkv', ('q', 'kv')),
+    ('qkv', ('q_proj', 'k_proj', 'v_proj')),
+    ('fc1', ('fc1_g', 'fc1_x')),
+)
 COARSE_AND_FINE = ('patch_embed_coarse', 'patch_embed')  # of MSViT
 RGB = 3
 
@@ -80,8 +81,7 @@ def fit(state: State, module: nn.Module, report: Report) -> State:
     stem = tuple(f'{name}.' for name in getattr(module, 'stem_names', ('patch_embed',)))
     _name_output_norm(state, own, report)
     _split_attention(state, own, report)
-    _join_attention(state, own, report)
-    _join_parts(state, own, report)
+    _join_projections(state, own, report)
     fold_scales(state, own, report)  # while the layers have their plain names
     structure_layers(state, own, report)
     _free_registers(state, own, report)
@@ -135,26 +135,16 @@ def _split_attention(state: State, own: State, report: Report) -> None:
             report.dropped.append(report.mapped.pop(attn + BIAS_TABLE))
 
 
-def _join_attention(state: State, own: State, report: Report) -> None:
+def _join_projections(state: State, own: State, report: Report) -> None:
     for name in own:
-        attn, _, kind = name.rpartition('qkv.')
-        query, key_value = f'{attn}q.{kind}', f'{attn}kv.{kind}'
-        windowed = f'{attn}{BIAS_TABLE}' in own  # cross-attention has no windows
-        if attn and not windowed and name not in state and {query, key_value} <= state.keys():
-            state[name] = torch.cat([state.pop(query), state.pop(key_value)])
-            report.mapped[name] = report.mapped.pop(query)
-            report.joined += [report.mapped[name], report.mapped.pop(key_value)]
-
-
-def _join_parts(state: State, own: State, report: Report) -> None:
-    for name in own:
-        for joint, parts in PARTS.items():
-            if name in state or f'.{joint}.' not in name:
-                continue
-            names = [name.replace(joint, part) for part in parts]
+        for joint, parts in JOINED:
+            layer, found, kind = name.rpartition(f'{joint}.')
+            names = [f'{layer}{part}.{kind}' for part in parts]
             present = [part for part in names if part in state]
-            absent = {part for part in names if not part.endswith('k_proj.bias')} - state.keys()
-            if absent:
+            absent = [part for part in names if part not in state]
+            windowed = f'{layer}{BIAS_TABLE}' in own  # attention in parts has no windows
+            lacks = any(not part.endswith('k_proj.bias') for part in absent)
+            if not found or windowed or name in state or lacks:
                 continue
             zero = torch.zeros_like(state[names[0]])  # the bias of keys
             state[name] = torch.cat([state.pop(part, zero) for part in names])

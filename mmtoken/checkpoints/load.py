@@ -97,7 +97,7 @@ def _fit_to(
         state, report = rename(state, source)
         family = SOURCES[source]
         if family.check:
-            family.check(as_in_file, module)
+            family.check(as_in_file, state, module)
         ignorable += [family.ignorable_keys] if family.ignorable_keys else []
         new += [group for group in family.newly_initialized_keys if not matches_any(group, state)]
     state = fit(state, module, report)

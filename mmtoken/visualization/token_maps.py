@@ -76,12 +76,7 @@ def draw_image(
     Raises:
         ValueError: Nothing in the model makes tokens of its own.
     """
-    images, _, records, sizes = record_batch(model, batch, record_tokens)
-    if not records:
-        raise ValueError('no part of the model reduces, chooses or structures its tokens')
-    picture = to_picture(images[0], model.data_preprocessor)
-    size = None if sizes is None else sizes[0].tolist()
-    macs = backbone_macs(model, images) / 1e9
+    picture, size, records, macs = record_image(model, batch)
     title = f'{model_name(model)}: {macs:.3g} G multiply-accumulates in backbone and neck'
     return draw_tokens(picture, records, size, per_block, title), records
 
@@ -106,10 +101,7 @@ def draw_budgets(
     panels, records, averaged = [], [], []
     for tokens in budgets:
         set_budget(model, tokens)
-        images, _, recorded, sizes = record_batch(model, batch, record_tokens)
-        picture = to_picture(images[0], model.data_preprocessor)
-        size = picture.shape[:2] if sizes is None else sizes[0].tolist()
-        macs = backbone_macs(model, images) / 1e9
+        picture, size, recorded, macs = record_image(model, batch)
         budget = f'budget {tokens:.2g}, {macs:.3g} G MACs'
         found, blocks = token_panels(picture, recorded, size)
         panels += [panel._replace(title=f'{budget}\n{panel.title}') for panel in found]
@@ -118,6 +110,26 @@ def draw_budgets(
     columns = MAX_COLUMNS if len(panels) == len(budgets) else len(panels) // len(budgets)
     title = f'{model_name(model)}: one network, {len(budgets)} budgets'
     return draw_panels(panels, size, columns, title, averaged), records
+
+
+def record_image(
+    model: nn.Module, batch: Mapping
+) -> tuple[np.ndarray, Sequence[int], list[Record], float]:
+    """Run backbone and neck on one image.
+
+    Returns:
+        The image with its padding, ``(H, W, 3)``, uint8; its height and width without; what was
+        recorded; and the cost, in G multiply-accumulates.
+
+    Raises:
+        ValueError: Nothing in the model makes tokens of its own.
+    """
+    images, _, records, sizes = record_batch(model, batch, record_tokens)
+    if not records:
+        raise ValueError('no part of the model reduces, chooses or structures its tokens')
+    picture = to_picture(images[0], model.data_preprocessor)
+    size = picture.shape[:2] if sizes is None else sizes[0].tolist()
+    return picture, size, records, backbone_macs(model, images) / 1e9
 
 
 def draw_tokens(

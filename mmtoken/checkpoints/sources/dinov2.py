@@ -38,14 +38,11 @@ def teacher(state: Mapping[str, Tensor]) -> Renamed:
 
 official = rename_with(*RULES)
 transformers = rename_with(
-    (r'embeddings\.mask_token', None),
-    (r'embeddings\.cls_token', 'cls_token'),
-    (r'embeddings\.register_tokens', 'reg_token'),
+    *vit.TRANSFORMERS,
     (r'embeddings\.position_embeddings', 'pos_embed'),
     (r'embeddings\.patch_embeddings\.projection\.', 'patch_embed.proj.'),
     (r'encoder\.layer\.(\d+)\.attention\.attention\.([qkv])[a-z]+\.', r'blocks.\1.attn.\2_proj.'),
     (r'encoder\.layer\.(\d+)\.attention\.output\.dense\.', r'blocks.\1.attn.proj.'),
-    (r'encoder\.layer\.(\d+)\.layer_scale(\d)\.lambda1', r'blocks.\1.ls\2.gamma'),
     (r'encoder\.layer\.(\d+)\.mlp\.weights_in\.', r'blocks.\1.mlp.fc1.'),
     (r'encoder\.layer\.(\d+)\.mlp\.weights_out\.', r'blocks.\1.mlp.fc2.'),
     (r'encoder\.layer\.', 'blocks.'),

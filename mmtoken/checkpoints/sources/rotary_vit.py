@@ -23,12 +23,9 @@ timm = rename_with(
     (r'blocks\.(\d+)\.attn\.k_bias$', None),  # a buffer of zeros
 )
 _transformers = rename_with(
-    (r'embeddings\.mask_token', None),
+    *vit.TRANSFORMERS,
     (r'rope_embeddings\.', None),
-    (r'embeddings\.register_tokens', 'reg_token'),
-    (r'embeddings\.cls_token', 'cls_token'),
     (r'embeddings\.patch_embeddings\.', 'patch_embed.proj.'),
-    (r'layer\.(\d+)\.layer_scale(\d)\.lambda1', r'blocks.\1.ls\2.gamma'),
     (r'layer\.(\d+)\.attention\.o_proj\.', r'blocks.\1.attn.proj.'),
     (r'layer\.(\d+)\.attention\.([qkv]_proj)\.', r'blocks.\1.attn.\2.'),
     (r'layer\.(\d+)\.mlp\.gate_proj\.', r'blocks.\1.mlp.fc1_g.'),

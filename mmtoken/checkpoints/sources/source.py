@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+State = Mapping[str, Tensor]  # names and tensors
 Renamed = dict[str, tuple[str, Tensor]]  # new name: (old name, tensor)
 Rename = Callable[[Mapping[str, Tensor]], Renamed]
 Rule = tuple[str, str | Callable[[re.Match], str] | None]
@@ -45,7 +46,8 @@ class Source:
         key_signature: A key that a file must have to be detected as of this family, beside those of
             a layout. It is not asked for where the user names the source.
         check: Raises a ValueError where the arguments of a model do not suit the names and tensors
-            of a file, as they are in the file, although names and shapes fit.
+            of a file, as they are in the file and as they are renamed, although names and shapes
+            fit.
     """
 
     name: str
@@ -54,7 +56,7 @@ class Source:
     ignorable_keys: str | None = None
     newly_initialized_keys: tuple[str, ...] = ()
     key_signature: str | None = None
-    check: Callable[[Mapping[str, Tensor], nn.Module], None] | None = None
+    check: Callable[[State, State, nn.Module], None] | None = None
 
     def layout_of(self, names: Collection[str]) -> Layout | None:
         """The layout that these names have, if any of this source."""

@@ -5,13 +5,12 @@ without its decoder: its sine-cosine positions are stored as learned ones are.
 """
 
 import inspect
-from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..report import OURS
-from .source import Layout, Rename, Renamed, Source, rename_with
+from .source import Layout, Rename, Renamed, Source, State, rename_with
 
 PARAM = r'\.(weight|bias)'
 ATTENTION = r'qkv|q|kv|proj|[qkv]_proj|[qk]_norm'
@@ -22,13 +21,14 @@ NAMES = (
     r'|(gate|gate_loss|label_loss|patch_embed_coarse)\..*'
 )
 HEADS = (r'(head|head_dist|pre_logits)\.', None)
-REGISTERS = ('reg_token', 'register_tokens', 'storage_tokens')  # in timm and officially
-# In timm, its Eva, mmpretrain and transformers
-SCALES = ('.ls1.gamma', '.gamma_1', '.attn.gamma1.weight', '.layer_scale1.lambda1')
-POSITIONS = ('pos_embed', 'position_embeddings')
-# The gate of a SwiGLU, alone or with what it gates: officially, in timm and in transformers
-GATES = ('.w1.weight', '.w12.weight', '.fc1_g.weight', '.gate_proj.weight', '.weights_in.weight')
 PRETRAINING = (r'mask_token$|decoder_', None)
+# What DINOv2 and DINOv3 share in Hugging Face's transformers
+TRANSFORMERS = (
+    (r'embeddings\.mask_token', None),
+    (r'embeddings\.cls_token', 'cls_token'),
+    (r'embeddings\.register_tokens', 'reg_token'),
+    (r'(?:encoder\.)?layer\.(\d+)\.layer_scale(\d)\.lambda1', r'blocks.\1.ls\2.gamma'),
+)
 # What our models of dynamic granularity have beyond a plain ViT or PVT, and those of mixed scale
 GRAINED = (rf'.*\.router\.gate{PARAM}', r'budget\..*')
 MIXED = (r'gate\..*', r'gate_loss\..*', r'label_loss\..*', r'patch_embed_coarse\..*')
@@ -42,7 +42,7 @@ NORM = rf'norm{PARAM}'
 def without_distillation(rename: Rename) -> Rename:
     """Drop the distillation token after renaming, and its position, the second."""
 
-    def rename_and_drop(state: Mapping[str, Tensor]) -> Renamed:
+    def rename_and_drop(state: State) -> Renamed:
         renamed = rename(state)
         if renamed.pop('dist_token', None) is not None and 'pos_embed' in renamed:
             old, positions = renamed['pos_embed']
@@ -52,11 +52,12 @@ def without_distillation(rename: Rename) -> Rename:
     return rename_and_drop
 
 
-def check_arguments(state: Mapping[str, Tensor], model: nn.Module) -> None:
+def check_arguments(file: State, state: State, model: nn.Module) -> None:
     """Refuse what only a model that is built with other arguments has a place for.
 
     Args:
-        state: Names and tensors of a file.
+        file: Names and tensors as they are in a file, where some names alone mean a SwiGLU.
+        state: The same by our names.
         model: Any; it is compared if it is a plain ViT.
 
     Raises:
@@ -72,25 +73,25 @@ def check_arguments(state: Mapping[str, Tensor], model: nn.Module) -> None:
         remedy = f'set {argument}={value}' if argument in arguments else f'it takes no {argument}'
         raise ValueError(f'{what}; {remedy}')
 
-    scaled = any(key.endswith(SCALES) for key in state)
-    if 'blocks.0.ls1.gamma' in own and not scaled:  # the reverse is folded
+    if 'blocks.0.ls1.gamma' in own and 'blocks.0.ls1.gamma' not in state:  # the reverse is folded
         refuse(f'{name} has layer scale, it has none', 'layer_scale', None)
-    if is_gated(state) != is_gated(own):
-        theirs, ours = ('a SwiGLU' if is_gated(s) else 'a plain MLP' for s in (state, own))
+    named = any('.w12.' in key or '.weights_in.' in key for key in file)
+    gated = is_gated(state) or named, is_gated(own)
+    if gated[0] != gated[1]:
+        theirs, ours = ('a SwiGLU' if g else 'a plain MLP' for g in gated)
         refuse(f'its blocks have {theirs}, those of {name} {ours}', 'arch', 'that of these weights')
-    if 'pos_embed' in own and not any(key.endswith(POSITIONS) for key in state):
+    if 'pos_embed' in own and 'pos_embed' not in state:
         refuse(
             'it has no learned positions', 'arch', "that of these weights, such as 'dinov3-base'"
         )
-    registers = [t.shape[1] for key, t in state.items() if key.endswith(REGISTERS)]
-    theirs, ours = (*registers, 0)[0], own['reg_token'].shape[1] if 'reg_token' in own else 0
+    theirs, ours = (s['reg_token'].shape[1] if 'reg_token' in s else 0 for s in (state, own))
     if theirs != ours:
         refuse(f'it has {theirs} register tokens, {name} has {ours}', 'num_registers', theirs)
 
 
-def is_gated(state: Mapping[str, Tensor]) -> bool:
-    """Whether the MLPs of a file or a model are SwiGLUs, by names or, in timm, by size."""
-    if any(key.endswith(GATES) for key in state):
+def is_gated(state: State) -> bool:
+    """Whether MLPs are SwiGLUs: the gate has a name of its own, or doubles the hidden channels."""
+    if 'blocks.0.mlp.fc1_g.weight' in state:
         return True
     inner = [state.get(f'blocks.0.mlp.{layer}.weight') for layer in ('fc1', 'fc2')]
     return all(w is not None for w in inner) and inner[0].shape[0] != inner[1].shape[1]

@@ -7,12 +7,10 @@ same. Deformable PVT was released without ``dge``.
 Source: github.com/StevenGrove/vtpack (Apache-2.0).
 """
 
-from collections.abc import Mapping
-
-from torch import Tensor, nn
+from torch import nn
 
 from . import pvt, vit
-from .source import Layout, Source, rename_with
+from .source import Layout, Source, State, rename_with
 
 SPLITS = (r'.*\.dge\.splits$', None)
 
@@ -28,17 +26,18 @@ deit_names = vit.without_distillation(
 )
 
 
-def check_splits(state: Mapping[str, Tensor], model: nn.Module) -> None:
+def check_splits(file: State, state: State, model: nn.Module) -> None:
     """Refuse weights that were trained with other granularities than those of the model.
 
     Args:
-        state: Official names and tensors.
+        file: Official names and tensors.
+        state: Ours, which have no splits.
         model: Has blocks with ``granularities`` and ``region_size``, if it is for such weights.
 
     Raises:
         ValueError: They differ.
     """
-    theirs = {tuple(t.flatten().tolist()) for n, t in state.items() if n.endswith('.dge.splits')}
+    theirs = {tuple(t.flatten().tolist()) for n, t in file.items() if n.endswith('.dge.splits')}
     for block in model.modules():
         if hasattr(block, 'granularities') and hasattr(block, 'region_size'):
             ours = tuple(block.region_size // side for side in block.granularities)

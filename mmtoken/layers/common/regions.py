@@ -228,6 +228,7 @@ def check_concrete(choice: Tensor, batch: int) -> None:
         )
 
 
+# Not traced: the number of queries depends on values.
 @torch.compiler.disable
 def plan_regions(choice: Tensor, layout: RegionLayout) -> RegionPlan:
     """Find the queries of a batch. Synchronizes with the device once, for their number.
