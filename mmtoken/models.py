@@ -45,6 +45,8 @@ def create_model(
 ) -> TokenBackbone | PooledFeatures:
     """Build a backbone, initialized and in training mode.
 
+    On the meta device, where tensors have no values, nothing is initialized or loaded.
+
     Args:
         model_name: One of :func:`list_models`.
         features_only: Return the backbone, whose result is a tuple of maps ``(B, C_i, H_i, W_i)``;
@@ -78,7 +80,8 @@ def create_model(
     if pretrained not in (False, None):
         kwargs = dict(kwargs, init_cfg=dict(type='Pretrained', checkpoint=pretrained))
     backbone = cls(arch=arch, **kwargs)
-    backbone.init_weights()
+    if not any(parameter.is_meta for parameter in backbone.parameters()):
+        backbone.init_weights()
     return backbone if features_only else PooledFeatures(backbone)
 
 

@@ -64,7 +64,7 @@ def check_stack() -> None:
 def known_problems() -> list[str]:
     """Describe what is known not to work of all that is installed."""
     version_of = functools.cache(installed_version)
-    return find_problems(version_of) + find_missing_ops(version_of)
+    return find_problems(version_of) + find_missing_ops(version_of) + find_missing_opencv()
 
 
 def find_problems(version_of: VersionOf) -> list[str]:
@@ -103,6 +103,13 @@ def find_missing_ops(version_of: VersionOf) -> list[str]:
         f'{", ".join(folders) or "no folder"} has none compiled for this Python: '
         f'{_install_mmcv(version_of)}'
     ]
+
+
+def find_missing_opencv() -> list[str]:
+    """Describe an MMEngine without OpenCV, which it imports; onedl-mmengine does not install it."""
+    if find_spec('mmengine') is None or find_spec('cv2') is not None:
+        return []
+    return ['MMEngine imports cv2, which is not installed: pip install opencv-python-headless']
 
 
 def enable_config_paths() -> None:

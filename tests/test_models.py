@@ -127,3 +127,13 @@ def test_bad_arguments():
         mmtoken.create_model('msvit_tiny', in_chans=1)
     with pytest.raises(ValueError, match='rising indices'):
         mmtoken.create_model('psvit_tiny', out_indices=(3,))
+
+
+def test_nothing_is_initialized_on_the_meta_device():
+    with torch.device('meta'):
+        model = mmtoken.create_model('stvit_r_swin_tiny')
+    assert model.feature_info.channels() == [96, 192, 384, 768]
+    tensors = [*model.parameters(), *model.buffers()]
+    assert all(tensor.is_meta for tensor in tensors)
+    saved = model.state_dict(keep_vars=True).values()  # what loading gives values to: all there is
+    assert {id(tensor) for tensor in tensors} == {id(tensor) for tensor in saved}

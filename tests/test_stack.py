@@ -8,7 +8,13 @@ import pytest
 
 import mmtoken
 from mmtoken.clashes import DISTRIBUTIONS
-from mmtoken.stack import check_stack, find_missing_ops, find_problems, installed_version
+from mmtoken.stack import (
+    check_stack,
+    find_missing_opencv,
+    find_missing_ops,
+    find_problems,
+    installed_version,
+)
 
 UPSTREAM = {
     'mmengine': '0.10.7', 'mmcv': '2.1.0', 'mmdet': '3.3.0', 'mmsegmentation': '1.2.2',
@@ -143,6 +149,16 @@ def test_mmcv_without_compiled_ops(stack, tmp_path, monkeypatch):
 def test_ops_are_not_asked_for_in_vain(stack, tmp_path, monkeypatch):
     mmcv_in(tmp_path, monkeypatch)
     assert find_missing_ops(stack.get) == []
+
+
+@pytest.mark.parametrize(
+    'installed, problems', [({'mmengine'}, 1), ({'mmengine', 'cv2'}, 0), (set(), 0)]
+)
+def test_opencv_is_asked_for(installed, problems, monkeypatch):
+    monkeypatch.setattr('mmtoken.stack.find_spec', lambda name: name if name in installed else None)
+    found = find_missing_opencv()
+    assert len(found) == problems
+    assert all('pip install opencv-python-headless' in problem for problem in found)
 
 
 def test_check_stack_raises_one_error_and_can_be_skipped(monkeypatch):

@@ -12,6 +12,7 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import Tensor
 
 from .attention import attention, join_heads
+from .cache import cache_by_shape
 from .utils import run_block
 from .windows import pad_to_windows, shifted_window_mask, window_partition, window_reverse
 
@@ -40,9 +41,6 @@ class WindowAttention(nn.Module):
             torch.zeros((2 * window_size - 1) ** 2, num_heads)
         )
         trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.register_buffer(
-            'relative_position_index', relative_position_index(window_size), persistent=False
-        )
         self.qkv = linear(embed_dims, 3 * embed_dims)
         self.proj = linear(embed_dims, embed_dims)
 
@@ -70,13 +68,16 @@ class WindowAttention(nn.Module):
 
     def position_bias(self) -> Tensor:
         """Learned bias of each pair of tokens in a window: ``(1, heads, L, L)``."""
-        bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
-        return bias.view(*self.relative_position_index.shape, -1).permute(2, 0, 1).unsqueeze(0)
+        table = self.relative_position_bias_table
+        index = relative_position_index(self.window_size, table.device)
+        return table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1).unsqueeze(0)
 
 
-def relative_position_index(size: int) -> Tensor:
+@cache_by_shape
+def relative_position_index(size: int, device: torch.device) -> Tensor:
     """Row of the bias table for each pair of tokens of a window: ``(size ** 2, size ** 2)``."""
-    row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing='ij')
+    place = torch.arange(size, device=device)
+    row, column = torch.meshgrid(place, place, indexing='ij')
     row, column = row.flatten(), column.flatten()
     down = row[:, None] - row[None, :] + size - 1
     across = column[:, None] - column[None, :] + size - 1
