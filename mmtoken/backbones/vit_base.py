@@ -75,6 +75,22 @@ TRUNKS = {
 }  # fmt: skip
 
 
+def block_options(arch: Mapping) -> dict:
+    """How the blocks of an architecture differ from those of ViT: arguments of ``ViTBlock``."""
+    options = {**TRUNK_OPTIONS, **arch}
+    norm_layer = partial(nn.LayerNorm, eps=options['norm_eps'])
+    mlps = {
+        'gelu': Mlp,
+        'swiglu': SwiGLU,
+        'swiglu-norm': partial(SwiGLU, norm_layer=norm_layer),
+    }
+    return dict(
+        norm_eps=options['norm_eps'],
+        attn=partial(Attention, qk_norm=norm_layer if options['qk_norm'] else None),
+        mlp=mlps[options['mlp']],
+    )
+
+
 class DenseLayout(NamedTuple):
     """All tokens of the grid are there, row by row.
 
@@ -191,6 +207,8 @@ class PlainBackbone(PatchBackbone):
             the end.
         out_type: ``'map'`` for dense maps. For classification ``'cls_token'``, the normalized class
             token of the last block, or ``'avg_featmap'``, the mean over its normalized map.
+        out_prefix: Return the class token and registers too, ``(B, P, C)``, behind the last map and
+            not normalized, for the heads of :mod:`mmtoken.heads`.
         frozen_stages: Blocks kept fixed: 0 freezes the patch and position embedding, 1 the first
             block too, and so on; -1 freezes nothing.
         norm_eval: Accepted for compatibility; unused, since there is no BatchNorm.
@@ -227,6 +245,7 @@ class PlainBackbone(PatchBackbone):
         final_norm: bool = True,
         out_indices: Sequence[int] = (-1,),
         out_type: str = 'map',
+        out_prefix: bool = False,
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
@@ -238,19 +257,21 @@ class PlainBackbone(PatchBackbone):
             (dims,) * depth, (patch_size,) * depth, out_indices, frozen_stages, norm_eval, init_cfg
         )
         check_out_type(out_type, self.out_types, self.out_indices, depth - 1, cls_token)
-        options = {**TRUNK_OPTIONS, **arch}
         if num_registers is None:
-            num_registers = options['num_registers']
-        self.num_heads, self.rotary = arch['num_heads'], options['rotary']
+            num_registers = arch.get('num_registers', 0)
+        self.num_heads, self.rotary = arch['num_heads'], arch.get('rotary')
+        options = block_options(arch)
         self.norm_layer = partial(nn.LayerNorm, eps=options['norm_eps'])
-        self.qk_norm = self.norm_layer if options['qk_norm'] else None
-        normalized = partial(SwiGLU, norm_layer=self.norm_layer)
-        mlps = {'gelu': Mlp, 'swiglu': SwiGLU, 'swiglu-norm': normalized}
-        self.mlp_layer = mlps[options['mlp']]
+        self.qk_norm = options['attn'].keywords['qk_norm']
+        self.mlp_layer = options['mlp']
         self.make_stem(
-            dims, img_size, patch_size, in_channels, cls_token, num_registers, options['pos_embed']
-        )
+            dims, img_size, patch_size, in_channels, cls_token, num_registers,
+            arch.get('pos_embed', True),
+        )  # fmt: skip
+        if out_prefix and out_type != 'map':
+            raise ValueError(f"out_prefix needs out_type='map', got {out_type!r}")
         self.out_type = out_type
+        self.out_prefix = out_prefix
         self.final_norm = final_norm
         self.with_cp = with_cp
         # For subclasses, which make the blocks
@@ -264,11 +285,7 @@ class PlainBackbone(PatchBackbone):
         if layer_scale is not None:
             self.block_args.update(layer_scale=layer_scale)
         if self.arch_options:
-            self.block_args.update(
-                norm_eps=options['norm_eps'],
-                attn=partial(Attention, qk_norm=self.qk_norm),
-                mlp=self.mlp_layer,
-            )
+            self.block_args.update(options)
 
     def finish_init(self) -> None:
         """Add the norm behind the last block, if an output needs it, and apply freezing."""
@@ -311,7 +328,7 @@ class PlainBackbone(PatchBackbone):
     def library_baseline(cls, args: Mapping) -> dict | None:
         """mmpretrain's ViT, which has neither registers nor layer scale nor later options."""
         later = any(args['arch'].get(key, value) != value for key, value in TRUNK_OPTIONS.items())
-        if later or args.get('num_registers') or args.get('layer_scale'):
+        if later or any(args.get(name) for name in ('num_registers', 'layer_scale', 'out_prefix')):
             return None
         same = ('img_size', 'patch_size', 'in_channels', 'qkv_bias', 'drop_path_rate')
         return dict(
@@ -345,6 +362,8 @@ class PlainBackbone(PatchBackbone):
             tokens, layout = self.run_block(i, tokens, layout)
             if i in self.out_indices:
                 outputs.append(self.output(i, tokens, layout))
+        if self.out_prefix:
+            outputs.append(self.restore(i, tokens, layout)[:, : self.num_prefix_tokens])
         self.finish(layout)
         return join_maps(outputs)
 
