@@ -115,7 +115,7 @@ def without_sync_bn(node) -> None:
 def with_few_regions(node) -> None:
     """Limit the proposals of a detector: a thousand of noise would take most of the time."""
     if isinstance(node, dict):
-        for key in ('max_per_img', 'num', 'num_queries'):  # the second: samples of a head
+        for key in ('max_per_img', 'max_per_image', 'num', 'num_queries'):  # num: samples of a head
             if isinstance(node.get(key), int):
                 node[key] = min(node[key], MAX_REGIONS)
     children = node.values() if isinstance(node, dict) else node

@@ -88,3 +88,4 @@ optim_wrapper = dict(
         }
     ),
 )
+auto_scale_lr = dict(base_batch_size=2)

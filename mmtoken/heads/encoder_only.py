@@ -83,7 +83,7 @@ class EncoderOnly:
         BaseModule.init_weights(self)
 
     def forward(
-        self, x: Sequence[Tensor], batch_data_samples: Sequence
+        self, x: Sequence[Tensor], batch_data_samples: Sequence | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Logits of classes and masks, see :class:`~mmtoken.heads.query_decoder.QueryDecoder`.
 
