@@ -1,5 +1,5 @@
-# The encoder-only head from weights of DINOv2: queries join the last three blocks. Half of the regions
-# is fine in the nine before.
+# The encoder-only head from weights of DINOv2: queries join the last three blocks. Half of the
+# regions is fine in the nine before.
 _base_ = [
     '../_base_/mmtoken.py',
     '../_base_/datasets/nuclei_392x392.py',

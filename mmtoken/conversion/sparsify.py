@@ -84,8 +84,8 @@ def sparsify(
     state = report = None
     if checkpoint is not None:
         state, report = fit_whole(module, checkpoint)
-    elif backbone.get('init_cfg'):
-        sparse['init_cfg'] = backbone.init_cfg.to_dict()
+    elif weights := initial_weights(cfg):
+        sparse['init_cfg'] = weights
     delta = make_delta(cfg, sparse, files[1] if checkpoint else None)
     if finetune is not None:
         delta |= fine_tuning(cfg, finetune, checkpoint if method in FOREIGN_TWIN else None)
@@ -113,6 +113,17 @@ def find_backbone(cfg: Config) -> Mapping:
     if not backbone:
         raise ValueError(f'{cfg.filename}: its model has no backbone')
     return backbone
+
+
+def initial_weights(cfg: Config) -> Args | list[Args] | None:
+    """``init_cfg`` of the dense backbone, also where its libraries allow other forms of it."""
+    backbone = cfg.model.backbone
+    if init_cfg := backbone.get('init_cfg'):
+        if isinstance(init_cfg, Mapping):
+            return dict(type='Pretrained') | dict(init_cfg)  # mmdet's PVT needs no type
+        return [dict(entry) for entry in init_cfg]
+    pretrained = backbone.get('pretrained') or cfg.model.get('pretrained')
+    return dict(type='Pretrained', checkpoint=pretrained) if pretrained else None
 
 
 def fit_whole(backbone: nn.Module, checkpoint: str) -> tuple[dict[str, Tensor], Report]:

@@ -11,7 +11,7 @@ from mmtoken.analysis.configs import load_config
 from mmtoken.conversion import METHODS, sparsify
 from mmtoken.conversion.methods import sparse_backbone
 from mmtoken.conversion.plain import describe
-from mmtoken.conversion.sparsify import FOREIGN_TWIN
+from mmtoken.conversion.sparsify import FOREIGN_TWIN, initial_weights
 
 TRAINING = """
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=12)
@@ -179,6 +179,47 @@ def test_a_base_of_a_library(tmp_path):
     assert cfg.model.backbone.arch == 'tiny' and result.checkpoint is None
     assert 'token_losses' not in cfg.default_hooks  # nothing is chosen, so nothing has a loss
     assert cfg.model.roi_head.bbox_head.num_classes == 80
+
+
+@pytest.mark.parametrize(
+    'base, method, file',
+    [
+        ('mmdet::pvt/retinanet_pvt-s_fpn_1x_coco.py', 'dge', 'pvt_small.pth'),  # no type
+        (
+            'mmseg::vit/vit_vit-b16_mln_upernet_8xb2-80k_ade20k-512x512.py',  # pretrained=...
+            'msvit',
+            'vit_base_patch16_224.pth',
+        ),
+        (
+            'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py',
+            'stvit-r',
+            'swin_tiny_patch4_window7_224_20220317-1cdeb081.pth',
+        ),
+    ],
+)
+def test_weights_that_training_starts_from_stay(base, method, file, tmp_path):
+    cfg = load_config(sparsify(base, method, tmp_path).config)
+    assert cfg.model.get('pretrained') is None
+    assert cfg.model.backbone.init_cfg.type == 'Pretrained'
+    assert cfg.model.backbone.init_cfg.checkpoint.endswith(file)
+    MODELS.build(cfg.model.backbone)
+
+
+@pytest.mark.parametrize(
+    'changes, expected',
+    [
+        (
+            dict(init_cfg=[dict(type='Normal', layer='Linear')]),
+            [dict(type='Normal', layer='Linear')],
+        ),
+        (dict(pretrained='vit.pth'), dict(type='Pretrained', checkpoint='vit.pth')),
+        ({}, None),
+    ],
+)
+def test_initial_weights(changes, expected, tmp_path):
+    cfg = load_config(write_stock(tmp_path, 'vit')[0])
+    cfg.model.backbone.update(changes)
+    assert initial_weights(cfg) == expected
 
 
 def test_nothing_is_overwritten_or_left_behind(tmp_path):

@@ -24,6 +24,7 @@ DISTRIBUTIONS = (
     'transformers',
     'pycocotools',
     'opencv-python',
+    'opencv-python-headless',
 )
 
 
