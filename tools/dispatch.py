@@ -1,8 +1,15 @@
 """Run a config with the tool of the library it is written for: mmdet, mmseg or mmpretrain."""
 
+from __future__ import annotations
+
 import runpy
 import sys
+import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 CONFIG_SUFFIXES = ('.py', '.json', '.yaml', '.yml')
 USAGE = """\
@@ -51,11 +58,39 @@ def main(tool: str) -> None:
         stock_tool = shipped_file(library_of(cfg), f'tools/{tool}.py')
         if tool == 'test' and 'backbone' in cfg.get('model', {}):
             check_checkpoint(arguments[arguments.index(config) + 1 :])
+        if tool == 'train' and '--resume' in arguments:
+            check_latest(work_dir_of(cfg, config, arguments), arguments)
     except (OSError, ValueError) as error:
         sys.exit(f'{tool}.py: {error}')
     # The libraries' tools take files only.
     sys.argv[1 + arguments.index(config)] = str(find_config(config))
+    sys.argv += join_on_cpu(cfg, arguments)
     runpy.run_path(str(stock_tool), run_name='__main__')
+
+
+def join_on_cpu(cfg: Config, arguments: list[str]) -> list[str]:
+    """Form the group of processes of ``--launcher pytorch`` on a machine without devices.
+
+    MMEngine would give each process, and its copy of the model, a GPU, whatever the backend. It
+    uses a group that exists, and what a config says of the wrapper of a model.
+
+    Returns:
+        Arguments that the library's tool needs beside the given ones.
+    """
+    if '--launcher=pytorch' not in arguments and '--launcher pytorch' not in ' '.join(arguments):
+        return []
+    from mmengine.device import get_device
+    from torch import distributed
+
+    if get_device() != 'cpu':
+        return []
+    distributed.init_process_group('gloo')
+    wrapper = dict(
+        type='MMDistributedDataParallel',
+        device_ids=None,
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    )
+    return ['--cfg-options', *(f'model_wrapper_cfg.{k}={v}' for k, v in wrapper.items())]
 
 
 def check_checkpoint(arguments: list[str]) -> None:
@@ -83,6 +118,46 @@ def check_checkpoint(arguments: list[str]) -> None:
             f'they begin with {", ".join(beginnings)}. Give the checkpoint of a training, such as '
             'work_dirs/NAME/epoch_12.pth; weights of a backbone alone are for init_cfg'
         )
+
+
+def work_dir_of(cfg: Config, config: str, arguments: list[str]) -> Path:
+    """Where the library's tool writes."""
+    for i, argument in enumerate(arguments):
+        if argument.startswith('--work-dir'):
+            return Path(argument.partition('=')[2] or ''.join(arguments[i + 1 : i + 2]))
+    return Path(cfg.get('work_dir') or Path('work_dirs', Path(config.rpartition('::')[2]).stem))
+
+
+def check_latest(work_dir: Path, arguments: list[str]) -> None:
+    """Check that the checkpoint which ``--resume`` would take is whole.
+
+    MMEngine removes old checkpoints before it writes a new one, so that a process which is killed
+    while it writes leaves a part of a file, and a record of one that is gone.
+
+    Raises:
+        ValueError: It is not; the message names the latest one that is.
+    """
+    record = work_dir / 'last_checkpoint'
+    after = arguments[arguments.index('--resume') + 1 :]
+    if not record.exists() or (after and after[0].endswith('.pth')):
+        return
+    file = Path(record.read_text().strip())
+    if is_whole(file):
+        return
+    whole = [f for kind in ('iter', 'epoch') for f in work_dir.glob(f'{kind}_*.pth') if is_whole(f)]
+    state = 'is damaged' if file.exists() else 'is gone'
+    if not whole:
+        raise ValueError(f'{file}, the last checkpoint, {state}, and {work_dir} has no other')
+    latest = max(whole, key=lambda f: f.stat().st_mtime)
+    raise ValueError(
+        f'{file}, the last checkpoint, {state}; the latest that is whole is {latest}: instead of '
+        f'--resume, give --cfg-options load_from={latest} resume=True'
+    )
+
+
+def is_whole(file: Path) -> bool:
+    """Whether torch wrote a file, or DeepSpeed a folder, to its end."""
+    return file.is_dir() or (file.is_file() and zipfile.is_zipfile(file))
 
 
 def given_config(arguments: list[str]) -> str | None:

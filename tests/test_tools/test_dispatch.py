@@ -115,27 +115,22 @@ def test_dist_launchers_span_machines(tmp_path):
         ]  # fmt: skip
 
 
-@pytest.mark.parametrize('arguments', [('train', 'c.py', '2'), ('test', 'c.py', 'w.pth', 'gpu')])
-def test_dist_launchers_without_a_gpu(arguments):
-    """What PyTorch says of it, in each process, names no way out."""
-    tool, *arguments = arguments
-    path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
-    env = {**os.environ, 'PATH': path, 'CUDA_VISIBLE_DEVICES': ''}
-    result = run(TOOLS / f'dist_{tool}.sh', *arguments, env=env)
-    assert result.returncode == 1
-    assert f'dist_{tool}.sh: PyTorch sees no GPU' in result.stderr.splitlines()[-1]
-    assert result.stderr.rstrip().endswith(f'python tools/{tool}.py CONFIG ...')
-
-
 @pytest.mark.parametrize(
     'device, processes, refused',
-    [('cuda', '2', False), ('cuda', '3', True), ('cuda', 'gpu', False), ('npu', '8', False)],
+    [
+        ('cuda', '2', False),
+        ('cuda', '3', True),
+        ('cuda', 'gpu', False),
+        ('npu', '8', False),
+        ('cpu', '2', False),
+        ('mps', '2', True),
+    ],
 )
 def test_no_more_processes_than_gpus(device, processes, refused, monkeypatch):
     main = runpy.run_path(str(TOOLS / 'misc/check_devices.py'))['main']
     monkeypatch.setitem(main.__globals__, 'get_device', lambda: device)
     monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
-    with pytest.raises(SystemExit, match='sees 2') if refused else nullcontext():
+    with pytest.raises(SystemExit, match='sees 2|of Apple') if refused else nullcontext():
         main('dist_train.sh', processes)
 
 
@@ -170,3 +165,39 @@ def test_weights_of_a_backbone_alone_are_not_tested(tmp_path, monkeypatch):
     (tmp_path / 'swin.pth').write_text('<html>404</html>')
     with pytest.raises(SystemExit, match='is damaged or no checkpoint.*html'):
         main('test')
+
+
+def test_a_damaged_checkpoint_is_not_resumed(tmp_path, monkeypatch):
+    """A training was killed while it wrote its last checkpoint, and the one before was removed."""
+    import torch
+    from dispatch import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'config.py').write_text("default_scope = 'mmseg'\nwork_dir = 'out'\n")
+    out = tmp_path / 'out'
+    out.mkdir()
+
+    def resume(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['train.py', 'config.py', *arguments])
+        main('train')
+
+    torch.save(dict(a=torch.zeros(100)), out / 'iter_1.pth')
+    torch.save(dict(a=torch.zeros(100)), out / 'iter_2.pth')
+    (out / 'last_checkpoint').write_text(str(out / 'iter_2.pth'))
+    whole = (out / 'iter_2.pth').read_bytes()
+    (out / 'iter_2.pth').write_bytes(whole[: len(whole) // 2])
+    advice = 'whole is out/iter_1.pth: instead .* load_from=out/iter_1.pth resume=True'
+    with pytest.raises(SystemExit, match=f'iter_2.pth, the last checkpoint, is damaged.*{advice}'):
+        resume('--resume')
+    (out / 'iter_2.pth').unlink()
+    with pytest.raises(SystemExit, match='iter_2.pth, the last checkpoint, is gone'):
+        resume('--resume', '--amp')
+    (out / 'iter_1.pth').unlink()
+    with pytest.raises(SystemExit, match='is gone, and out has no other'):
+        resume('--work-dir', 'out', '--resume')
+    called = []
+    monkeypatch.setattr('runpy.run_path', lambda *args, **kwargs: called.append(args))
+    resume('--resume', '--work-dir=other')  # nothing was trained there
+    (out / 'iter_2.pth').write_bytes(whole)
+    resume('--resume')
+    assert len(called) == 2

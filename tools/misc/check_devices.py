@@ -1,7 +1,6 @@
 """Refuse to start more processes than this machine has devices, before they fail one by one.
 
-MMEngine gives each process a device of its own and has no other way for the CPU, whatever the
-backend; without one, the processes die with PyTorch's "Found no NVIDIA driver".
+Without any device, processes share the CPU, which suits small tests alone.
 """
 
 import sys
@@ -18,12 +17,15 @@ def main(launcher: str, processes: str) -> None:
         processes: How many it is to start here. ``gpu`` or ``auto`` leave it to PyTorch.
     """
     device = get_device()
-    if device in ('cpu', 'mps'):
+    if device == 'mps':
         tool = launcher.removeprefix('dist_').removesuffix('.sh')
         sys.exit(
-            f'{launcher}: PyTorch sees no GPU on this machine, and each process needs one. '
-            f'For one process on the CPU: python tools/{tool}.py CONFIG ...'
+            f'{launcher}: processes cannot share a GPU of Apple. For one process: '
+            f'python tools/{tool}.py CONFIG ...'
         )
+    if device == 'cpu':
+        print(f'{launcher}: PyTorch sees no GPU, {processes} processes share the CPU (gloo)')
+        return
     available = torch.cuda.device_count()
     if device == 'cuda' and processes.isdecimal() and int(processes) > available:
         sys.exit(
