@@ -46,7 +46,7 @@ pipeline = [
 train_dataloader = dict(batch_size=4, dataset=dict(pipeline=pipeline))
 train_cfg = dict(max_iters=4, val_interval=4)
 param_scheduler = []
-optim_wrapper = dict(optimizer=dict(_delete_=True, type='SGD', lr=0.1))
+optim_wrapper = dict(optimizer=dict(_delete_=True, type='SGD', lr=0.1, weight_decay=0.01))
 default_hooks = dict(
     checkpoint=dict(interval=2),
     token_losses=dict(type='mmtoken.TokenLossHook'),
