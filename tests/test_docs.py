@@ -16,6 +16,8 @@ from mmengine.registry import MODELS
 from PIL import Image
 
 import mmtoken
+import mmtoken.heads.instance
+import mmtoken.heads.semantic  # noqa: F401 -- both register a head
 from mmtoken import registry
 from mmtoken.cli import VERBS
 
