@@ -19,6 +19,7 @@ from mmtoken.export import SUFFIXES, FeatureExtractor, check_exportable, compare
 from mmtoken.runtime.budget import set_budget
 
 VIT = dict(embed_dims=32, num_layers=3, num_heads=2, feedforward_channels=64)
+LATER = dict(VIT, mlp='swiglu', qk_norm=True, rotary='dinov3', num_registers=2)
 SWIN = dict(embed_dims=16, depths=(1, 1, 6, 1), num_heads=(1, 1, 2, 2))
 PSVIT = dict(stages=[(16, 1, (1,)), (32, 2, (2, 1))])
 STATIC = {
@@ -38,6 +39,8 @@ CHOOSING = {
     'DGEDeiT with a budget': lambda: set_budget(DGEDeiT(VIT), 0.5),
     'DGEDPVT': lambda: DGEDPVT(dict(DGE, mlp_ratios=(2, 2, 2, 2))),
     'MergeViT': lambda: MergeViT(VIT, merge_blocks=(1,)),
+    'MergeViT on a later trunk': lambda: MergeViT(LATER, cls_token=True, merge_blocks=(0, 1)),
+    'MSViT on a later trunk': lambda: MSViT(LATER),
 }
 
 

@@ -120,9 +120,9 @@ def merge_mutual_pairs(
     check_concrete(tokens, len(layout.lengths))
     prefix, start, others = layout.num_prefix_tokens, 0, []
     for image in tokens.detach().split(layout.lengths):
-        other = torch.arange(start, start + image.shape[0], device=tokens.device)
-        other[prefix:] = find_mutual_pairs(image[prefix:], least) + (start + prefix)
-        others.append(other)
+        rest = image.narrow(0, prefix, image.shape[0] - prefix)  # whose size torch.export knows
+        alone = torch.arange(prefix, device=tokens.device)
+        others.append(torch.cat([alone, find_mutual_pairs(rest, least) + prefix]) + start)
         start += image.shape[0]
     other = torch.cat(others)  # in the pair of each token; itself, if it has none
     place = torch.arange(other.shape[0], device=other.device)
