@@ -42,10 +42,12 @@ def _commit() -> str | None:
 
 
 def _processor() -> str:
-    """The processor's model."""
+    """The processor's model, and which vector instructions torch uses."""
     info = Path('/proc/cpuinfo')
     if info.exists():
         for line in info.read_text().splitlines():
             if line.startswith('model name'):
-                return line.partition(':')[2].strip()
+                return (
+                    f'{line.partition(":")[2].strip()}, {torch.backends.cpu.get_cpu_capability()}'
+                )
     return platform.processor() or platform.machine()
