@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 STUDY = Path(__file__).resolve().parents[2] / 'benchmarks' / 'study'
-NAMES = ('rows', 'run', 'summaries', 'measure', 'plot', 'budgets')
+NAMES = ('rows', 'run', 'summaries', 'measure', 'plot', 'budgets', 'plot_budgets')
 # One iteration from scratch, in this process
 SHORT = [
     '--cfg-options', 'model.backbone.init_cfg=None', 'train_cfg.max_iters=1',
@@ -28,7 +28,7 @@ def study(monkeypatch, tmp_path):
     for name in NAMES:
         monkeypatch.delitem(sys.modules, name, raising=False)
     modules = {name: importlib.import_module(name) for name in NAMES}
-    for name in ('rows', 'summaries', 'measure', 'budgets'):
+    for name in ('rows', 'summaries', 'measure', 'budgets', 'plot_budgets'):
         monkeypatch.setattr(modules[name], 'RESULTS', tmp_path / 'results')
     monkeypatch.chdir(tmp_path)
     return modules
@@ -152,3 +152,23 @@ def test_an_unknown_row_is_named(study, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['run.py', 'ccp', 'dens'])
     with pytest.raises(SystemExit, match=r"no row 'dens'; it has dense, "):
         study['run'].main()
+
+
+def test_curve_of_budgets(study, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'docs' / 'images').mkdir(parents=True)
+    monkeypatch.setattr(study['plot_budgets'], 'ROOT', tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['plot_budgets.py', 'ccp'])
+    with pytest.raises(SystemExit, match='no budgets of ccp are known: .*budgets.py ccp ROW'):
+        study['plot_budgets'].main()
+    folder = tmp_path / 'results' / 'ccp'
+    folder.mkdir(parents=True)
+    scores = {'mIoU': 40.0, 'boundary/mIoU': 24.0}
+    (folder / 'dense_seed1.json').write_text(json.dumps(dict(scores=scores)))
+    budgets = {'0.3': dict(scores=scores), '1.0': dict(scores=scores)}
+    for row in ('msvit', 'dge'):
+        content = dict(row=row, seed=1, budgets=budgets)
+        (folder / f'budgets_{row}.json').write_text(json.dumps(content))
+    assert study['plot_budgets'].main() == 0
+    drawn = (tmp_path / 'docs' / 'images' / 'budgets_ccp.svg').read_text()
+    assert all(word in drawn for word in ('msvit', 'dge', 'dense, seed 1', 'boundary mIoU'))
+    assert 'docs/images/budgets_ccp.svg' in capsys.readouterr().out

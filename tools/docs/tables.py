@@ -26,7 +26,7 @@ between two comments, the first of which names it and the files it shows:
   <!-- end -->
 
   choice            the methods, for the README
-  machines          the same speed-ups on another machine, benchmarks/reported
+  machines          the same speed-ups on other machines, benchmarks/{machines,reported}
   speed [GLOB]      benchmarks/GLOB.json, of tools/analysis/benchmark.py
   macs [GLOB]       benchmarks/macs/GLOB.json, of tools/analysis/flops.py
   scores [GLOB]     benchmarks/shapes/GLOB.json, of tools/analysis/compare.py
@@ -156,30 +156,45 @@ def speedups(glob: str) -> str:
     """Of all machines: the median over our runs, or the range of that and what others measured."""
     ours = median(run['speedup'] for run in read(BENCHMARKS, glob).values())
     network = glob.removesuffix('_run*')
-    others = [run['speedup'] for run in reported()['runs'] if run['network'] == network]
+    others = [
+        speedup
+        for found in other_machines().values()
+        for (of, _), speedup in found.items()
+        if of == network
+    ]
     return '–'.join(dict.fromkeys(f'{end([ours, *others]):.2f}' for end in (min, max)))
 
 
-def reported() -> dict:
-    """Speed-ups that a reviewer measured on another machine."""
-    return json.loads((BENCHMARKS / 'reported' / 'xeon_amx.json').read_text())
+def other_machines() -> dict[str, dict[tuple[str, str], float]]:
+    """Speed-ups by processor, then by network and data type; the last were measured by others."""
+    measured: dict[str, dict[tuple[str, str], list[float]]] = {}
+    for name, run in read(BENCHMARKS / 'machines', '*').items():
+        found = measured.setdefault(run['environment']['device'], {})
+        network = re.sub(r'_[a-z0-9]+_run\d+$', '', name)
+        found.setdefault((network, run['dtype']), []).append(run['speedup'])
+    medians = {
+        cpu: {key: median(values) for key, values in found.items()}
+        for cpu, found in measured.items()
+    }
+    reported = json.loads((BENCHMARKS / 'reported' / 'xeon_amx.json').read_text())
+    theirs = {(run['network'], run['dtype']): run['speedup'] for run in reported['runs']}
+    return {**medians, reported['cpu']: theirs}
 
 
 def machines() -> str:
-    """Speed-ups on ours and on another machine."""
-    rows, cpus = [], set()
-    for run in reported()['runs']:
-        runs = read(BENCHMARKS, f'{run["network"]}_run*').values()
-        cpus |= {r['environment']['device'] for r in runs}
-        speedups = [r['speedup'] for r in runs if r['dtype'] == run['dtype']]
-        executed = median(r['executed_ratio'] for r in runs)
-        rows.append(
-            (run['network'].replace('_forward_', ', '), run['dtype'], f'{executed:.2f}',
-             f"{median(speedups):.2f}" if speedups else '–', f'{run["speedup"]:.2f}')
-        )  # fmt: skip
-    (ours,) = cpus
-    header = ('backbone, image', 'precision', 'executed MAC ratio', ours, reported()['cpu'])
-    return markdown(header, rows)
+    """Speed-ups on all machines."""
+    others, rows, ours = other_machines(), [], set()
+    for network, dtype in dict.fromkeys(key for found in others.values() for key in found):
+        runs = read(BENCHMARKS, f'{network}_run*').values()
+        ours |= {run['environment']['device'] for run in runs}
+        here = [run['speedup'] for run in runs if run['dtype'] == dtype]
+        there = [found.get((network, dtype)) for found in others.values()]
+        cells = ['–' if value is None else f'{value:.2f}'
+                 for value in (median(here) if here else None, *there)]  # fmt: skip
+        executed = median(run['executed_ratio'] for run in runs)
+        rows.append((network.replace('_forward_', ', '), dtype, f'{executed:.2f}', *cells))
+    (cpu,) = ours
+    return markdown(('backbone, image', 'precision', 'executed MAC ratio', cpu, *others), rows)
 
 
 def differences(results: dict) -> list[str]:
