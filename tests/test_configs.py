@@ -39,7 +39,7 @@ RATIOS = dict(query_ratio=0.436, coarse_ratio=0.5)  # at which costs are listed
 
 def kind(path):
     """A config's name without size, schedule and data; heads of one name are in both libraries."""
-    return SIZE.sub('', re.split(r'_\d+xb\d', path.stem)[0]), path.stem.endswith('_coco')
+    return SIZE.sub('', re.split(r'_\d+xb\d', path.stem)[0]), '_coco' in path.stem
 
 
 def size(path):

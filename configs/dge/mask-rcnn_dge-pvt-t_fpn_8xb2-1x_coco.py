@@ -1,23 +1,9 @@
-# PVT's Mask R-CNN with DGE in every block.
 _base_ = [
     '../_base_/mmtoken.py',
-    'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
+    '../_base_/models/mask-rcnn_dge-pvt-t_fpn.py',
     'mmdet::_base_/datasets/coco_instance.py',
     '../_base_/schedules/coco_pvt_1x.py',
     'mmdet::_base_/default_runtime.py',
 ]
 
-# PVT's ImageNet-1k weights: none of DGE on PVT were released.
-checkpoint = 'https://github.com/whai362/PVT/releases/download/v2/pvt_tiny.pth'
 custom_hooks = [dict(type='mmtoken.TokenLossHook')]
-model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='mmtoken.DGEPVT',
-        arch='tiny',
-        budget=dict(type='mmtoken.BudgetLoss', target=0.5, loss_weight=1.0),
-        drop_path_rate=0.1,
-        init_cfg=dict(type='Pretrained', checkpoint=checkpoint),
-    ),
-    neck=dict(in_channels=[64, 128, 320, 512]),
-)

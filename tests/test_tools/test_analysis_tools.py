@@ -53,6 +53,35 @@ def test_flops_at_a_query_ratio(run_json):
     assert f'Random token layouts: query ratio {sparse["ratios"]["query_ratio"]:.3f}' in out
 
 
+def test_flops_with_memory(mixed, run_json, monkeypatch):
+    peaks = []
+
+    def peak(target, setting):
+        peaks.append((target.name, setting.train))
+        return 100.0 * (1 + (target.name == 'dense twin') + 2 * setting.train)
+
+    monkeypatch.setattr('benchmarking.memory.peak_on_cpu', peak)
+    results, out = run_json('flops', mixed, '--shape', 64, 64, '--ratio', 0.5, '--memory')
+    assert 'Peak memory in MiB: forward pass 100 / 200, training step 300 / 400.' in out
+    assert results['peak_mb']['sparse'] == {'forward pass': 100.0, 'training step': 300.0}
+    assert results['environment']['torch'] == torch.__version__
+    assert peaks[:2] == [('MSViT', False), ('MSViT', True)]
+
+
+def test_tools_agree_where_tokens_depend_on_the_image(tmp_path, run_json, monkeypatch):
+    monkeypatch.setattr('benchmarking.measure.peak_mb', lambda *args: None)  # in processes
+    path = tmp_path / 'merge.py'
+    path.write_text("""
+default_scope = 'mmseg'
+arch = dict(embed_dims=16, num_layers=3, num_heads=2, feedforward_channels=16)
+backbone = dict(type='mmtoken.MergeViT', arch=arch, img_size=32, merge_blocks=(1,))
+model = dict(backbone=backbone)
+""")
+    args = (path, '--shape', 128, 128)
+    counted = run_json('flops', *args)[0]['sparse']['macs']
+    assert run_json('benchmark', *args, '--rounds', 1)[0]['macs_sparse'] == counted
+
+
 def test_ratios_in_words():
     measured = dict(query_ratio=0.399, coarse_ratio=0.2)
     drawn = routing_line(dict(query_ratio=0.4), measured)

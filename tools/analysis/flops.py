@@ -1,6 +1,7 @@
 """Multiply-accumulates and parameters of a config's network beside its dense twin."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from cli import (
@@ -27,6 +28,10 @@ count of the fast path: higher where it computes pairs of tokens that a mask hid
 skips padding.
 
 Counts are per image. With several ratios there is one image for each, and counts are the mean.
+Images are noise, which matters to networks that choose their tokens by the image.
+
+With --memory, peaks of a forward pass and of a training step above the weights are measured as by
+benchmark.py: the resident memory of a separate process, on one thread of the CPU, in float32.
 """
 EXAMPLES = """\
 examples:
@@ -35,6 +40,7 @@ examples:
   mmtoken flops CFG --part model
   mmtoken flops configs/dge/mask-rcnn_dge-pvt-s_fpn_8xb2-1x_coco.py --ratio 0.43
   mmtoken flops MSVIT_CFG --ratio 0.2 0.4 0.6 0.8
+  mmtoken flops CFG --shape 1024 1024 --memory
 
 With --part model, the work of a detector's heads depends on how many proposals it makes untrained.
 """
@@ -42,22 +48,27 @@ With --part model, the work of a detector's heads depends on how many proposals 
 
 def main() -> int:
     """Count, print a table; return 0, or 1 if nothing could be counted."""
-    args = make_parser(DESCRIPTION, EXAMPLES).parse_args()
+    parser = make_parser(DESCRIPTION, EXAMPLES)
+    parser.add_argument('--memory', action='store_true', help='also measure the peak memory')
+    args = parser.parse_args()
     quieten()
-    import torch  # after the arguments are known to be good
+    from benchmarking.step import Setting, make_images  # after the arguments are known to be good
     from benchmarking.targets import build_target, dense_target
 
     from mmtoken.analysis.configs import default_shape, load_config
+    from mmtoken.analysis.environment import describe_environment
 
-    batch_size, costs = num_ratios(args.ratio), {}
+    batch_size, costs, peaks = num_ratios(args.ratio), {}, {}
     try:
         cfg = load_config(args.config)
         shape = tuple(args.shape or default_shape(cfg))
+        setting = Setting(shape, batch_size)
         sparse = build_target(cfg, args.part, args.ratio, args.ratio_name)
         with Console(stderr=True).status('counting'):
             for name, target in (('sparse', sparse), ('dense', dense_target(sparse))):
-                images = torch.zeros(batch_size, target.in_channels, *shape)
-                costs[name] = target.measure_cost(target.build(), images)
+                costs[name] = target.measure_cost(target.build(), make_images(target, setting))
+                if args.memory:
+                    peaks[name] = measure_peaks(target, setting)
     except (OSError, ValueError) as error:
         return fail(error)
     number = 'one image' if batch_size == 1 else f'mean of {batch_size} images'
@@ -66,6 +77,10 @@ def main() -> int:
     line = routing_line(sparse.routing, costs['sparse'].ratios)
     if line:
         Console().print(line)
+    memory = {}
+    if args.memory:
+        memory = dict(peak_mb=peaks, environment=describe_environment(setting.device))
+        Console().print(f'Peak memory in MiB: {peak_words(**peaks)}.')
     write_json(
         args.json,
         dict(
@@ -76,9 +91,23 @@ def main() -> int:
             mac_ratio=costs['dense'].macs / costs['sparse'].macs,
             **sparse.routing,
             **{name: cost.to_dict() for name, cost in costs.items()},
+            **memory,
         ),
     )
     return 0
+
+
+def measure_peaks(target, setting) -> dict[str, float]:
+    """MiB of a forward pass and of a training step."""
+    from benchmarking.memory import peak_on_cpu
+
+    steps = {'forward pass': setting, 'training step': replace(setting, train=True)}
+    return {name: peak_on_cpu(target, step) for name, step in steps.items()}
+
+
+def peak_words(sparse: dict, dense: dict) -> str:
+    """``'forward pass 49 / 72, training step 571 / 779'``, the dense twin second."""
+    return ', '.join(f'{step} {sparse[step]:.0f} / {dense[step]:.0f}' for step in sparse)
 
 
 def report(name: str, part: str, title: str, sparse, dense) -> None:

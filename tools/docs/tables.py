@@ -29,6 +29,7 @@ between two comments, the first of which names it and the files it shows:
   machines          the same speed-ups on other machines, benchmarks/{machines,reported}
   speed [GLOB]      benchmarks/GLOB.json, of tools/analysis/benchmark.py
   macs [GLOB]       benchmarks/macs/GLOB.json, of tools/analysis/flops.py
+  memory [GLOB]     benchmarks/high_resolution/GLOB.json, of tools/analysis/flops.py --memory
   scores [GLOB]     benchmarks/shapes/GLOB.json, of tools/analysis/compare.py
   models            what every backbone of mmtoken.list_models() returns
   networks FOLDER   parameters and MACs in configs/FOLDER/metafile.yml
@@ -43,7 +44,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 BENCHMARKS = ROOT / 'benchmarks'
 MARK = re.compile(r'(<!-- table: (?P<name>\S+) ?(?P<argument>\S*) -->\n).*?(<!-- end -->)', re.S)
 SIZES = ('t', 's', 'm', 'b', 'base32')  # in this order
-DATA = ('COCO', 'ADE20K', 'ImageNet-1k', 'Data Science Bowl 2018')  # in this order
+DATA = ('COCO', 'ADE20K', 'Cityscapes', 'ImageNet-1k', 'Data Science Bowl 2018')  # in this order
 SHORT = dict(tiny='t', small='s', medium='m', base='b')
 # Rows of the README's first table: what the user has, folder and name of the method, what it does
 # to tokens, what else it costs; files of timings and of scores, with what was measured.
@@ -220,16 +221,40 @@ def macs(glob: str = '*') -> str:
     rows = []
     for name, run in read(BENCHMARKS / 'macs', glob).items():
         assert run['shape'] == [800, 1280], name
-        for ratio in ('query_ratio', 'coarse_ratio'):
-            if run[ratio] is not None:
-                (value,) = run[ratio] if isinstance(run[ratio], list) else [run[ratio]]
-                name += f', {ratio.replace("_", " ")} {value}'
+        name += ratio_of(run)
         sparse, dense = run['sparse'], run['dense']
         rows.append(
             (name, f'{sparse["macs"] / 1e9:.1f}', f'{dense["macs"] / 1e9:.1f}',
              f'{run["mac_ratio"]:.2f}', f'{sparse["parameters"] / 1e6:.2f}')
         )  # fmt: skip
     return markdown(('backbone', 'G MACs', 'dense twin', 'ratio', 'M parameters'), rows)
+
+
+def ratio_of(run: dict) -> str:
+    """``', query ratio 0.436'`` of what flops.py counted at that ratio; empty without one."""
+    for ratio in ('query_ratio', 'coarse_ratio'):
+        if run.get(ratio) is not None:
+            (value,) = run[ratio] if isinstance(run[ratio], list) else [run[ratio]]
+            return f', {ratio.replace("_", " ")} {value}'
+    return ''
+
+
+def memory(glob: str = '*') -> str:
+    """Multiply-accumulates and peak memory of backbones on large images, in brackets the twins'."""
+    rows = []
+    for name, run in read(BENCHMARKS / 'high_resolution', glob).items():
+        sparse, dense = run['sparse'], run['dense']
+        peaks = (
+            f'{run["peak_mb"]["sparse"][step]:.0f} ({run["peak_mb"]["dense"][step]:.0f})'
+            for step in ('forward pass', 'training step')
+        )
+        rows.append(
+            (name.replace('_', ', ') + ratio_of(run),
+             f'{sparse["macs"] / 1e9:.0f} ({dense["macs"] / 1e9:.0f})', f'{run["mac_ratio"]:.2f}',
+             *peaks)
+        )  # fmt: skip
+    header = ('backbone, image', 'G MACs', 'ratio', 'MiB, forward pass', 'MiB, training step')
+    return markdown(header, rows)
 
 
 def scores(glob: str = '*') -> str:
@@ -428,9 +453,9 @@ def metafile(folder: str) -> dict:
 
 
 TABLES = dict(
-    choice=choice, machines=machines, speed=speed, macs=macs, scores=scores, models=models,
-    networks=networks, published=published, study=study, seeds=seeds, gates=gates, budgets=budgets,
-    zoo=zoo,
+    choice=choice, machines=machines, speed=speed, macs=macs, memory=memory, scores=scores,
+    models=models, networks=networks, published=published, study=study, seeds=seeds, gates=gates,
+    budgets=budgets, zoo=zoo,
 )  # fmt: skip
 
 if __name__ == '__main__':

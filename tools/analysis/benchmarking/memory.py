@@ -31,11 +31,20 @@ def peak_mb(target: BenchmarkTarget, setting: Setting, step: Callable[[], object
     """
     if setting.device.type == 'cuda':
         return peak_on_cuda(step)
+    return peak_on_cpu(target, setting) if CLEAR_REFS.exists() else None
+
+
+def peak_on_cpu(target: BenchmarkTarget, setting: Setting) -> float:
+    """Peak of a step in MiB.
+
+    Raises:
+        OSError: This is not Linux.
+    """
     if not CLEAR_REFS.exists():
-        return None
+        raise OSError(f'the peak memory of a CPU is read from Linux; {CLEAR_REFS} is missing')
     context = multiprocessing.get_context('spawn')
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(_peak_on_cpu, target, replace(setting, compiled=False)).result()
+        return pool.submit(_peak_here, target, replace(setting, compiled=False)).result()
 
 
 def peak_on_cuda(step: Callable[[], object]) -> float:
@@ -47,7 +56,7 @@ def peak_on_cuda(step: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / MEBIBYTE
 
 
-def _peak_on_cpu(target: BenchmarkTarget, setting: Setting) -> float:
+def _peak_here(target: BenchmarkTarget, setting: Setting) -> float:
     torch.set_num_threads(setting.threads)
     network = target.build()
     # A step on small images loads libraries and starts thread pools.

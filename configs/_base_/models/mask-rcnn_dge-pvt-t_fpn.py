@@ -1,0 +1,16 @@
+# PVT's Mask R-CNN with DGE in every block. It needs mmtoken.TokenLossHook.
+_base_ = 'mmdet::_base_/models/mask-rcnn_r50_fpn.py'
+
+# PVT's ImageNet-1k weights: none of DGE on PVT were released.
+checkpoint = 'https://github.com/whai362/PVT/releases/download/v2/pvt_tiny.pth'
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='mmtoken.DGEPVT',
+        arch='tiny',
+        budget=dict(type='mmtoken.BudgetLoss', target=0.5, loss_weight=1.0),
+        drop_path_rate=0.1,
+        init_cfg=dict(type='Pretrained', checkpoint=checkpoint),
+    ),
+    neck=dict(in_channels=[64, 128, 320, 512]),
+)
