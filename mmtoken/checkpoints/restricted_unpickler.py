@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runtime.torch_private import rebuild_tensor, records_of_archive
+
 ZIP_MAGIC = b'PK\x03\x04'  # by which torch.load recognizes its current format
 
 
@@ -53,7 +55,7 @@ def load_torch(path: Path) -> Any:
 
 def is_torchscript(path: Path) -> bool:
     """Whether ``torch.load`` would hand this zip file to ``torch.jit.load``; it asks the same."""
-    return 'constants.pkl' in torch._C.PyTorchFileReader(str(path)).get_all_records()
+    return 'constants.pkl' in records_of_archive(path)
 
 
 class Inert:
@@ -92,7 +94,7 @@ class _RebuildTensor(_Sealed):
     __slots__ = ()
 
     def __call__(self, storage: Any, offset: int, size: tuple, stride: tuple, *_) -> Tensor:
-        return torch._utils._rebuild_tensor(storage, offset, size, stride)
+        return rebuild_tensor(storage, offset, size, stride)
 
 
 class _RebuildParameter(_Sealed):

@@ -17,6 +17,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from .torch_private import in_backward
+
 _collector: ContextVar['AuxLossCollector | None'] = ContextVar('mmtoken_aux_losses', default=None)
 
 
@@ -124,7 +126,7 @@ def is_collecting() -> bool:
 
 def in_recompute() -> bool:
     """Whether backward is recomputing the activations of a checkpointed module."""
-    return torch._C._current_graph_task_id() != -1  # the backward that this thread works on
+    return in_backward()
 
 
 def _require_collector() -> AuxLossCollector:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...runtime.reference import is_compiling
+from ...runtime.torch_private import in_dispatch_mode, in_transform
 
 # Limit for each device. The plans of a whole network take 2 to 8 MB for an image of 800 x 1344, so
 # the shapes of the last iterations stay cached.
@@ -124,7 +125,7 @@ def cache_by_shape(function: Callable) -> Callable:
         if tracing:
             warnings.warn(TRACE_WARNING, torch.jit.TracerWarning, stacklevel=4)
             return _bound_to(sizes, result)
-        if torch._C._len_torch_dispatch_stack():
+        if in_dispatch_mode():
             # Dispatch modes see the tensors, as if they had just been created
             return _map_tensors(torch.ops.aten.lift_fresh, result)
         return result
@@ -156,11 +157,7 @@ def runs_eagerly() -> bool:
 
     Otherwise they are traced, intercepted or transformed, and new tensors may be invalid later.
     """
-    return not (
-        torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return not (torch.jit.is_tracing() or in_dispatch_mode() or in_transform())
 
 
 def _make(function: Callable, args: tuple, kwargs: dict) -> Any:

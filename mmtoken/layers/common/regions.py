@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ...runtime.reference import is_compiling
+from ...runtime.torch_private import is_without_values
 from .cache import cache_by_shape
 from .rotary import Rotation
 from .utils import ceil_div
@@ -218,8 +218,7 @@ def check_concrete(choice: Tensor, batch: int) -> None:
     """
     if is_compiling() and batch == 1:
         return
-    transformed = torch._C._functorch.is_functorch_wrapped_tensor(choice)
-    if choice.is_meta or isinstance(choice, FakeTensor) or transformed:
+    if is_without_values(choice):
         raise RuntimeError(
             'this network chooses its tokens by looking at the image, which has no '
             'values here: it can neither be exported for more than one image at a time, nor run '

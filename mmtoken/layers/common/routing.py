@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...runtime.routing_override import current_override
-from ...runtime.tracing import untraced
+from ...runtime.torch_private import untraced
 
 
 def straight_through(scores: Tensor) -> Tensor:
