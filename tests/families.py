@@ -83,27 +83,35 @@ FAMILIES = {
     ),
     'STViTDeiT': Family(
         variants=[
-            dict(arch=VIT, base_layers=2, img_size=80, out_indices=(1, 3, 4, 5), **kwargs)
+            dict(arch=VIT, base_layers=2, img_size=80, out_indices=(1, 3, 4, 5)) | kwargs
             for kwargs in (
                 {},
                 dict(pooling='max', global_centers=False, qkv_bias=False),
                 dict(pooling='mean', refine_residual='initial', recovery_scale=0.1),
                 dict(semantic_size=None),
+                dict(arch=dict(VIT, **LATER), cls_token=True, layer_scale=1e-5),
             )
         ],
         num_stages=6,
         strides=(16, 16, 16, 16),
-        stem=('patch_embed.', 'pos_embed'),
+        stem=('patch_embed.', 'pos_embed', 'cls_token', 'reg_token'),
         stage='blocks.{}.',
         output='recover.{}.',
         depths={
             'patch_embed.proj.weight': 0,
             'pos_embed': 0,
+            'cls_token': 0,
+            'reg_token': 0,
             'blocks.0.norm1.weight': 1,
             'blocks.5.norm1.weight': 6,
         },
         small=dict(arch=SMALL_VIT, base_layers=1, img_size=80),
-        networks={'': dict(arch=SHORT_VIT, base_layers=1, out_indices=(0, 3))},
+        networks={
+            '': dict(arch=SHORT_VIT, base_layers=1, out_indices=(0, 3)),
+            ' later': dict(
+                arch=dict(SHORT_VIT, pos_embed=False, **LATER), base_layers=1, out_indices=(0, 3)
+            ),
+        },
         size=('img_size', dict(arch=VIT, base_layers=2)),
     ),
     'DGEPVT': Family(

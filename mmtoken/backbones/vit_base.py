@@ -10,13 +10,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn as nn
-from timm.layers import Mlp, to_2tuple
+from timm.layers import to_2tuple
 from torch import Tensor
 
 from ..layers.common.cache import compile_for_size
 from ..layers.common.packed import SparseFeatures
 from ..layers.common.positions import resample
-from ..layers.common.rotary import ROTARY, Rotation, grid_rotation, rotated
+from ..layers.common.rotary import Rotation, check_rotary, grid_rotation, rotated
 from ..layers.common.stem import PatchEmbed
 from ..layers.common.utils import (
     ceil_div,
@@ -27,10 +27,9 @@ from ..layers.common.utils import (
     to_map,
     trunc_normal_parameter,
 )
-from ..layers.common.vit import NORM_EPS, Attention, SwiGLU, self_attention
+from ..layers.common.vit import MLPS, NORM_EPS, Attention, full_attention, mlp_layer
 from .base import TokenBackbone, check_out_type
 
-MLPS = ('gelu', 'swiglu', 'swiglu-norm')
 # What an architecture may say of its trunk, and what it is in ViT and DeiT: the MLP, the epsilon of
 # norms, whether queries and keys are normalized, which rotary positions there are, whether there
 # are learned ones, and registers
@@ -79,15 +78,10 @@ def block_options(arch: Mapping) -> dict:
     """How the blocks of an architecture differ from those of ViT: arguments of ``ViTBlock``."""
     options = {**TRUNK_OPTIONS, **arch}
     norm_layer = partial(nn.LayerNorm, eps=options['norm_eps'])
-    mlps = {
-        'gelu': Mlp,
-        'swiglu': SwiGLU,
-        'swiglu-norm': partial(SwiGLU, norm_layer=norm_layer),
-    }
     return dict(
         norm_eps=options['norm_eps'],
         attn=partial(Attention, qk_norm=norm_layer if options['qk_norm'] else None),
-        mlp=mlps[options['mlp']],
+        mlp=mlp_layer(options['mlp'], norm_layer),
     )
 
 
@@ -314,14 +308,9 @@ class PlainBackbone(PatchBackbone):
         """
         arch = cls.full_arch(arch)
         check_heads(arch['embed_dims'], arch['num_heads'])
-        for name, allowed in dict(mlp=MLPS, rotary=(None, *ROTARY)).items():
-            if arch.get(name, allowed[0]) not in allowed:
-                raise ValueError(f"arch['{name}'] must be one of {allowed}, got {arch[name]!r}")
-        if arch.get('rotary') and arch['embed_dims'] // arch['num_heads'] % 4:
-            raise ValueError(
-                'rotary positions need a multiple of 4 channels in each head, got '
-                f'{arch["embed_dims"]} channels in {arch["num_heads"]} heads'
-            )
+        if arch.get('mlp', MLPS[0]) not in MLPS:
+            raise ValueError(f"arch['mlp'] must be one of {MLPS}, got {arch['mlp']!r}")
+        check_rotary(arch.get('rotary'), arch['embed_dims'], arch['num_heads'], "arch['rotary']")
         return arch
 
     @classmethod
@@ -373,7 +362,7 @@ class PlainBackbone(PatchBackbone):
 
     def run_block(self, index: int, tokens: Tensor, layout: Any) -> tuple[Tensor, Any]:
         """Run one block; it may change the layout."""
-        attn_fn = rotated(self_attention, None if self.rotary is None else layout.rotation)
+        attn_fn = rotated(full_attention, None if self.rotary is None else layout.rotation)
         return self.checkpoint(self.blocks[index], tokens, attn_fn), layout
 
     def restore(self, index: int, tokens: Tensor, layout: Any) -> Tensor:

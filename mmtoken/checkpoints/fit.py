@@ -34,6 +34,8 @@ PATCHES = 'patch_embed.proj.weight'  # of a ViT
 JOINED = (
     ('qkv', ('q', 'kv')),
     ('qkv', ('q_proj', 'k_proj', 'v_proj')),
+    ('q', ('q_proj',)),
+    ('kv', ('k_proj', 'v_proj')),
     ('fc1', ('fc1_g', 'fc1_x')),
 )
 COARSE_AND_FINE = ('patch_embed_coarse', 'patch_embed')  # of MSViT
@@ -51,8 +53,8 @@ def fit(state: State, module: nn.Module, report: Report) -> State:
       Such a block has queries from other tokens, or another block's attention map; it has no bias
       table of windows, which is dropped.
     * ``attn.q`` and ``attn.kv`` are joined where the model has ``attn.qkv``, and so are timm's
-      ``attn.q_proj``, ``attn.k_proj`` and ``attn.v_proj``, where keys may lack a bias, and the two
-      halves of a SwiGLU.
+      ``attn.q_proj``, ``attn.k_proj`` and ``attn.v_proj``, where keys may lack a bias (the last two
+      where the model has ``attn.kv``), and the two halves of a SwiGLU.
     * LayerScale is multiplied into the layers before it where the model has none, see
       :mod:`~mmtoken.checkpoints.layer_scale`.
     * Structured layers are initialized from plain ones so that they compute the same, see
@@ -146,11 +148,12 @@ def _join_projections(state: State, own: State, report: Report) -> None:
             lacks = any(not part.endswith('k_proj.bias') for part in absent)
             if not found or windowed or name in state or lacks:
                 continue
-            zero = torch.zeros_like(state[names[0]])  # the bias of keys
+            zero = torch.zeros_like(state[present[0]])  # the bias of keys
             state[name] = torch.cat([state.pop(part, zero) for part in names])
             old = [report.mapped.pop(part) for part in present]
             report.mapped[name] = old[0]
-            report.joined += old
+            if len(names) > 1:
+                report.joined += old
 
 
 def _free_registers(state: State, own: State, report: Report) -> None:
@@ -181,7 +184,7 @@ def _free_registers(state: State, own: State, report: Report) -> None:
 
 def _add_biases(state: State, own: State, report: Report) -> None:
     """Give projections of patches, or of attention, the bias that none of them has in a file."""
-    for layer in ('patch_embed.proj', 'attn.proj', 'attn.qkv'):
+    for layer in ('patch_embed.proj', 'attn.proj', 'attn.qkv', 'attn.q', 'attn.kv'):
         biases = [name for name in own if name.endswith(f'{layer}.bias')]
         if not state.keys() & set(biases):
             for name in biases:

@@ -8,7 +8,6 @@ from .plain import Args, PlainConfig
 
 # What a backbone may have and a method lacks, with what that means
 LACKING = dict(
-    cls_token='the class token is left out, so outputs change',
     layer_scale='layer scale is multiplied into the layers before it, which computes the same',
 )
 TARGETS = dict(query_ratio=0.5, coarse_ratio=0.5)  # those of the losses that the backbones have
@@ -87,11 +86,6 @@ def sparse_backbone(plain: PlainConfig, method: str) -> tuple[Args, list[str]]:
             raise ValueError(f'{name}={value!r} of {plain.name} is nothing that {method} has')
         if value:
             notes.append(LACKING[name])
-    later = cfg['arch'].keys() - {*cls.arch_keys, *cls.arch_options}
-    if later:
-        raise ValueError(
-            f'{plain.name} has {", ".join(sorted(later))}, which {method} does not know'
-        )
     cfg['arch'] = cls.short_arch(cfg['arch'])
     named = ('type', 'arch')
     return {name: v for name, v in cfg.items() if name in named or v != taken[name]}, notes

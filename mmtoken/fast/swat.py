@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..layers.common.plain import is_plain_conv
 from ..layers.common.stem import pad_to_stride
-from ..layers.common.vit import AttentionFn, self_attention
+from ..layers.common.vit import AttentionFn, full_attention
 from ..layers.swat.structured import (
     STRIDE,
     StructuredBlock,
@@ -63,7 +63,7 @@ class TiledStructuredBlock(StructuredBlock):
     def forward(
         self,
         x: Tensor,
-        attn_fn: AttentionFn = self_attention,
+        attn_fn: AttentionFn = full_attention,
         lengths: list[int] | None = None,
     ) -> Tensor:
         if not (fits_strips(self.mlp) and use_tiling(self, x)):

@@ -134,7 +134,7 @@ def test_positions_learn_at_other_sizes():
         (dict(semantic_size=0), 'got 0'),
         (dict(pooling='min'), "got 'min'"),
         (dict(refine_residual='both'), "got 'both'"),
-        (dict(out_type='cls_token'), "got 'cls_token'"),
+        (dict(out_type='cls_token'), 'cls_token=True'),
         (dict(out_type='avg_featmap', out_indices=(1, 5)), r'last stage.*got \(1, 5\)'),
         (dict(arch={**VIT, 'num_heads': 5}), 'no multiple of num_heads=5'),
     ],

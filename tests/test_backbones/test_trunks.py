@@ -1,5 +1,6 @@
 """Trunks of later models compute what timm's own classes do, on random weights."""
 
+import re
 from functools import partial
 
 import pytest
@@ -9,10 +10,12 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from mmtoken import routing_override
-from mmtoken.backbones import DGEDeiT, MergeViT, MSViT
+from mmtoken import dense_twin, routing_override
+from mmtoken.backbones import DGEDeiT, MergeViT, MSViT, STViTDeiT
 from mmtoken.checkpoints import detect_source, load_into
 from mmtoken.layers.common.rotary import ROTARY as ROTARY_KINDS
+from mmtoken.registry import MODELS
+from mmtoken.runtime.decisions import record_tokens
 
 IMAGES = torch.linspace(-2, 2, 2 * 3 * 72 * 96).sin().view(2, 3, 72, 96)
 SIZES = dict(embed_dim=32, depth=2, num_heads=2, img_size=64, patch_size=16, num_classes=0)
@@ -87,6 +90,7 @@ TWINS = [
     partial(MSViT, gate=None),
     partial(MergeViT, merge_blocks=()),
     partial(DGEDeiT, granularities=(1,)),
+    partial(STViTDeiT, semantic_size=None),
 ]
 
 
@@ -126,6 +130,43 @@ def test_dense_twins_compute_what_timm_does(dense, trunk):
     load_into(ours, file)
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours(images)[0], maps_of(theirs, images), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('sparse', [DGEDeiT, partial(STViTDeiT, base_layers=0)])
+def test_blocks_with_queries_of_their_own_load_what_their_twins_do(sparse, trunk):
+    """Projections of queries, and those of keys and values, which no file has like this."""
+    _, file, args = trunk
+    args = {name: value for name, value in args.items() if name != 'layer_scale'}
+    sparse = sparse(**args)
+    twin = MODELS.build(dense_twin(dict(args, type=f'mmtoken.{type(sparse).__name__}')))
+    load_into(twin, file)
+    report = load_into(sparse, file)
+    own = (r'.*\.router\..*', r'blocks\.0\.pool\..*', r'blocks\.1\.centers', r'recover\..*')
+    assert all(re.fullmatch('|'.join(own), name) for name in report.newly_initialized)
+    parts = sparse.state_dict()
+    for name, tensor in twin.blocks.state_dict().items():
+        if '.qkv.' in name:
+            names = [f'blocks.{name.replace("qkv", part)}' for part in ('q', 'kv')]
+            assert torch.equal(torch.cat([parts[part] for part in names]), tensor)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('args', [{}, dict(layer_scale=0.5, num_registers=0, cls_token=False)])
+def test_tiles_of_one_token_are_pooled_by_a_block_of_the_trunk(args, rotary, tmp_path):
+    """Then semantic tokens are the image tokens, and prefix tokens are what they are in ViT."""
+    args = dict(cls_token=True, num_registers=2) | args
+    args['arch'] = dict(rotary['arch'], mlp='swiglu-norm', qk_norm=True, norm_eps=1e-5)
+    dense = randomize(STViTDeiT(semantic_size=None, **args))
+    sparse = STViTDeiT(semantic_size=1, base_layers=1, **args).eval()
+    torch.save(dense.state_dict(), tmp_path / 'weights.pth')
+    load_into(sparse, tmp_path / 'weights.pth')
+    (tokens, layout), (pooled, places) = dense.reduce(IMAGES), sparse.reduce(IMAGES)
+    for i in range(2):
+        tokens, layout = dense.run_block(i, tokens, layout)
+        pooled, places = sparse.run_block(i, pooled, places)
+    torch.testing.assert_close(pooled, tokens, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(places.rotation.angles, layout.rotation.angles)
 
 
 @torch.no_grad()
@@ -201,6 +242,25 @@ def test_tokens_are_turned_by_the_angles_of_their_mean_position(rotary):
             image, *place = (owner == token).nonzero().T
             expected = dense[tuple(place)].mean(dim=0) if len(image) else torch.zeros(8)
             torch.testing.assert_close(angles[token], expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('pooling', ['attention', 'max', 'mean'])
+def test_semantic_tokens_are_turned_by_the_angles_of_their_mean_position(pooling, rotary):
+    """In a grid whose tiles are cut on all sides."""
+    model = STViTDeiT(base_layers=1, cls_token=True, pooling=pooling, **rotary).eval()
+    with record_tokens() as records:
+        tokens, layout = model.reduce(IMAGES)
+        dense = layout.rotation.angles[1:]
+        for i in range(2):
+            tokens, layout = model.run_block(i, tokens, layout)
+    owner = records[0].owner[0].flatten()
+    assert torch.equal(layout.image_rotation.angles, dense)
+    assert torch.equal(layout.rotation.angles[0], torch.zeros(8))
+    assert len(layout.rotation.angles) == 1 + len(owner.unique()) == tokens.shape[1]
+    for angles, group in zip(layout.rotation.angles[1:], owner.unique(), strict=True):
+        expected = dense[owner == group].mean(dim=0)
+        torch.testing.assert_close(angles, expected, atol=1e-5, rtol=1e-5)
 
 
 def official(state):

@@ -90,7 +90,7 @@ STOCK = dict(swin=SWIN, pvt=PVT, vit=VIT, classifier=CLASSIFIER)
 CASES = [
     ('swin', 'stvit-r'), ('pvt', 'dge'),
     *(('vit', method) for method in ('stvit', 'dge', 'msvit', 'merge')),
-    *(('classifier', method) for method in ('dge', 'msvit', 'merge')),
+    *(('classifier', method) for method in ('stvit', 'dge', 'msvit', 'merge')),
 ]  # fmt: skip
 
 
@@ -131,13 +131,10 @@ def test_the_twin_of_the_result_is_the_stock_model(name, method, tmp_path):
     )
     assert not left.missing_keys
     images = torch.rand(2, 3, 64, 64)
-    if any('class token' in note for note in result.notes):
-        assert method == 'stvit'
-    else:
-        with torch.no_grad():
-            pairs = zip(twin.extract_feat(images), stock.extract_feat(images), strict=True)
-        for got, wanted in pairs:  # some norms of PVT have another epsilon
-            torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 if name == 'pvt' else 1e-4)
+    with torch.no_grad():
+        pairs = zip(twin.extract_feat(images), stock.extract_feat(images), strict=True)
+    for got, wanted in pairs:  # some norms of PVT have another epsilon
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 if name == 'pvt' else 1e-4)
 
     sparse, left = load(cfg, result.checkpoint)
     assert set(left.missing_keys) == {f'backbone.{n}' for n in result.report.newly_initialized}
@@ -254,13 +251,6 @@ def test_what_has_no_counterpart_is_refused(method, changes, message, tmp_path):
         sparsify(str(tmp_path / 'changed.py'), method, tmp_path)
 
 
-def test_a_class_token_that_the_head_reads_is_needed(tmp_path):
-    config, _ = write_stock(tmp_path, 'classifier')
-    with pytest.raises(ValueError, match="out_type must be one of .*, got 'cls_token'"):
-        sparsify(config, 'stvit', tmp_path / 'sparse')
-    assert not (tmp_path / 'sparse').exists()
-
-
 def test_sparse_networks_are_refused():
     with pytest.raises(ValueError, match='computes on fewer tokens already'):
         describe(dict(type='mmtoken.MSViT'), 'mmseg')
@@ -272,11 +262,9 @@ def test_every_method_is_tested():
 
 def test_later_trunks():
     base = describe(dict(type='mmtoken.MSViT', arch='dinov3-small', gate=None), 'mmseg')
-    for method in ('msvit', 'dge', 'merge'):
+    for method in ('msvit', 'dge', 'merge', 'stvit'):
         sparse, _ = sparse_backbone(base, method)
-        assert sparse['arch'] == 'dinov3-small'
-    with pytest.raises(ValueError, match='norm_eps, num_registers, pos_embed, rotary, which stvit'):
-        sparse_backbone(base, 'stvit')
+        assert sparse['arch'] == 'dinov3-small' and sparse.get('cls_token', True)
     arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)
     own = dict(arch, mlp='swiglu', norm_eps=1e-6)
     sparse, _ = sparse_backbone(

@@ -43,6 +43,28 @@ def test_restoring_in_the_neck_equals_restoring_in_the_backbone(size, out_indice
             torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize('rotary', ['dinov3', 'eva02'])
+def test_restoring_on_later_trunks(rotary):
+    options = dict(mlp='swiglu-norm', norm_eps=1e-4, qk_norm=True, rotary=rotary)
+    args = dict(BACKBONE, arch=dict(VIT, **options), cls_token=True, num_registers=2)
+    args.update(out_indices=(1, 3, 4, 5), semantic_size=3)
+    neck = SemanticRecoveryNeck(
+        16, num_heads=2, multi_level=True, dense_taps=1, semantic_size=3, **options
+    )
+    neck, inner = randomize(neck).eval(), randomize(STViTDeiT(**args)).eval()
+    outer = STViTDeiT(**args, out_type='tokens').eval()
+    outer.load_state_dict(inner.state_dict(), strict=False)
+    for ours, theirs in zip(neck.recover, inner.recover.values(), strict=True):
+        ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(2, 3, 100, 50)
+    with torch.no_grad():
+        for i, (map_, tap) in enumerate(zip(inner(images), outer(images), strict=True)):
+            torch.testing.assert_close(neck.restore(i, tap), map_)
+    neck.semantic_size = 4
+    with pytest.raises(ValueError, match='there are 6 semantic .* not agree with semantic_size=4'):
+        neck.restore(1, outer(images)[1])
+
+
 def test_gradients_reach_every_parameter():
     backbone = STViTDeiT(**BACKBONE, out_indices=(1, 3, 4, 5), out_type='tokens')
     neck = SemanticRecoveryNeck(16, num_heads=2, dense_taps=1, multi_level=True)
@@ -73,6 +95,9 @@ def test_twin_is_built_from_the_remaining_arguments():
         (dict(dense_taps=2), 'from 0 to 1, the taps in use, got 2'),
         (dict(dense_taps=5, multi_level=True), 'from 0 to 4'),
         (dict(dense_taps=4, multi_level=True, scales=(2, 1, 0.5)), 'from 0 to 3'),
+        (dict(mlp='relu'), "mlp must be one of .*swiglu.*got 'relu'"),
+        (dict(rotary='rope'), "rotary must be one of .*dinov3.*got 'rope'"),
+        (dict(rotary='dinov3', num_heads=8), 'a multiple of 4 channels in each head, got 16'),
     ],
 )
 def test_bad_arguments(bad, message):

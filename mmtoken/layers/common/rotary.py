@@ -73,6 +73,11 @@ class Rotation(NamedTuple):
         """That of some tokens alone, given their indices ``(M,)``."""
         return Rotation(*(part[tokens] for part in self[:3]), self.interleaved)
 
+    def then(self, other: 'Rotation') -> 'Rotation':
+        """That of these tokens and, behind them, of others."""
+        parts = zip(self[:3], other[:3], strict=True)
+        return Rotation(*(torch.cat(pair) for pair in parts), self.interleaved)
+
 
 @cache_by_shape
 def grid_rotation(
@@ -102,6 +107,27 @@ def grid_rotation(
     return Rotation.by(torch.cat([prefix, angles]).to(device), rotary.interleaved)
 
 
+def check_rotary(kind: str | None, embed_dims: int, num_heads: int, name: str = 'rotary') -> None:
+    """Refuse what cannot be turned.
+
+    Args:
+        kind: A key of :data:`ROTARY`, or None.
+        embed_dims: Channels of a token.
+        num_heads: Attention heads.
+        name: Of the argument, for messages.
+
+    Raises:
+        ValueError: An unknown kind, or channels of a head that are no multiple of 4.
+    """
+    if kind not in (None, *ROTARY):
+        raise ValueError(f'{name} must be one of {(None, *ROTARY)}, got {kind!r}')
+    if kind and embed_dims // num_heads % 4:
+        raise ValueError(
+            'rotary positions need a multiple of 4 channels in each head, got '
+            f'{embed_dims} channels in {num_heads} heads'
+        )
+
+
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn queries or keys ``(..., N, heads, d)``, in float32 at least."""
     if rotation.interleaved:
@@ -112,12 +138,28 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return (x * rotation.cos + turned * rotation.sin).to(x.dtype)
 
 
-def rotated(attn_fn: AttentionFn, rotation: Rotation | None) -> AttentionFn:
-    """Attention whose queries and keys are turned before; None leaves it as it is."""
-    return attn_fn if rotation is None else partial(_attend, attn_fn=attn_fn, rotation=rotation)
+def rotated(
+    attn_fn: AttentionFn, rotation: Rotation | None, keys: Rotation | None = None
+) -> AttentionFn:
+    """Attention whose queries and keys are turned before.
+
+    Args:
+        attn_fn: Attention of queries, keys and values.
+        rotation: Of queries, and of keys if they are the same tokens; None turns nothing.
+        keys: Of the keys of cross-attention.
+    """
+    if rotation is None:
+        return attn_fn
+    keys = rotation if keys is None else keys
+    return partial(_attend, attn_fn=attn_fn, rotation=rotation, keys=keys)
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, attn_fn: AttentionFn, rotation: Rotation
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_fn: AttentionFn,
+    rotation: Rotation,
+    keys: Rotation,
 ) -> Tensor:
-    return attn_fn(rotate(query, rotation), rotate(key, rotation), value)
+    return attn_fn(rotate(query, rotation), rotate(key, keys), value)

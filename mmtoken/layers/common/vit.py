@@ -5,13 +5,14 @@ Source: ViT, arXiv 2010.11929. Parameter names are timm's; cross-attention has `
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn as nn
 from timm.layers import DropPath, GluMlp, LayerScale, Mlp
 from torch import Tensor
 
-from .attention import attention, cross_attention
+from .attention import attention
 from .plain import draws
 
 NORM_EPS = 1e-6  # of every LayerNorm in ViT and DeiT
@@ -20,8 +21,8 @@ NORM_EPS = 1e-6  # of every LayerNorm in ViT and DeiT
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def self_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention of all tokens of an image to each other: ``(B, L, heads, d)`` each."""
+def full_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of all queries of an image to all its keys: ``(B, L, heads, d)`` each."""
     heads = (t.transpose(1, 2) for t in (query, key, value))
     return attention(*heads).transpose(1, 2)
 
@@ -54,7 +55,7 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (qk_norm(embed_dims // num_heads) for _ in range(2))
         self.proj = linear(embed_dims, embed_dims)
 
-    def forward(self, x: Tensor, attn_fn: AttentionFn = self_attention) -> Tensor:
+    def forward(self, x: Tensor, attn_fn: AttentionFn = full_attention) -> Tensor:
         """``(..., C) -> (..., C)``."""
         return self.proj(self.attend(self.qkv(x), attn_fn))
 
@@ -73,18 +74,38 @@ class CrossAttention(nn.Module):
         embed_dims: Channels, C.
         num_heads: Attention heads.
         qkv_bias: Biases of queries, keys and values.
+        qk_norm: As for :class:`Attention`.
     """
 
-    def __init__(self, embed_dims: int, num_heads: int, qkv_bias: bool = True) -> None:
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.q = nn.Linear(embed_dims, embed_dims, bias=qkv_bias)
         self.kv = nn.Linear(embed_dims, 2 * embed_dims, bias=qkv_bias)
+        self.q_norm = self.k_norm = None
+        if qk_norm is not None:
+            self.q_norm, self.k_norm = (qk_norm(embed_dims // num_heads) for _ in range(2))
         self.proj = nn.Linear(embed_dims, embed_dims)
 
-    def forward(self, query: Tensor, tokens: Tensor) -> Tensor:
+    def forward(
+        self, query: Tensor, tokens: Tensor, attn_fn: AttentionFn = full_attention
+    ) -> Tensor:
         """Every query attends to all tokens: ``(B, Q, C), (B, K, C) -> (B, Q, C)``."""
-        return self.proj(cross_attention(self.q(query), self.kv(tokens), self.num_heads))
+        return self.proj(self.attend(self.q(query), self.kv(tokens), attn_fn))
+
+    def attend(self, query: Tensor, key_value: Tensor, attn_fn: AttentionFn) -> Tensor:
+        """Attention of projected tokens: ``(B, Q, C), (B, K, 2 * C) -> (B, Q, C)``."""
+        query = query.unflatten(-1, (self.num_heads, -1))
+        key, value = key_value.unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return attn_fn(query, key, value).flatten(-2)
 
 
 class ViTBlock(nn.Module):
@@ -135,7 +156,7 @@ class ViTBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        attn_fn: AttentionFn = self_attention,
+        attn_fn: AttentionFn = full_attention,
         lengths: list[int] | None = None,
     ) -> Tensor:
         """Update tokens.
@@ -190,26 +211,47 @@ class SwiGLU(GluMlp):
         )
 
 
+MLPS = ('gelu', 'swiglu', 'swiglu-norm')
+
+
+def mlp_layer(kind: str, norm_layer: Callable[[int], nn.Module]) -> Callable[..., nn.Module]:
+    """What makes the MLPs of one of :data:`MLPS`, for ``mlp`` of :class:`ViTBlock`.
+
+    Args:
+        kind: ``'swiglu-norm'`` is ``'swiglu'`` with normalized hidden channels.
+        norm_layer: As ``nn.LayerNorm(dims)``.
+    """
+    normalized = partial(SwiGLU, norm_layer=norm_layer)
+    return dict(zip(MLPS, (Mlp, SwiGLU, normalized), strict=True))[kind]
+
+
 class CrossAttentionBlock(ViTBlock):
     """A ViT block whose queries attend to other tokens.
 
     One LayerNorm serves queries and keys, as in the released code of STViT-R. Arguments are those
-    of :class:`ViTBlock`.
+    of :class:`ViTBlock`, and ``qk_norm`` is that of :class:`CrossAttention`.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, attn=CrossAttention, **kwargs)
+    def __init__(self, *args, qk_norm: Callable[[int], nn.Module] | None = None, **kwargs) -> None:
+        super().__init__(*args, attn=partial(CrossAttention, qk_norm=qk_norm), **kwargs)
 
-    def forward(self, query: Tensor, tokens: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        tokens: Tensor,
+        residual: Tensor | None = None,
+        attn_fn: AttentionFn = full_attention,
+    ) -> Tensor:
         """Update queries.
 
         Args:
             query: ``(B, Q, C)``, not normalized.
             tokens: What they attend to, ``(B, K, C)``, not normalized.
             residual: What the update is added to, ``(B, Q, C)``; the queries by default.
+            attn_fn: Attention of queries to keys and values, ``(B, L, heads, d)`` each.
 
         Returns:
             ``(B, Q, C)``.
         """
-        update = self.ls1(self.attn(self.norm1(query), self.norm1(tokens)))
+        update = self.ls1(self.attn(self.norm1(query), self.norm1(tokens), attn_fn))
         return self.add_mlp((query if residual is None else residual) + self.drop_path(update))

@@ -14,6 +14,13 @@ With P the pooled image tokens and G learned centers, the same for all images::
 
 where every sublayer normalizes its input, as in ViT.
 
+Prefix tokens (a class token, registers) are not pooled. They accompany the semantic tokens: they
+query, and are keys, beside P and X, then S1, then S2, as they do in the blocks of ViT.
+
+Where positions are rotary, a semantic token is turned by the angles of the mean position of the
+image tokens that it was pooled from, whatever their weights in the pooling; image tokens that are
+keys, or that query in the recovery, by their own.
+
 Source: STViT, arXiv 2303.08685, section 3 (semantic token generation). The code for plain ViT was
 not released. What the paper leaves open follows the released code for Swin,
 github.com/changsn/STViT-R (MIT): one LayerNorm for queries and keys, and a residual around the
@@ -30,9 +37,11 @@ from torch import Tensor
 
 from ...runtime.decisions import record_rectangles
 from ..common.positions import resample
+from ..common.rotary import Rotation
 from ..common.utils import ceil_div
-from ..common.vit import NORM_EPS, CrossAttentionBlock
+from ..common.vit import NORM_EPS, AttentionFn, CrossAttentionBlock, full_attention
 from ..common.windows import window_partition
+from .groups import record_attended
 
 Pooling = Literal['attention', 'max', 'mean']
 
@@ -84,8 +93,7 @@ class SpatialPooling(nn.Module):
             tuple(x.shape[1:3]),
             lambda place, side: (place + (-side % self.size) // 2) // self.size,
         )
-        tiles = window_partition(self.pad(x), self.size)  # (B * tiles, size * size, C)
-        padding = self.padding(x)
+        tiles, padding = split_tiles(x, self.size)
         if self.pooling == 'max':
             if padding is not None:
                 tiles = tiles.masked_fill(padding, float('-inf'))
@@ -94,9 +102,7 @@ class SpatialPooling(nn.Module):
             scores = tiles.new_zeros(*tiles.shape[:2], 1)
             if self.pooling == 'attention':
                 scores = self.scores(tiles)
-            if padding is not None:
-                scores = scores.masked_fill(padding, float('-inf'))
-            pooled = (scores.softmax(dim=1).to(tiles.dtype) * tiles).sum(dim=1)
+            pooled = weighted_mean(tiles, scores, padding)
         return pooled.view(x.shape[0], -1, x.shape[-1])
 
     def scores(self, tiles: Tensor) -> Tensor:
@@ -105,21 +111,59 @@ class SpatialPooling(nn.Module):
         x = self.conv(tiles.transpose(1, 2).unflatten(2, side)).flatten(2).transpose(1, 2)
         return self.score(F.gelu(self.norm(x)))
 
-    def pad(self, grid: Tensor, value: float = 0.0) -> Tensor:
-        """Pad a grid ``(B, H, W, C)`` to whole tiles, as evenly on both sides as possible."""
-        rows, columns = (-side % self.size for side in grid.shape[1:3])
-        if not rows and not columns:
-            return grid
-        top, left = rows // 2, columns // 2
-        return F.pad(grid, (0, 0, left, columns - left, top, rows - top), value=value)
 
-    def padding(self, x: Tensor) -> Tensor | None:
-        """Which tokens of the tiles are padding, ``(tiles, size * size, 1)``; None if none."""
-        if all(side % self.size == 0 for side in x.shape[1:3]):
-            return None
-        grid = torch.zeros((1, *x.shape[1:3], 1), device=x.device)
-        padding = window_partition(self.pad(grid, value=1.0), self.size) > 0
-        return padding.repeat(x.shape[0], 1, 1)
+def split_tiles(x: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
+    """Tiles of a grid, padded as evenly on both sides as possible.
+
+    Args:
+        x: Tokens, ``(B, H, W, C)``.
+        size: Side of a tile, in tokens.
+
+    Returns:
+        ``(B * tiles, size * size, C)``, and which of these are padding,
+        ``(B * tiles, size * size, 1)``; None if none.
+    """
+    rows, columns = (-side % size for side in x.shape[1:3])
+    if not rows and not columns:
+        return window_partition(x, size), None
+    top, left = rows // 2, columns // 2
+    sides = (0, 0, left, columns - left, top, rows - top)
+    inside = torch.zeros((1, *x.shape[1:3], 1), device=x.device)
+    padding = window_partition(F.pad(inside, sides, value=1.0), size) > 0
+    return window_partition(F.pad(x, sides), size), padding.repeat(x.shape[0], 1, 1)
+
+
+def weighted_mean(tiles: Tensor, scores: Tensor, padding: Tensor | None) -> Tensor:
+    """Mean of each tile, weighted by the softmax of scores, without padding.
+
+    ``(tiles, size * size, C), (tiles, size * size, 1) -> (tiles, C)``.
+    """
+    if padding is not None:
+        scores = scores.masked_fill(padding, float('-inf'))
+    return (scores.softmax(dim=1).to(tiles.dtype) * tiles).sum(dim=1)
+
+
+def turn_tiles(
+    rotation: Rotation | None, grid: tuple[int, int], semantic_size: int
+) -> Rotation | None:
+    """The rotation of semantic tokens, of the mean position of each tile.
+
+    Args:
+        rotation: Of image tokens, row by row, prefix tokens first; None where positions are not
+            rotary.
+        grid: ``(H, W)``, of the image tokens.
+        semantic_size: Side of a tile, in image tokens.
+
+    Returns:
+        That of prefix tokens and semantic tokens, row by row.
+    """
+    if rotation is None:
+        return None
+    height, width = grid
+    prefix, angles = rotation.angles.tensor_split([len(rotation.angles) - height * width])
+    tiles, padding = split_tiles(angles.unflatten(0, grid)[None], semantic_size)
+    means = weighted_mean(tiles, tiles.new_zeros(*tiles.shape[:2], 1), padding)
+    return rotation.at(torch.cat([prefix, means]))
 
 
 Residual = Literal['query', 'initial']
@@ -145,18 +189,24 @@ class SemanticPoolBlock(CrossAttentionBlock):
         super().__init__(embed_dims, **block)
         self.pool = SpatialPooling(embed_dims, semantic_size, pooling)
 
-    def forward(self, image: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, grid: tuple[int, int], attn_fn: AttentionFn = full_attention
+    ) -> tuple[Tensor, Tensor]:
         """Make semantic tokens.
 
         Args:
-            image: Image tokens, ``(B, H * W, C)``, row by row.
+            tokens: Prefix tokens, then image tokens row by row, ``(B, P + H * W, C)``.
             grid: ``(H, W)``.
+            attn_fn: Attention of queries to keys and values.
 
         Returns:
-            S1, ``(B, N, C)``, and P, the tokens that were pooled at first.
+            Prefix tokens and S1, ``(B, P + N, C)``; and what they were before attention: the prefix
+            tokens that were given, and those that were pooled.
         """
-        initial = self.pool(image.unflatten(1, grid))
-        return super().forward(initial, image), initial
+        height, width = grid
+        prefix, image = tokens.tensor_split([tokens.shape[1] - height * width], dim=1)
+        initial = torch.cat([prefix, self.pool(image.unflatten(1, grid))], dim=1)
+        return super().forward(initial, tokens, attn_fn=attn_fn), initial
 
 
 class SemanticRefineBlock(CrossAttentionBlock):
@@ -196,35 +246,43 @@ class SemanticRefineBlock(CrossAttentionBlock):
             self.centers = nn.Parameter(0.02 * torch.randn(1, rows * columns, embed_dims))
 
     def forward(
-        self, semantic: Tensor, initial: Tensor, image: Tensor, grid: tuple[int, int]
+        self,
+        semantic: Tensor,
+        initial: Tensor,
+        image: Tensor,
+        grid: tuple[int, int],
+        attn_fn: AttentionFn = full_attention,
     ) -> Tensor:
-        """Update semantic tokens.
+        """Update semantic tokens, and prefix tokens before them.
 
         Args:
-            semantic: S1, ``(B, N, C)``.
-            initial: P, ``(B, N, C)``.
+            semantic: Prefix tokens and S1, ``(B, P + N, C)``.
+            initial: The second result of :class:`SemanticPoolBlock`, ``(B, P + N, C)``.
             image: X, ``(B, H * W, C)``.
             grid: ``(H, W)``.
+            attn_fn: Attention of queries to keys and values.
 
         Returns:
-            S2, ``(B, N, C)``.
+            Prefix tokens and S2, ``(B, P + N, C)``.
         """
         query = semantic
         if self.center_grid is not None:
-            grid = tuple(ceil_div(side, self.semantic_size) for side in grid)
-            centers = resample(self.centers, self.center_grid, grid, 'bicubic', True)
-            query = semantic + centers.flatten(1, 2)
+            rows, columns = (ceil_div(side, self.semantic_size) for side in grid)
+            centers = resample(self.centers, self.center_grid, (rows, columns), 'bicubic', True)
+            prefix, query = semantic.tensor_split([semantic.shape[1] - rows * columns], dim=1)
+            query = torch.cat([prefix, query + centers.flatten(1, 2)], dim=1)
         tokens = torch.cat([semantic, image], dim=1)
-        return super().forward(query, tokens, initial if self.residual == 'initial' else query)
+        residual = initial if self.residual == 'initial' else query
+        return super().forward(query, tokens, residual, attn_fn)
 
 
 class SemanticRecovery(CrossAttentionBlock):
     """Recover the image tokens from the semantic tokens of one tap.
 
     A cross-attention block and a LayerNorm. The image tokens are those that the semantic tokens
-    were made of. By default there is no LayerScale, as in the other blocks: the released recovery
-    for Swin starts from 1e-5, which suits training on ImageNet with the recovery in place. Added to
-    a trained backbone, it would at first hide the semantic tokens from the loss.
+    were made of; prefix tokens take no part. By default there is no LayerScale: the released
+    recovery for Swin starts from 1e-5, which suits training on ImageNet with the recovery in place.
+    Added to a trained backbone, it would at first hide the semantic tokens from the loss.
 
     Args:
         embed_dims: Channels.
@@ -233,8 +291,24 @@ class SemanticRecovery(CrossAttentionBlock):
 
     def __init__(self, embed_dims: int, **block) -> None:
         super().__init__(embed_dims, **block)
-        self.norm = nn.LayerNorm(embed_dims, NORM_EPS)
+        self.norm = nn.LayerNorm(embed_dims, self.norm1.eps)
 
-    def forward(self, image: Tensor, semantic: Tensor) -> Tensor:
+    def forward(
+        self, image: Tensor, semantic: Tensor, attn_fn: AttentionFn = full_attention
+    ) -> Tensor:
         """``(B, H * W, C), (B, N, C) -> (B, H * W, C)``."""
-        return self.norm(super().forward(image, semantic))
+        return self.norm(super().forward(image, semantic, attn_fn=attn_fn))
+
+    def record(
+        self,
+        image: Tensor,
+        semantic: Tensor,
+        grid: tuple[int, int],
+        attn_fn: AttentionFn = full_attention,
+    ) -> None:
+        """Record which semantic token each image token attends to most; for pictures."""
+
+        def attend(query: Tensor, key_value: Tensor, num_heads: int) -> Tensor:
+            return self.attn.attend(query, key_value, attn_fn)
+
+        record_attended(self, image, semantic, grid, attend)

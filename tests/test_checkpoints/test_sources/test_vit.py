@@ -11,7 +11,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 
-from mmtoken.backbones import DGEDeiT, STViTDeiT, STViTRSwin
+from mmtoken.backbones import DGEDeiT, STViTDeiT, STViTRSwin, SWATDeiT
 from mmtoken.checkpoints import convert, detect_source, load_into
 
 ARCH = dict(embed_dims=32, num_layers=6, num_heads=2, feedforward_channels=64)
@@ -248,13 +248,13 @@ def test_learned_centers_keep_their_grid(save):
         assert torch.equal(large.eval()(image)[0], expected)
 
 
-def test_registers_are_not_ours(save):
-    with pytest.raises(
-        ValueError, match='has 4 register tokens, STViTDeiT has 0; it takes no num_registers'
-    ):
-        load_into(
-            STViTDeiT(ARCH, base_layers=0, img_size=64), save(timm_vit(reg_tokens=4).state_dict())
-        )
+def test_registers_must_agree(save):
+    file = save(timm_vit(reg_tokens=4).state_dict())
+    with pytest.raises(ValueError, match='4 register tokens, STViTDeiT has 0; set num_registers=4'):
+        load_into(STViTDeiT(ARCH, base_layers=0, img_size=64), file)
+    swat = SWATDeiT(dict(ARCH, patch_size=16, mlp_kernel=3), plane_size=4, img_size=64)
+    with pytest.raises(ValueError, match='SWATDeiT has 0; it takes no num_registers'):
+        load_into(swat, file)
 
 
 def with_decoder(state):

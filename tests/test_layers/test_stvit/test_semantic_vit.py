@@ -4,10 +4,13 @@ from helpers import randomize
 from timm.layers import resample_abs_pos_embed
 
 from mmtoken.layers.common.attention import attention_reference, join_heads, split_heads
+from mmtoken.layers.common.rotary import grid_rotation, rotate, rotated
+from mmtoken.layers.common.vit import full_attention
 from mmtoken.layers.stvit.semantic_vit import (
     SemanticPoolBlock,
     SemanticRecovery,
     SemanticRefineBlock,
+    turn_tiles,
 )
 
 BLOCK = dict(num_heads=2, feedforward_channels=12)
@@ -54,6 +57,36 @@ def test_recovery_is_its_formula():
     x = image + mha(layer, image, semantic)
     x = x + mlp(layer, x)
     torch.testing.assert_close(layer(image, semantic), layer.norm(x))
+
+
+def turned(layer, query, tokens, rotation, keys):
+    """:func:`mha` with rotary positions."""
+    attn = layer.attn
+    key, value = attn.kv(layer.norm1(tokens)).chunk(2, dim=-1)
+    heads = [t.unflatten(-1, (2, -1)) for t in (attn.q(layer.norm1(query)), key, value)]
+    heads = [rotate(heads[0], rotation), rotate(heads[1], keys), heads[2]]
+    return attn.proj(join_heads(attention_reference(*(t.transpose(1, 2) for t in heads))))
+
+
+@pytest.mark.parametrize('kind', ['dinov3', 'eva02'])
+def test_refine_and_recover_with_rotary_positions_and_prefix_tokens(kind):
+    """The prefix tokens attend to all others and get no centers; the recovery has none."""
+    image_turn = grid_rotation(kind, GRID, 0, 4, torch.device('cpu'))
+    turn = turn_tiles(grid_rotation(kind, GRID, 3, 4, torch.device('cpu')), GRID, 4)
+    image, tokens, initial = torch.randn(2, 54, 8), torch.randn(2, 9, 8), torch.randn(2, 9, 8)
+    for residual in ('query', 'initial'):
+        layer = randomize(SemanticRefineBlock(8, 4, (2, 3), residual, **BLOCK))
+        query = torch.cat([tokens[:, :3], tokens[:, 3:] + layer.centers], dim=1)
+        keys = turn.then(image_turn)
+        second = initial if residual == 'initial' else query
+        second = second + turned(layer, query, torch.cat([tokens, image], dim=1), turn, keys)
+        out = layer(tokens, initial, image, GRID, rotated(full_attention, turn, keys))
+        torch.testing.assert_close(out, second + mlp(layer, second))
+
+    layer, keys = randomize(SemanticRecovery(8, **BLOCK)), turn.of(slice(3, None))
+    x = image + turned(layer, image, tokens[:, 3:], image_turn, keys)
+    out = layer(image, tokens[:, 3:], rotated(full_attention, image_turn, keys))
+    torch.testing.assert_close(out, layer.norm(x + mlp(layer, x)))
 
 
 def test_unknown_residual():

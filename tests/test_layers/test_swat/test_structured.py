@@ -9,7 +9,7 @@ from torch import nn
 
 from mmtoken.layers.common.attention import attention, join_heads
 from mmtoken.layers.common.swin import SwinBlock
-from mmtoken.layers.common.vit import self_attention
+from mmtoken.layers.common.vit import full_attention
 from mmtoken.layers.swat.structured import (
     StructuredBlock,
     StructuredLinear,
@@ -300,7 +300,7 @@ def test_stochastic_depth_drops_images():
     x = torch.randn(1, 3, 4, 32, dtype=torch.float64)
 
     def with_kept(attention, mlp):
-        a = block.attn(block.norm1(x), self_attention)
+        a = block.attn(block.norm1(x), full_attention)
         y = x + attention * a
         return y + mlp * block.mlp(block.norm2(y))
 
