@@ -25,6 +25,11 @@ PSVIT = dict(stages=[(16, 1, (1,)), (32, 2, (2, 1))])
 STATIC = {
     'STViTRSwin': lambda: STViTRSwin(SWIN, out_indices=(2, 3)),
     'STViTDeiT': lambda: STViTDeiT(VIT, base_layers=1),
+    'STViTDeiT on a later trunk': lambda: STViTDeiT(
+        dict(VIT, mlp='swiglu', qk_norm=True, rotary='dinov3', num_registers=2),
+        base_layers=1,
+        cls_token=True,
+    ),
     'PSViT': lambda: PSViT(PSVIT, out_indices=(0, 1), window_sizes=(4, None)),
     'SWATSwin': lambda: SWATSwin(
         dict(embed_dims=32, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4)), out_indices=(0, 3)

@@ -81,13 +81,38 @@ def test_classification_averages_the_semantic_tokens():
         torch.testing.assert_close(mean, model.norm(semantic).mean(dim=1))
 
 
+def test_prefix_tokens_stay_beside_the_semantic_tokens():
+    """They are no part of the mean, and of the tokens for a neck; the class token is an output."""
+    args = dict(SMALL, cls_token=True, num_registers=2, semantic_size=2)
+    classes = STViTDeiT(**args, out_type='cls_token').eval()
+    mean, tokens = (STViTDeiT(**args, out_type=t).eval() for t in ('avg_featmap', 'tokens'))
+    for model in (mean, tokens):
+        model.load_state_dict(classes.state_dict(), strict=False)
+    image = torch.randn(2, 3, 80, 80)
+    with torch.no_grad():
+        inner, layout = classes.reduce(image)
+        for i in range(6):
+            inner, layout = classes.run_block(i, inner, layout)
+        assert inner.shape == (2, 3 + 9, 32) and layout.image.shape == (2, 25, 32)
+        torch.testing.assert_close(classes(image)[0], classes.norm(inner[:, 0]))
+        torch.testing.assert_close(mean(image)[0], classes.norm(inner[:, 3:]).mean(dim=1))
+        packed = unpack_equal(tokens(image)[0])
+        torch.testing.assert_close(packed, torch.cat([layout.image, inner[:, 3:]], dim=1))
+
+
 def test_each_tap_has_its_recovery_and_nothing_else():
     """Whatever no output needs would be without a gradient."""
     model = STViTDeiT(**SMALL, out_indices=(1, 3, 5))
     assert set(model.recover) == {'3', '5'}
     assert not list(model.norm.parameters())
-    for kwargs in (dict(out_type='tokens'), dict(out_type='avg_featmap'), dict(semantic_size=None)):
-        model = STViTDeiT(**SMALL, **kwargs)
+    for kwargs in (
+        dict(out_type='tokens'),
+        dict(out_type='avg_featmap'),
+        dict(semantic_size=None),
+        dict(out_type='cls_token', cls_token=True, num_registers=2, base_layers=4),
+        dict(cls_token=True, num_registers=2, base_layers=0, layer_scale=0.1),
+    ):
+        model = STViTDeiT(**SMALL | kwargs)
         (tap,) = model(torch.randn(2, 3, 80, 80))
         getattr(tap, 'tokens', tap).square().sum().backward()
         assert all(p.grad is not None for p in model.parameters())
