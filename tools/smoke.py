@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmtoken import follow_image_sizes, token_losses
+from mmtoken.arguments import entries_of, is_pretrained
 
 CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
 HEIGHT, WIDTH = 64, 96
@@ -66,6 +67,7 @@ def run(cfg: Config) -> tuple[int, float]:
     """
     torch.manual_seed(0)
     model = build(cfg)
+    model.init_weights()  # DINO's level embeddings are whatever is in memory before
     sample = SAMPLES[cfg.default_scope]
     batch = dict(
         inputs=[torch.randint(256, (3, HEIGHT, WIDTH), dtype=torch.uint8) for _ in range(2)],
@@ -89,17 +91,26 @@ def run(cfg: Config) -> tuple[int, float]:
 def build(cfg: Config) -> torch.nn.Module:
     """The model of a config, without pretrained weights and for one CPU."""
     model = copy.deepcopy(cfg.model)
-    model.backbone.pop('init_cfg', None)
     # mmpretrain keeps it beside the model.
     model.setdefault('data_preprocessor', cfg.get('data_preprocessor'))
     augments = model.data_preprocessor.get('batch_augments') or []
     for part in (model.data_preprocessor, *augments):
         if part.get('size'):
             part.size = (HEIGHT, WIDTH)
+    without_weights(model)
     without_sync_bn(model)
     with_few_regions(model)
     init_default_scope(cfg.default_scope)
     return MODELS.build(model)
+
+
+def without_weights(node) -> None:
+    """Leave out the checkpoints that parts of a model start from."""
+    if isinstance(node, dict) and any(map(is_pretrained, entries_of(node.get('init_cfg')))):
+        node.pop('init_cfg')
+    for child in node.values() if isinstance(node, dict) else node:
+        if isinstance(child, (dict, list, tuple)):
+            without_weights(child)
 
 
 def without_sync_bn(node) -> None:
