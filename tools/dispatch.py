@@ -141,17 +141,21 @@ def check_latest(work_dir: Path, arguments: list[str]) -> None:
     after = arguments[arguments.index('--resume') + 1 :]
     if not record.exists() or (after and after[0].endswith('.pth')):
         return
-    file = Path(record.read_text().strip())
-    if is_whole(file):
+    named = record.read_text().strip()
+    if named and is_whole(Path(named)):
         return
+    problem = f'{record} is empty'  # the process was killed while it wrote this
+    if named:
+        problem = (
+            f'{named}, the last checkpoint, is {"damaged" if Path(named).exists() else "gone"}'
+        )
     whole = [f for kind in ('iter', 'epoch') for f in work_dir.glob(f'{kind}_*.pth') if is_whole(f)]
-    state = 'is damaged' if file.exists() else 'is gone'
     if not whole:
-        raise ValueError(f'{file}, the last checkpoint, {state}, and {work_dir} has no other')
+        raise ValueError(f'{problem}, and {work_dir} has no other')
     latest = max(whole, key=lambda f: f.stat().st_mtime)
     raise ValueError(
-        f'{file}, the last checkpoint, {state}; the latest that is whole is {latest}: instead of '
-        f'--resume, give --cfg-options load_from={latest} resume=True'
+        f'{problem}; the latest checkpoint that is whole is {latest}: instead of --resume, give '
+        f'--cfg-options load_from={latest} resume=True'
     )
 
 

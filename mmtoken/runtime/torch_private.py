@@ -6,6 +6,7 @@ one of them is found by the test, not by users. Checked with torch 2.1 to 2.11.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -57,3 +58,13 @@ def records_of_archive(path: Path) -> list[str]:
 def rebuild_tensor(storage, offset: int, size: tuple, stride: tuple) -> Tensor:
     """The tensor that a pickle describes."""
     return torch._utils._rebuild_tensor(storage, offset, size, stride)
+
+
+@cache
+def has_bfloat16_products() -> bool:
+    """Whether the CPU multiplies bfloat16 by AVX-512, not by AMX; False where torch cannot tell."""
+    avx, amx = (
+        getattr(torch.cpu, name, lambda: False)
+        for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
+    )
+    return avx() and not amx()

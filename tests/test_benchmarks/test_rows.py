@@ -19,7 +19,9 @@ def test_every_sparse_detector_has_its_twin(task):
     configs = {name: row.config for name, row in read_rows(task).items()}
     for name, config in configs.items():
         if not name.endswith('_dense'):
-            assert configs[f'{name}_dense'] == config.replace('-nano_', '-nano-dense_')
+            size = '-dinov2_' if name == 'eomt' else '-nano_'
+            twin = config.replace(size, size.replace('_', '-dense_'))
+            assert configs[f'{name}_dense'] == twin
 
 
 def test_size_of_photographs(tmp_path, monkeypatch):

@@ -105,9 +105,10 @@ def test_a_killed_training_goes_on(workspace, one_process):
     process = subprocess.Popen(
         command, cwd=workspace, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    while not (folder / 'last_checkpoint').exists():
+    record = folder / 'last_checkpoint'
+    while not (record.exists() and record.read_text()):
         assert process.poll() is None
-        time.sleep(0.05)
+        time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     run(workspace, TRAIN, 'processes.py', '--work-dir', folder, '--resume', options=ONE_PROCESS)

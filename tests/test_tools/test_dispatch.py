@@ -192,6 +192,10 @@ def test_a_damaged_checkpoint_is_not_resumed(tmp_path, monkeypatch):
     (out / 'iter_2.pth').unlink()
     with pytest.raises(SystemExit, match='iter_2.pth, the last checkpoint, is gone'):
         resume('--resume', '--amp')
+    (out / 'last_checkpoint').write_text('')  # killed while it wrote this
+    with pytest.raises(SystemExit, match=f'last_checkpoint is empty.*{advice}'):
+        resume('--resume')
+    (out / 'last_checkpoint').write_text(str(out / 'iter_2.pth'))
     (out / 'iter_1.pth').unlink()
     with pytest.raises(SystemExit, match='is gone, and out has no other'):
         resume('--work-dir', 'out', '--resume')

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import Tensor
 
+from ...runtime.reference import is_compiling
 from .attention import attention, join_heads
 from .cache import cache_by_shape
 from .utils import run_block
@@ -69,11 +70,13 @@ class WindowAttention(nn.Module):
     def position_bias(self) -> Tensor:
         """Learned bias of each pair of tokens in a window: ``(1, heads, L, L)``."""
         table = self.relative_position_bias_table
-        index = relative_position_index(self.window_size, table.device)
-        return table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1).unsqueeze(0)
+        # Tables of several sizes in one place are more than torch.compile takes as constants.
+        make = relative_position_index if is_compiling() else plan_position_index
+        index = make(self.window_size, table.device)
+        length = self.window_size**2
+        return table[index.flatten()].view(length, length, -1).permute(2, 0, 1).unsqueeze(0)
 
 
-@cache_by_shape
 def relative_position_index(size: int, device: torch.device) -> Tensor:
     """Row of the bias table for each pair of tokens of a window: ``(size ** 2, size ** 2)``."""
     place = torch.arange(size, device=device)
@@ -82,6 +85,9 @@ def relative_position_index(size: int, device: torch.device) -> Tensor:
     down = row[:, None] - row[None, :] + size - 1
     across = column[:, None] - column[None, :] + size - 1
     return down * (2 * size - 1) + across
+
+
+plan_position_index = cache_by_shape(relative_position_index)
 
 
 class SwinBlock(nn.Module):

@@ -413,3 +413,29 @@ def test_kernels_on_a_gpu(dtype, lengths, monkeypatch):
     assert kernels == ([(9, 9), (9, 7)] if packed else [])
     assert calls.names['scaled_dot_product_attention'] == (0 if packed else 2)
     assert not {'bmm', 'matmul', '__matmul__', 'softmax'} & calls.names.keys()
+
+
+@pytest.mark.parametrize('biased', [False, True])
+def test_bfloat16_products_on_some_cpus(biased, monkeypatch):
+    """As exact as bfloat16 is, and not where the scores would be too many or trained."""
+    used = []
+
+    def spy(*args):
+        used.append(True)
+        return attention_reference(*args)
+
+    monkeypatch.setattr(module, 'has_bfloat16_products', lambda: True)
+    monkeypatch.setattr(module, 'attention_reference', spy)
+    query, key, value = (torch.randn(3, 2, 49, 32) for _ in range(3))
+    bias = torch.randn(1, 2, 49, 49) if biased else None
+    wanted = attention(query, key, value, bias)
+    assert not used  # float32
+    half = [t.bfloat16() for t in (query, key, value)]
+    got = attention(*half, bias)
+    assert used and got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), wanted, atol=0.05, rtol=0.05)
+    used.clear()
+    attention(half[0].requires_grad_(), *half[1:], bias)
+    monkeypatch.setattr(module, 'MAX_SCORE_BYTES', 2 * 3 * 2 * 49 * 49 - 1)
+    attention(*(t.detach() for t in half), bias)
+    assert not used
