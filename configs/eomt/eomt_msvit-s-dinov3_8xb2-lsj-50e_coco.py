@@ -1,6 +1,6 @@
 # MSViT from weights of DINOv3; 200 queries join its last three blocks. DINOv3's weights have a
 # licence of their own, the DINOv3 License.
-_base_ = ['../_base_/mmtoken.py', 'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py']
+_base_ = '../msvit/mask2former_msvit-s_8xb2-lsj-50e_coco.py'
 
 init_cfg = dict(
     type='Pretrained',
@@ -8,26 +8,18 @@ init_cfg = dict(
     'model.safetensors',
 )
 custom_imports = dict(imports=['mmtoken', 'mmtoken.heads.instance'], allow_failed_imports=False)
-custom_hooks = [dict(type='mmtoken.TokenLossHook')]
 model = dict(
     backbone=dict(
-        _delete_=True,
-        type='mmtoken.MSViT',
         arch='dinov3-small',
-        gate=dict(
-            input='patches',
-            fine_ratio=0.5,
-            kernel_size=5,
-            label_loss=dict(type='mmtoken.LabelPurityLoss'),
-        ),
-        train_mode='gathered',
         qkv_bias=False,  # as in these weights
+        cls_token=True,
         layer_scale=1e-5,
-        drop_path_rate=0.1,
+        out_type='map',
         out_indices=(8,),
         out_prefix=True,
         init_cfg=init_cfg,
     ),
+    neck=None,
     panoptic_head=dict(
         _delete_=True,
         type='mmtoken.EncoderOnlyInstanceHead',
@@ -45,12 +37,7 @@ model = dict(
         ),
     ),
 )
-# Pretrained blocks learn a tenth as fast as the rest, as in the base; the gate is new.
+# Pretrained blocks of the head learn a tenth as fast as the rest, as those of the backbone do.
 optim_wrapper = dict(
-    paramwise_cfg=dict(
-        custom_keys={
-            'backbone.gate': dict(lr_mult=1.0),
-            'panoptic_head.decoder.blocks': dict(lr_mult=0.1),
-        }
-    )
+    paramwise_cfg=dict(custom_keys={'panoptic_head.decoder.blocks': dict(lr_mult=0.1)})
 )

@@ -201,8 +201,8 @@ class PlainBackbone(PatchBackbone):
             the end.
         out_type: ``'map'`` for dense maps. For classification ``'cls_token'``, the normalized class
             token of the last block, or ``'avg_featmap'``, the mean over its normalized map.
-        out_prefix: Return the class token and registers too, ``(B, P, C)``, behind the last map and
-            not normalized, for the heads of :mod:`mmtoken.heads`.
+        out_prefix: Return the class token and registers too, ``(B, P, C)``, behind the last map,
+            for the heads of :mod:`mmtoken.heads`.
         frozen_stages: Blocks kept fixed: 0 freezes the patch and position embedding, 1 the first
             block too, and so on; -1 freezes nothing.
         norm_eval: Accepted for compatibility; unused, since there is no BatchNorm.
@@ -350,9 +350,7 @@ class PlainBackbone(PatchBackbone):
         for i in range(self.num_built):
             tokens, layout = self.run_block(i, tokens, layout)
             if i in self.out_indices:
-                outputs.append(self.output(i, tokens, layout))
-        if self.out_prefix:
-            outputs.append(self.restore(i, tokens, layout)[:, : self.num_prefix_tokens])
+                outputs += self.output(i, tokens, layout)
         self.finish(layout)
         return join_maps(outputs)
 
@@ -376,19 +374,20 @@ class PlainBackbone(PatchBackbone):
     def finish(self, layout: Any) -> None:
         """Called with the last layout, behind all blocks."""
 
-    def output(self, index: int, tokens: Tensor, layout: Any) -> Tensor | SparseFeatures:
-        """The output behind one block."""
+    def output(self, index: int, tokens: Tensor, layout: Any) -> list[Tensor | SparseFeatures]:
+        """The output behind one block; with ``out_prefix`` two behind the last."""
         if index == self.num_stages - 1:
             tokens = self.norm(tokens)
         if self.out_type == 'tokens':
-            return self.to_features(index, tokens, layout)
+            return [self.to_features(index, tokens, layout)]
         dense = self.restore(index, tokens, layout)  # (B, P + H * W, C)
         if self.out_type == 'cls_token':
-            return dense[:, 0]
-        dense = dense[:, self.num_prefix_tokens :]
+            return [dense[:, 0]]
+        prefix, dense = dense.tensor_split([self.num_prefix_tokens], dim=1)
         if self.out_type == 'avg_featmap':
-            return dense.mean(dim=1)
-        return to_map(dense.unflatten(1, layout.grid))
+            return [dense.mean(dim=1)]
+        dense = to_map(dense.unflatten(1, layout.grid))
+        return [dense, prefix] if self.out_prefix and index == self.out_indices[-1] else [dense]
 
     def checkpoint(self, function: Callable, *args) -> Any:
         """Call a block; with ``with_cp`` its activations are recomputed in backward."""

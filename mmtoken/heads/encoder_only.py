@@ -71,9 +71,9 @@ class EncoderOnly:
         self.num_points = self.train_cfg.num_points
         self.oversample_ratio = self.train_cfg.oversample_ratio
         self.importance_sample_ratio = self.train_cfg.importance_sample_ratio
-        self.class_weight = [1.0] * self.num_classes + [NO_OBJECT_WEIGHT]
-        loss_cls = dict(loss_cls)
-        self.class_weight = loss_cls.setdefault('class_weight', self.class_weight)
+        weights = [1.0] * self.num_classes + [NO_OBJECT_WEIGHT]
+        loss_cls = dict(class_weight=weights) | dict(loss_cls)
+        self.class_weight = loss_cls['class_weight']
         self.loss_cls, self.loss_mask, self.loss_dice = map(
             MODELS.build, (loss_cls, dict(loss_mask), dict(loss_dice))
         )

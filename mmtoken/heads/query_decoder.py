@@ -6,6 +6,7 @@ the order of tokens, the layers of the mask module and the schedule of annealing
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -16,7 +17,6 @@ from torch import Tensor
 from ..backbones.msvit import MSViT
 from ..backbones.vit_base import block_options
 from ..checkpoints.module import CheckpointedModule
-from ..layers.common.attention import attention
 from ..layers.common.rotary import grid_rotation, rotated
 from ..layers.common.utils import (
     drop_path_rates,
@@ -25,7 +25,7 @@ from ..layers.common.utils import (
     to_map,
     trunc_normal_parameter,
 )
-from ..layers.common.vit import AttentionFn, ViTBlock
+from ..layers.common.vit import ViTBlock, full_attention
 from .annealing import MaskAnnealing
 
 MASK_STRIDE = 4  # of the masks, in pixels
@@ -54,7 +54,6 @@ class QueryDecoder(CheckpointedModule):
         drop_path_rate: Of the last block, as that of the backbone.
         annealing: Arguments of :class:`~mmtoken.heads.annealing.MaskAnnealing`; None for no masks
             in attention.
-        frozen_blocks: Whether the blocks keep their weights; queries and mask module learn.
         with_cp: Recompute the activations of each block in backward.
         init_cfg: MMEngine's initialization config; ``dict(type='Pretrained', checkpoint=...)`` with
             the checkpoint of the backbone.
@@ -79,7 +78,6 @@ class QueryDecoder(CheckpointedModule):
         layer_scale: float | None = None,
         drop_path_rate: float = 0.0,
         annealing: Mapping | None = None,
-        frozen_blocks: bool = False,
         with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
@@ -119,8 +117,6 @@ class QueryDecoder(CheckpointedModule):
         steps = max(1, round(math.log2(patch_size / MASK_STRIDE)))
         self.upscale = nn.Sequential(*(Upscale(dims) for _ in range(steps)))
         self.annealing = None if annealing is None else MaskAnnealing(num_blocks, **annealing)
-        if frozen_blocks:
-            self.blocks.requires_grad_(False)
 
     def init_fresh(self) -> None:
         """Initialize without checkpoints."""
@@ -149,13 +145,13 @@ class QueryDecoder(CheckpointedModule):
         shares = self.annealing.advance() if masked else [0.0] * len(self.blocks)
         classes, masks = [], []
         for block, share in zip(self.blocks.values(), shares, strict=True):
-            visible = None
+            bias = None
             if masked:
                 predicted = self.predict(tokens, grid, num_prefix)
                 classes.append(predicted[0])
                 masks.append(predicted[1])
-                visible = self.visible(predicted[1], grid, num_prefix, share)
-            attn_fn = rotated(attend_visible(visible), rotation)
+                bias = self.mask_bias(predicted[1], grid, num_prefix, share)
+            attn_fn = rotated(partial(full_attention, bias=bias), rotation)
             tokens = run_block(block, tokens, attn_fn, recompute=self.with_cp)
         predicted = self.predict(tokens, grid, num_prefix)
         return [*classes, predicted[0]], [*masks, predicted[1]]
@@ -170,10 +166,10 @@ class QueryDecoder(CheckpointedModule):
         masks = torch.einsum('bqc,bchw->bqhw', self.embed_mask(query), pixels)
         return self.classify(query), masks
 
-    def visible(
+    def mask_bias(
         self, masks: Tensor, grid: tuple[int, int], num_prefix: int, share: float
     ) -> Tensor | None:
-        """Which tokens each token attends to, ``(B, 1, N, N)``; None for all to all.
+        """Hides tokens from each other in attention, ``(B, 1, N, N)``; None hides none.
 
         Args:
             masks: Predicted before the block, logits, ``(B, Q, h, w)``.
@@ -186,9 +182,9 @@ class QueryDecoder(CheckpointedModule):
         inside = F.interpolate(masks.detach(), grid, mode='bilinear').flatten(2) > 0  # (B, Q, HW)
         free = torch.rand(inside.shape[:2], device=masks.device) >= share
         count = num_prefix + inside.shape[-1]
-        visible = inside.new_ones(len(inside), count, count)
-        visible[:, : self.num_queries, num_prefix:] = inside | free[..., None]
-        return visible[:, None]
+        hidden = inside.new_zeros(len(inside), count, count)
+        hidden[:, : self.num_queries, num_prefix:] = ~(inside | free[..., None])
+        return masks.new_zeros(hidden.shape).masked_fill_(hidden, float('-inf'))[:, None]
 
 
 class Upscale(nn.Sequential):
@@ -201,17 +197,3 @@ class Upscale(nn.Sequential):
             nn.Conv2d(dims, dims, 3, padding=1, groups=dims, bias=False),
             LayerNorm2d(dims),
         )
-
-
-def attend_visible(visible: Tensor | None) -> AttentionFn:
-    """Self-attention of tokens ``(B, L, heads, d)`` to those visible to them, ``(B, 1, L, L)``."""
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        bias = None
-        if visible is not None:
-            bias = torch.zeros_like(visible, dtype=query.dtype)
-            bias = bias.masked_fill_(~visible, float('-inf'))
-        heads = (t.transpose(1, 2) for t in (query, key, value))
-        return attention(*heads, bias).transpose(1, 2)
-
-    return attend

@@ -21,10 +21,13 @@ NORM_EPS = 1e-6  # of every LayerNorm in ViT and DeiT
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def full_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention of all queries of an image to all its keys: ``(B, L, heads, d)`` each."""
+def full_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Attention of all queries of an image to all its keys: ``(B, L, heads, d)`` each.
+
+    ``bias`` is as for :func:`~mmtoken.layers.common.attention.attention`.
+    """
     heads = (t.transpose(1, 2) for t in (query, key, value))
-    return attention(*heads).transpose(1, 2)
+    return attention(*heads, bias).transpose(1, 2)
 
 
 class Attention(nn.Module):
