@@ -1,4 +1,4 @@
-"""Peak of the memory of this process, as Linux tells it."""
+"""The memory of this process and its peak, as Linux tells it."""
 
 import ctypes
 import re
@@ -17,9 +17,14 @@ def resident_peak_mb(step: Callable[[], object]) -> float:
     """
     ctypes.CDLL(None).malloc_trim(0)  # or the step would reuse what was freed before, uncounted
     CLEAR_REFS.write_text('5')  # sets the peak to what is resident now
-    before = _status('VmRSS')
+    before = resident_bytes()
     step()
     return (_status('VmHWM') - before) / MEBIBYTE
+
+
+def resident_bytes() -> int:
+    """The resident memory of this process."""
+    return _status('VmRSS')
 
 
 def _status(key: str) -> int:

@@ -28,6 +28,7 @@ between two comments, the first of which names it and the files it shows:
   choice            the methods, for the README
   machines          the same speed-ups on other machines, benchmarks/{machines,reported}
   speed [GLOB]      benchmarks/GLOB.json, of tools/analysis/benchmark.py
+  profiles          benchmarks/profiles, of tools/analysis/benchmark.py --profile
   macs [GLOB]       benchmarks/macs/GLOB.json, of tools/analysis/flops.py
   memory [GLOB]     benchmarks/high_resolution/GLOB.json, of tools/analysis/flops.py --memory
   scores [GLOB]     benchmarks/shapes/GLOB.json, of tools/analysis/compare.py
@@ -36,6 +37,7 @@ between two comments, the first of which names it and the files it shows:
   published         results that authors published, in all metafiles
   study TASK        benchmarks/study/results/TASK, of benchmarks/study/run.py and measure.py
   seeds TASK        the same, seed by seed
+  batches TASK      the same, cost.json and cost_batchN.json: times in batches
   gates TASK        benchmarks/study/results/TASK/gates.json, of benchmarks/study/gates.py
   budgets TASK/ROW  benchmarks/study/results/TASK/budgets_ROW.json, of benchmarks/study/budgets.py
   zoo               what we have trained ourselves, config by config
@@ -214,6 +216,21 @@ def speed(glob: str = '*') -> str:
     files = sorted(BENCHMARKS.glob(f'{glob}.json'))
     command = [sys.executable, ROOT / 'tools' / 'analysis' / 'summary.py', '--markdown', *files]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def profiles() -> str:
+    """Milliseconds by kind of work, of networks and of their dense twins."""
+    rows, kinds = [], []
+    for name, run in read(BENCHMARKS / 'profiles', '*').items():
+        sparse, dense = (run['profile_ms'][network] for network in ('sparse', 'dense'))
+        kinds = list(sparse)
+        pairs = [(sparse[kind], dense[kind]) for kind in kinds]
+        pairs.append(tuple(sum(profile.values()) for profile in (sparse, dense)))
+        network, _, size = name.split('_')[:3]
+        rows.append(
+            (f'{network}, {size}, {run["dtype"]}', *(f'{a:.0f} / {b:.0f}' for a, b in pairs))
+        )
+    return markdown(('backbone, image, precision', *kinds, 'sum'), rows)
 
 
 def macs(glob: str = '*') -> str:
@@ -396,6 +413,23 @@ def costs(cost: dict | None) -> tuple[str, str, str]:
     )  # fmt: skip
 
 
+def batches(task: str) -> str:
+    """Milliseconds a photograph and speed-up over the dense network, by the size of a batch."""
+    files = (BENCHMARKS / 'study' / 'results' / task).glob('cost*.json')
+    costs = sorted((json.loads(file.read_text()) for file in files), key=lambda c: c['batch_size'])
+    rows = []
+    for name in costs[0]['rows']:
+        cells = []
+        for found in costs:
+            row, dense = (found['rows'][key]['ms']['median'] for key in (name, 'dense'))
+            deviation = found['rows'][name]['ms_by_batch']['std']
+            over = '' if deviation is None else f' ± {deviation:.0f}'
+            cells += [f'{row:.0f}{over}', f'{dense / row:.2f}×']
+        rows.append((f'`{name}`', *cells))
+    header = [head for c in costs for head in (f'ms, batch of {c["batch_size"]}', 'speed-up')]
+    return markdown(('row', *header), rows)
+
+
 def gates(task: str) -> str:
     """How well gates find the regions whose labels change."""
     results = json.loads((BENCHMARKS / 'study' / 'results' / task / 'gates.json').read_text())
@@ -453,9 +487,9 @@ def metafile(folder: str) -> dict:
 
 
 TABLES = dict(
-    choice=choice, machines=machines, speed=speed, macs=macs, memory=memory, scores=scores,
-    models=models, networks=networks, published=published, study=study, seeds=seeds, gates=gates,
-    budgets=budgets, zoo=zoo,
+    choice=choice, machines=machines, speed=speed, profiles=profiles, macs=macs, memory=memory,
+    scores=scores, models=models, networks=networks, published=published, study=study, seeds=seeds,
+    batches=batches, gates=gates, budgets=budgets, zoo=zoo,
 )  # fmt: skip
 
 if __name__ == '__main__':
