@@ -35,7 +35,7 @@ def check(model, compiled, size):
 @pytest.mark.parametrize('name', STATIC)
 def test_static_networks_are_one_graph_for_each_size(name):
     model = build(name)
-    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
     check(model, compiled, (64, 96))
     check(model, compiled, (80, 64))
     assert counters['stats']['unique_graphs'] == 2
@@ -44,7 +44,7 @@ def test_static_networks_are_one_graph_for_each_size(name):
 @pytest.mark.parametrize('name', MOST_BREAKS)
 def test_breaks_of_networks_that_choose(name):
     model = build(name)
-    check(model, torch.compile(model, backend='eager'), (64, 96))
+    check(model, torch.compile(model, backend='aot_eager'), (64, 96))
     assert 0 < sum(counters['graph_break'].values()) <= MOST_BREAKS[name]
 
 

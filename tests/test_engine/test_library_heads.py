@@ -28,6 +28,7 @@ DETECTORS = {
         'model.decoder.num_layers': 2,
     },
     'mask2former/mask2former_r50_8xb2-lsj-50e_coco.py': {
+        'model.data_preprocessor.batch_augments': None,  # which pads to 1024 x 1024
         'model.panoptic_head.num_queries': 20,
         'model.train_cfg.num_points': 256,
         'model.panoptic_head.pixel_decoder.encoder.num_layers': 1,
@@ -36,7 +37,10 @@ DETECTORS = {
 }
 SEGMENTORS = {
     'sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512.py': {},
-    'upernet/upernet_r50_4xb4-160k_ade20k-512x512.py': {},
+    'upernet/upernet_r50_4xb4-160k_ade20k-512x512.py': {
+        'model.decode_head.channels': 64,
+        'model.auxiliary_head.channels': 64,
+    },
     'segmenter/segmenter_vit-s_mask_8xb1-160k_ade20k-512x512.py': {},
     'segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py': {},
     'mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py': {

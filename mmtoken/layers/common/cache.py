@@ -130,12 +130,16 @@ def cache_by_shape(function: Callable) -> Callable:
             return _map_tensors(torch.ops.aten.lift_fresh, result)
         return result
 
-    constant = torch.compiler.assume_constant_result(find_or_make)
+    @torch.compiler.assume_constant_result
+    def constant(*args, **kwargs):
+        # In a tuple, since constants that are tensors all have the name of this function, which
+        # AOTAutograd takes for the same tensor twice.
+        return (find_or_make(*args, **kwargs),)
 
     @wraps(function)
     def plan(*args, **kwargs):
         if is_compiling():
-            return constant(*_plain(args), **{name: _plain(kwargs[name]) for name in kwargs})
+            return constant(*_plain(args), **{name: _plain(kwargs[name]) for name in kwargs})[0]
         return find_or_make(*args, **kwargs)
 
     return plan
