@@ -39,7 +39,7 @@ MODELS = (
     'stvit_r_swin_tiny', 'stvit_deit_tiny', 'dge_pvt_tiny', 'dge_dpvt_tiny', 'dge_deit_tiny',
     'msvit_tiny', 'merge_vit_tiny', 'psvit_tiny', 'swat_swin_tiny', 'swat_deit_tiny',
 )  # fmt: skip
-SIZES = dict(requests=(33, 320), training=(33, 128))  # smallest and largest side, in pixels
+SIZES = dict(requests=(33, 224), training=(33, 96))  # smallest and largest side, in pixels
 PROBE = (96, 128)
 EVERY = 20
 
