@@ -50,24 +50,23 @@ def main() -> int:
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('kind', choices=SIZES)
-    parser.add_argument('--models', nargs='+', default=MODELS, metavar='NAME')
+    parser.add_argument(
+        '--models', nargs='+', default=MODELS, metavar='NAME', help='these alone (default: all)'
+    )
     parser.add_argument('--steps', type=int, default=2000, metavar='N', help='default: 2000')
     args = parser.parse_args()
-    results = {}
+    file = HERE / f'{args.kind}.json'
+    measured = json.loads(file.read_text()) if file.exists() else dict(models={})
     for name in args.models:
         context = multiprocessing.get_context('spawn')
         with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-            results[name] = pool.submit(soak, name, args.kind, args.steps).result()
-    document = dict(
-        kind=args.kind,
-        steps=args.steps,
-        every=EVERY,
-        environment=describe_environment(torch.device('cpu')),
-        models=results,
-    )
-    with replacing(HERE / f'{args.kind}.json') as new:
-        new.write_text(json.dumps(document) + '\n')
-    report(results)
+            measured['models'][name] = pool.submit(soak, name, args.kind, args.steps).result()
+        measured |= dict(
+            kind=args.kind, every=EVERY, environment=describe_environment(torch.device('cpu'))
+        )
+        with replacing(file) as new:
+            new.write_text(json.dumps(measured) + '\n')
+    report(measured['models'])
     return 0
 
 

@@ -195,7 +195,8 @@ def machines() -> str:
         cells = ['–' if value is None else f'{value:.2f}'
                  for value in (median(here) if here else None, *there)]  # fmt: skip
         executed = median(run['executed_ratio'] for run in runs)
-        rows.append((network.replace('_forward_', ', '), dtype, f'{executed:.2f}', *cells))
+        name = network.replace('_forward_', ', ').replace('_train_', ', training, ')
+        rows.append((name, dtype, f'{executed:.2f}', *cells))
     (cpu,) = ours
     return markdown(('backbone, image', 'precision', 'executed MAC ratio', cpu, *others), rows)
 
