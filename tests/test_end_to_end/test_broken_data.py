@@ -40,7 +40,7 @@ def write_label(file):
 @pytest.mark.parametrize(
     'kind, spoil, message',
     [
-        ('images', lambda file: file.unlink(), 'No such file or directory'),
+        ('annotations', lambda file: file.unlink(), 'No such file or directory'),
         ('images', cut_off, 'failed to load image'),
         ('annotations', write_label, r'has the labels [199] (as they are after the pipeline)'),
     ],
