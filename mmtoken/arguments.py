@@ -6,9 +6,11 @@ message that says how to fix it.
 
 import inspect
 import logging
+import math
 import os
 from abc import ABCMeta
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 from mmengine.logging import print_log
@@ -43,7 +45,68 @@ REMEDIES = {
 TRANSFORMERS = ('swin', 'vit', 'deit', 'pvt', 'mae', 'dino', 'beit')
 
 
-class CheckedArguments(ABCMeta):
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number of 1 or more."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, and neither infinite nor NaN."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_size(value: Any) -> bool:
+    sides = as_tuple(value)
+    return not isinstance(value, str) and len(sides) in (1, 2) and all(map(is_count, sides))
+
+
+# Arguments that mean the same wherever they occur: whether a value is allowed, and which are. What
+# is None by default may be None.
+COUNT = (is_count, 'a whole number of 1 or more')
+COUNT_OR_NONE = (lambda value: value is None or is_count(value), f'{COUNT[1]}, or None')
+SIZE = (_is_size, 'a side of 1 or more pixels, or (H, W)')
+CONFIG = (lambda value: value is None or isinstance(value, Mapping), 'a dict or None')
+ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ('patch_size', 'coarse_size', 'fine_size', 'region_size', 'num_points', 'window_size',
+         'out_channels', 'num_outs'),
+        COUNT,
+    ),
+    'semantic_size': COUNT_OR_NONE,
+    'in_channels': (
+        lambda value: not isinstance(value, str) and all(map(is_count, as_tuple(value))),
+        'channels, of 1 or more',
+    ),
+    **dict.fromkeys(('img_size', 'pretrain_img_size'), SIZE),
+    'num_registers': (
+        lambda value: isinstance(value, Integral) and value >= 0, 'a whole number of 0 or more',
+    ),
+    'drop_path_rate': (
+        lambda value: is_number(value) and 0 <= value < 1, 'a number from 0 to below 1'
+    ),
+    'mlp_ratio': (lambda value: is_number(value) and value > 0, 'a number above 0'),
+    **dict.fromkeys(('budget', 'router', 'gate'), CONFIG),
+}  # fmt: skip
+
+
+class KnownArguments(ABCMeta):
+    """Refuses unknown arguments of a class with a list of those that it takes."""
+
+    def __call__(cls, *args, **kwargs):
+        """Build an instance.
+
+        Raises:
+            TypeError: An unknown argument.
+        """
+        known = _parameters(cls)
+        for name in kwargs:
+            if name not in known:
+                remedy = f'it takes {", ".join(known) or "no arguments"}'
+                raise TypeError(f'{cls.__name__} takes no {name}: {remedy}')
+        return super().__call__(*args, **kwargs)
+
+
+class CheckedArguments(KnownArguments):
     """Checks the arguments of a class when it is called, before its constructor sees them."""
 
     def __call__(cls, *args, **kwargs):
@@ -51,17 +114,18 @@ class CheckedArguments(ABCMeta):
 
         Raises:
             TypeError: An unknown argument, or an ``init_cfg`` that MMEngine does not take.
-            ValueError: ``pretrained`` that is for another backbone, ``init_cfg`` without ``type``
-                or without ``checkpoint``.
+            ValueError: A value that is not allowed, ``pretrained`` that is for another backbone,
+                ``init_cfg`` without ``type`` or without ``checkpoint``.
         """
         from .fast import optimize_for_cpu  # which imports all layers
 
         known = _parameters(cls)
         pretrained = None if 'pretrained' in known else kwargs.pop('pretrained', None)
         for name in kwargs:
-            if name not in known:
-                remedy = REMEDIES.get(name, f'it takes {", ".join(known)}').format(name=name)
+            if name not in known and name in REMEDIES:
+                remedy = REMEDIES[name].format(name=name)
                 raise TypeError(f'{cls.__name__} takes no {name}: {remedy}')
+        _check_values(dict(zip(known, args, strict=False)) | kwargs, known)
         if pretrained is not None:
             kwargs['init_cfg'] = _init_cfg_of(pretrained, kwargs.get('init_cfg'), cls.__name__)
         check_init_cfg(kwargs.get('init_cfg'), cls.__name__)
@@ -73,6 +137,18 @@ class CheckedArguments(ABCMeta):
     def __signature__(cls) -> inspect.Signature:
         """That of the constructors; ``inspect`` would show the one of :meth:`__call__`."""
         return inspect.Signature(sorted(_parameters(cls).values(), key=lambda p: p.kind))
+
+
+def _check_values(given: Mapping[str, Any], known: Mapping[str, inspect.Parameter]) -> None:
+    """Raise a ValueError for a value that :data:`ALLOWED` does not allow."""
+    for name, value in given.items():
+        if name not in known or name not in ALLOWED:
+            continue
+        if value is None and known[name].default is None:
+            continue
+        is_allowed, allowed = ALLOWED[name]
+        if not is_allowed(value):
+            raise ValueError(f'{name} must be {allowed}, got {value!r}')
 
 
 def as_tuple(values: Any) -> tuple:
@@ -124,7 +200,9 @@ def check_init_cfg(init_cfg: Any, owner: str) -> None:
 def _parameters(cls: type) -> dict[str, inspect.Parameter]:
     """What a constructor takes, with the keywords that it hands on to those of its bases."""
     taken: dict[str, inspect.Parameter] = {}
-    bases = [base for base in cls.__mro__ if '__init__' in vars(base)]
+    bases = [base for base in cls.__mro__[:-1] if '__init__' in vars(base)]  # without object
+    if not bases:
+        return taken
     first = bases[0]
     for base in bases:
         parameters = list(inspect.signature(base.__init__).parameters.values())[1:]

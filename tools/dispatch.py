@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 import zipfile
@@ -65,7 +66,28 @@ def main(tool: str) -> None:
     # The libraries' tools take files only.
     sys.argv[1 + arguments.index(config)] = str(find_config(config))
     sys.argv += join_on_cpu(cfg, arguments)
-    runpy.run_path(str(stock_tool), run_name='__main__')
+    try:
+        runpy.run_path(str(stock_tool), run_name='__main__')
+    except json.JSONDecodeError as error:
+        sys.exit(f'{tool}.py: {broken_annotations(cfg) or "a file of annotations"}: {error}')
+
+
+def broken_annotations(cfg: Config) -> str | None:
+    """The first file of annotations in a config that is no JSON, of which the error has no name."""
+    datasets = [cfg.get(f'{split}_dataloader') for split in ('train', 'val', 'test')]
+    while datasets:
+        part = datasets.pop(0)
+        if isinstance(part, dict):
+            datasets += part.values()
+            file = Path(part.get('data_root') or '', part.get('ann_file') or '')
+            if file.suffix == '.json' and file.is_file():
+                try:
+                    json.loads(file.read_bytes())
+                except ValueError:
+                    return str(file)
+        elif isinstance(part, (list, tuple)):
+            datasets += part
+    return None
 
 
 def join_on_cpu(cfg: Config, arguments: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ from timm.layers import trunc_normal_
 from timm.models import FeatureInfo
 from torch import Tensor
 
-from ..arguments import as_tuple
+from ..arguments import as_tuple, is_count
 from ..checkpoints.module import CheckpointedBackbone
 from ..layers.common.utils import init_own
 
@@ -71,8 +72,10 @@ class TokenBackbone(CheckpointedBackbone):
             ],
             self.out_indices,
         )
-        if not -1 <= frozen_stages <= num_stages:
-            raise ValueError(f'frozen_stages must be from -1 to {num_stages}, got {frozen_stages}')
+        if not isinstance(frozen_stages, Integral) or not -1 <= frozen_stages <= num_stages:
+            raise ValueError(
+                f'frozen_stages must be from -1 to {num_stages}, got {frozen_stages!r}'
+            )
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
 
@@ -234,7 +237,32 @@ def resolve_arch(
     if set(arch) - set(optional) != set(keys):
         allowed = f'{sorted(keys)}' + f' and may have {sorted(optional)}' * bool(optional)
         raise ValueError(f'an arch dict has the keys {allowed}, got {sorted(arch)}')
+    if zoo:
+        _check_numbers(arch, next(iter(zoo.values())))
     return {**optional, **arch}
+
+
+def _check_numbers(arch: Mapping, example: Mapping) -> None:
+    """Refuse numbers below 1, and one number where an example has several.
+
+    Raises:
+        ValueError: The message has the example.
+    """
+    for name, value in arch.items():
+        usual = example.get(name)
+        if isinstance(usual, int) and not is_count(value):
+            raise ValueError(
+                f"arch['{name}'] must be a whole number of 1 or more, such as {usual}, "
+                f'got {value!r}'
+            )
+        if isinstance(usual, tuple) and not _are_counts(value):
+            raise ValueError(
+                f"arch['{name}'] must be whole numbers of 1 or more, such as {usual}, got {value!r}"
+            )
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, Sequence) and all(map(is_count, values))
 
 
 def check_out_indices(out_indices: int | Iterable[int], num_stages: int) -> tuple[int, ...]:
@@ -244,7 +272,9 @@ def check_out_indices(out_indices: int | Iterable[int], num_stages: int) -> tupl
         ValueError: Empty, repeated, unordered or out of range.
     """
     given = as_tuple(out_indices)
-    indices = tuple(i + num_stages if i < 0 else i for i in given)
+    indices = ()
+    if all(isinstance(i, Integral) for i in given):
+        indices = tuple(i + num_stages if i < 0 else i for i in given)
     rising = all(a < b for a, b in zip(indices, indices[1:], strict=False))
     if not indices or not rising or not all(0 <= i < num_stages for i in indices):
         raise ValueError(

@@ -20,7 +20,7 @@ from ..layers.dge.shared_router import SharedRouter, split_router_args
 from ..layers.dge.spatial_reduction import SpatialReductionAttention
 from ..layers.dge.stage import Decisions
 from ..losses.budget import BUDGET, BlockWidths, PatchWidths, build_budget, publish_budget
-from ..losses.label_purity import publish_label_loss
+from ..losses.label_purity import build_label_loss, publish_label_loss
 from ..registry import MODELS
 from .vit_base import TRUNK_OPTIONS, TRUNKS, DenseLayout, PlainBackbone
 
@@ -108,7 +108,7 @@ class DGEDeiT(PlainBackbone):
         self.router = self.label_loss = None
         if self.is_routed and router is not None:
             args, label_loss, budget = split_router_args(router, budget)
-            self.label_loss = None if label_loss is None else MODELS.build(label_loss)
+            self.label_loss = build_label_loss(label_loss)
             self.router = SharedRouter(self.embed_dims, self.granularities, region_size, **args)
         self.budget = build_budget(budget, self.granularities)
         if self.is_routed:

@@ -21,7 +21,7 @@ from ..layers.dge.shared_router import SharedRouter, split_router_args
 from ..layers.dge.spatial_reduction import SpatialReductionAttention
 from ..layers.dge.stage import DynamicGranularityStage
 from ..losses.budget import BUDGET, BlockWidths, PatchWidths, build_budget, publish_budget
-from ..losses.label_purity import publish_label_loss
+from ..losses.label_purity import build_label_loss, publish_label_loss
 from ..registry import MODELS
 from .base import TokenBackbone, check_out_type
 
@@ -138,7 +138,7 @@ class DGEPVT(TokenBackbone):
         if router is not None and len(self.granularities) > 1:
             router_args, label_loss, budget = split_router_args(router, budget)
             query_ratios = ratio_of_stages(router_args.get('query_ratio'), last + 1)
-            self.label_loss = None if label_loss is None else MODELS.build(label_loss)
+            self.label_loss = build_label_loss(label_loss)
         self.budget = build_budget(budget, self.granularities)
 
         self.layers = nn.ModuleList()
@@ -253,7 +253,7 @@ def ratio_of_stages(
     Raises:
         ValueError: There are not as many as stages.
     """
-    if not isinstance(query_ratio, Sequence):
+    if not isinstance(query_ratio, (list, tuple)):
         return (query_ratio,) * num_stages
     if len(query_ratio) != num_stages:
         raise ValueError(

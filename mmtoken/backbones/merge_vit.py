@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 import torch.nn as nn
 from torch import Tensor
 
-from ..arguments import as_tuple
+from ..arguments import as_tuple, is_number
 from ..layers.common.vit import ViTBlock
 from ..layers.merge.mutual_pairs import (
     MergedLayout,
@@ -80,11 +80,11 @@ class MergeViT(PlainBackbone):
     ) -> None:
         super().__init__(arch, cls_token=cls_token, **kwargs)
         depth, given = self.num_stages, as_tuple(merge_blocks)
-        self.merge_blocks = frozenset(i + depth if i < 0 else i for i in given)
-        if not self.merge_blocks <= set(range(depth)):
+        if not set(given) <= set(range(-depth, depth)):
             raise ValueError(f'merge_blocks must be from {-depth} to {depth - 1}, got {given}')
-        if not 0 <= least_tokens <= 1:
-            raise ValueError(f'least_tokens must be from 0 to 1, got {least_tokens}')
+        self.merge_blocks = frozenset(i + depth if i < 0 else i for i in given)
+        if not is_number(least_tokens) or not 0 <= least_tokens <= 1:
+            raise ValueError(f'least_tokens must be from 0 to 1, got {least_tokens!r}')
         self.least_tokens = least_tokens
         self.budget: float | None = None  # of mmtoken.set_budget
         self.proportional = proportional

@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import as_tuple
+from ..arguments import as_tuple, is_number
 from ..checkpoints.fit import enlarge
 from ..layers.common.gate import RegionGate, start_of
 from ..layers.common.packed import SparseFeatures
@@ -31,8 +31,8 @@ from ..layers.common.stem import PatchEmbed, pad_to_stride
 from ..layers.common.utils import ceil_div
 from ..layers.common.vit import ViTBlock
 from ..layers.msvit.mixed_scale import PackedLayout, build_layout, fine_layout
-from ..losses.label_purity import publish_label_loss
-from ..registry import MODELS
+from ..losses.label_purity import build_label_loss, publish_label_loss
+from ..registry import MODELS, build_loss
 from ..runtime.aux_losses import publish, should_publish
 from ..runtime.decisions import RoutingDecision, record_decision
 from .vit_base import TRUNK_OPTIONS, TRUNKS, DenseLayout, PlainBackbone
@@ -174,10 +174,12 @@ class MSViT(PlainBackbone):
             raise ValueError(
                 f"gate['input'] must be one of {get_args(GateInput)}, got {self.gate_input!r}"
             )
-        if not self.temperature > 0:
+        if not is_number(self.temperature) or not self.temperature > 0:
             raise ValueError(f"gate['temperature'] must be above 0, got {self.temperature}")
-        if self.fine_ratio is not None and not 0 <= self.fine_ratio <= 1:
-            raise ValueError(f"gate['fine_ratio'] must be from 0 to 1, got {self.fine_ratio}")
+        if self.fine_ratio is not None and not (
+            is_number(self.fine_ratio) and 0 <= self.fine_ratio <= 1
+        ):
+            raise ValueError(f"gate['fine_ratio'] must be from 0 to 1, got {self.fine_ratio!r}")
         allowed = ('hidden_channels', 'num_layers', 'start_ratio', 'kernel_size')
         others = ('input', 'temperature', 'loss', 'fine_ratio', 'label_loss')
         if not set(gate) <= set(allowed):
@@ -193,9 +195,8 @@ class MSViT(PlainBackbone):
         )
         self.gate = RegionGate(seen[self.gate_input], **gate)
         if loss is not None:
-            self.gate_loss = MODELS.build(loss)
-        if label_loss is not None:
-            self.label_loss = MODELS.build(label_loss)
+            self.gate_loss = build_loss(loss, "gate['loss']", 'mmtoken.BatchShapingLoss')
+        self.label_loss = build_label_loss(label_loss)
 
     @property
     def least_budget(self) -> float | None:

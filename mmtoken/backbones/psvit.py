@@ -11,7 +11,7 @@ import torch.nn as nn
 from timm.models import FeatureInfo
 from torch import Tensor
 
-from ..arguments import as_tuple
+from ..arguments import as_tuple, is_count
 from ..layers.common.cache import compile_for_size
 from ..layers.common.utils import ceil_div, check_heads, drop_path_rates, join_maps, to_map
 from ..layers.common.vit import NORM_EPS
@@ -169,7 +169,7 @@ class PSViT(PatchBackbone):
                 is not ``(embed_dims, num_heads, groups)``, heads that do not divide channels.
         """
         arch = cls.full_arch(arch)
-        stages = [tuple(stage) for stage in arch['stages']]
+        stages = [as_tuple(stage) for stage in as_tuple(arch['stages'])]
         if not stages:
             raise ValueError('arch has no stages')
         for i, stage in enumerate(stages):
@@ -179,7 +179,11 @@ class PSViT(PatchBackbone):
                     f'got {stage}'
                 )
             dims, heads, groups = stage
-            if not groups or any(size < 1 for size in groups):
+            if not is_count(dims) or not is_count(heads):
+                raise ValueError(
+                    f'embed_dims and num_heads must be 1 or more, stage {i} has {dims!r}, {heads!r}'
+                )
+            if not groups or not all(map(is_count, groups)):
                 raise ValueError(f'groups are of 1 or more layers, stage {i} has {groups}')
             check_heads(dims, heads, f'stage {i}: ')
         return dict(arch, stages=stages)

@@ -57,10 +57,12 @@ def load_into(
     Raises:
         FileNotFoundError: No such file.
         ValueError: The file is damaged or holds no weights, or weights of something else: names or
-            shapes that differ are listed. The module is then as it was.
+            shapes that differ are listed, and so are values that are no numbers. The module is then
+            as it was.
     """
     weights = find_weights(read_checkpoint(file), file)
     state, report = fit_to(module, weights, file, prefix, source)
+    _check_values(module, state, file)
     adopt_grids(module, report.grids)
     module.load_state_dict(module.state_dict() | state)  # what the file lacks stays as it is
     print_log(f'Loaded {file}, {report.summary()}', logger='current')
@@ -112,6 +114,24 @@ def _fit_to(
     report.unknown = []  # all are in the module, or ignorable
     report.dropped += outside
     return state, report
+
+
+def _check_values(module: nn.Module, state: Mapping[str, Tensor], file: str | os.PathLike) -> None:
+    """Raise a ValueError that lists tensors with other values than the weights of a training."""
+    real = [name for name, own in module.state_dict().items() if own.is_floating_point()]
+    real = [name for name in real if name in state]
+    others = [name for name in real if not state[name].is_floating_point()]
+    if others:
+        kinds = {str(state[name].dtype) for name in others}
+        raise ValueError(
+            f'{os.fspath(file)}: weights are floating point, but {len(others)} tensors are '
+            f'{", ".join(sorted(kinds))}: {", ".join(shorten(others))}'
+        )
+    if broken := [name for name in real if not state[name].float().isfinite().all()]:
+        raise ValueError(
+            f'{os.fspath(file)}: NaN or infinity in {len(broken)} tensors, as of a training that '
+            f'diverged: {", ".join(shorten(broken))}'
+        )
 
 
 def _declared(module: nn.Module, *attributes: str) -> list[str]:

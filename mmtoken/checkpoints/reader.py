@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -53,7 +54,8 @@ def find_weights(checkpoint: Any, file: str | os.PathLike) -> dict[str, Tensor]:
         file: Where it is from, for messages.
 
     Raises:
-        ValueError: It holds no mapping of names to tensors.
+        ValueError: It holds no mapping of names to tensors, or tensors without values of their own
+            (on the meta device, sparse, quantized).
     """
     for key in WRAPPERS:
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
@@ -64,12 +66,21 @@ def find_weights(checkpoint: Any, file: str | os.PathLike) -> dict[str, Tensor]:
         for name, tensor in (checkpoint.items() if is_mapping else ())
         if isinstance(name, str) and isinstance(tensor, Tensor)
     }
+    if unusual := [name for name, tensor in weights.items() if not _is_plain(tensor)]:
+        raise ValueError(
+            f'{os.fspath(file)} holds tensors that are sparse, quantized or on the meta device: '
+            f'{", ".join(shorten(unusual))}; save them as ordinary ones'
+        )
     if weights:
         return weights
     found = f'a {type(checkpoint).__name__}'
     if is_mapping:
         found = f'a mapping with the keys {", ".join(shorten(map(repr, checkpoint)))}'
     raise ValueError(f'{os.fspath(file)} holds no weights, as state_dict() gives them, but {found}')
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_quantized)
 
 
 def _is_safetensors(head: bytes) -> bool:

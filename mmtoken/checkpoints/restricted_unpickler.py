@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.torch_private import rebuild_tensor, records_of_archive
+from .archive import check_archive
 
 ZIP_MAGIC = b'PK\x03\x04'  # by which torch.load recognizes its current format
 
@@ -31,11 +32,13 @@ def load_torch(path: Path) -> Any:
 
     Raises:
         ValueError: An archive of TorchScript, whose code ``torch.load`` would run, or of tar, which
-            it would extract.
+            it would extract; one that is damaged or far larger than the file.
         Exception: Of any type, where the file is damaged.
     """
     with path.open('rb') as stream:
         is_zip = stream.read(len(ZIP_MAGIC)) == ZIP_MAGIC
+    if is_zip:
+        check_archive(path)
     if is_zip and is_torchscript(path):
         raise ValueError(
             'a TorchScript archive is code; save the state_dict() of torch.jit.load(file) instead'

@@ -13,6 +13,7 @@ from mmengine.logging import print_log
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
+from ..arguments import KnownArguments
 from ..registry import HOOKS
 
 KEY = 'random_states'  # in a checkpoint
@@ -21,7 +22,7 @@ State = dict[str, Any]
 
 
 @HOOKS.register_module()
-class RandomStateHook(Hook):
+class RandomStateHook(Hook, metaclass=KnownArguments):
     """Saves the states of all random generators in checkpoints, and restores them with ``resume``.
 
     MMEngine restores weights, optimizer and schedules, but no generator, so noise of routers,

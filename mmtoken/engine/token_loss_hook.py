@@ -7,13 +7,14 @@ from mmengine.model import BaseModel, is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from ..arguments import KnownArguments
 from ..registry import HOOKS
 from ..runtime.aux_losses import token_losses
 from .image_sizes import follow_image_sizes
 
 
 @HOOKS.register_module()
-class TokenLossHook(Hook):
+class TokenLossHook(Hook, metaclass=KnownArguments):
     """Adds the losses that backbones publish to what ``model.loss()`` returns, during training.
 
     Mixed precision, accumulation, distributed training and logging then treat them as any loss. In

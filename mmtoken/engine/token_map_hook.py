@@ -7,12 +7,13 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel
 from mmengine.runner import Runner
 
+from ..arguments import KnownArguments
 from ..registry import HOOKS
 from .token_loss_hook import unwrapped
 
 
 @HOOKS.register_module()
-class TokenMapHook(Hook):
+class TokenMapHook(Hook, metaclass=KnownArguments):
     """Draws the tokens of the first images of validations and tests.
 
     In a config::

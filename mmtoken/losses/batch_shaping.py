@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from mmengine.dist import all_gather, get_rank, get_world_size
 from torch import Tensor, nn
 
+from ..arguments import as_tuple, is_count
 from ..layers.common.positions import resample
 from ..registry import MODELS
 from .rate import check_open_interval, check_regions
@@ -170,8 +171,8 @@ class BatchShapingLoss(WarmUpLoss):
             raise ValueError(f'temperature_penalty must be 0 or more, got {temperature_penalty}')
         if not hyper_std > 0:
             raise ValueError(f'hyper_std must be above 0, got {hyper_std}')
-        if len(grid) != 2 or min(grid) < 1:
-            raise ValueError(f'grid must be two numbers of 1 or more, got {grid}')
+        if len(as_tuple(grid)) != 2 or not all(map(is_count, grid)):
+            raise ValueError(f'grid must be two numbers of 1 or more, got {grid!r}')
         if not min_samples >= 1:
             raise ValueError(f'min_samples must be 1 or more, got {min_samples}')
         self.target_coarse_ratio = target_coarse_ratio

@@ -12,10 +12,11 @@ import torch
 from mmengine.dist import all_reduce, get_world_size
 from torch import Tensor
 
+from ..arguments import is_number
 from ..layers.common.regions import RegionLayout
 from ..layers.dge.block import DynamicGranularityBlock
 from ..layers.dge.stage import Decisions
-from ..registry import MODELS
+from ..registry import MODELS, build_loss
 from ..runtime.aux_losses import publish, should_publish
 from .warm_up import WarmUpLoss
 
@@ -59,8 +60,8 @@ class BudgetLoss(WarmUpLoss):
         num_classes: int = 0,
     ) -> None:
         super().__init__(loss_weight, warmup_iters)
-        if not 0 < target <= 1:
-            raise ValueError(f'target must be above 0 and at most 1, got {target}')
+        if not is_number(target) or not 0 < target <= 1:
+            raise ValueError(f'target must be above 0 and at most 1, got {target!r}')
         if not num_classes >= 0:
             raise ValueError(f'num_classes must be 0 or more, got {num_classes}')
         self.target = target
@@ -223,7 +224,9 @@ def count_tokens(
 
 def build_budget(budget: dict | None, granularities: Sequence[int]) -> BudgetLoss | None:
     """Build the loss of a network with these granularities; None if it has no choice."""
-    return None if budget is None or len(granularities) == 1 else MODELS.build(budget)
+    if budget is None or len(granularities) == 1:
+        return None
+    return build_loss(budget, 'budget', 'mmtoken.BudgetLoss')
 
 
 def publish_budget(

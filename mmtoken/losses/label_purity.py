@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layers.common.labels import UNLABELED, label_purity, noted_labels
-from ..registry import MODELS
+from ..registry import MODELS, build_loss
 from ..runtime.aux_losses import publish, should_publish
 from .rate import check_open_interval
 from .warm_up import WarmUpLoss
@@ -85,6 +85,13 @@ class LabelPurityLoss(WarmUpLoss):
             worst = -F.max_pool2d(-purity, region // side)
             target = torch.where(worst >= self.min_purity, index, target)
         return target, F.max_pool2d((labels >= 0).float(), region) > 0
+
+
+def build_label_loss(cfg: dict | None) -> LabelPurityLoss | None:
+    """Build the loss by which labels teach a choice; None for none."""
+    if cfg is None:
+        return None
+    return build_loss(cfg, 'label_loss', 'mmtoken.LabelPurityLoss')
 
 
 def publish_label_loss(

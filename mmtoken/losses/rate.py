@@ -4,6 +4,7 @@ import torch
 from mmengine.dist import all_reduce, get_world_size
 from torch import Tensor
 
+from ..arguments import is_number
 from ..registry import MODELS
 from .warm_up import WarmUpLoss
 
@@ -70,8 +71,8 @@ class CoarseRatioLoss(WarmUpLoss):
 def check_open_interval(**values: float) -> None:
     """Refuse, with ValueError, values that are not above 0 and below 1, by their names."""
     for name, value in values.items():
-        if not 0 < value < 1:
-            raise ValueError(f'{name} must be above 0 and below 1, got {value}')
+        if not is_number(value) or not 0 < value < 1:
+            raise ValueError(f'{name} must be above 0 and below 1, got {value!r}')
 
 
 def check_regions(coarse: Tensor, valid_mask: Tensor | None) -> Tensor:

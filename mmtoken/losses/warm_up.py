@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from ..arguments import KnownArguments, is_number
 from ..runtime.aux_losses import in_recompute
 
 
-class WarmUpLoss(nn.Module):
+class WarmUpLoss(nn.Module, metaclass=KnownArguments):
     """Base of losses whose weight may rise linearly from 0.
 
     Args:
@@ -21,8 +22,8 @@ class WarmUpLoss(nn.Module):
     def __init__(self, loss_weight: float, warmup_iters: int) -> None:
         super().__init__()
         for name, value in dict(loss_weight=loss_weight, warmup_iters=warmup_iters).items():
-            if not value >= 0:
-                raise ValueError(f'{name} must be 0 or more, got {value}')
+            if not is_number(value) or value < 0:
+                raise ValueError(f'{name} must be 0 or more, got {value!r}')
         self.loss_weight = loss_weight
         self.warmup_iters = warmup_iters
         if warmup_iters:

@@ -17,7 +17,7 @@ from ..layers.dge.spatial_reduction import SpatialReductionAttention
 from ..layers.dge.stage import run_blocks
 from ..losses.budget import BUDGET, BlockWidths, build_budget, publish_budget
 from ..registry import MODELS
-from .simple_feature_pyramid import TRANSFORMER_INIT, Norm, SimpleFeaturePyramid
+from .simple_feature_pyramid import TRANSFORMER_INIT, Norm, SimpleFeaturePyramid, check_channels
 
 
 @MODELS.register_module()
@@ -138,7 +138,7 @@ class GrainUnpoolNeck(CheckpointedModule):
             Maps in the same shapes; of one map, as :class:`mmtoken.SimpleFeaturePyramid`.
 
         Raises:
-            ValueError: Another number of maps.
+            ValueError: Another number of maps, or of channels.
         """
         if self.pyramid is not None:
             inputs = inputs[-1:]
@@ -147,6 +147,8 @@ class GrainUnpoolNeck(CheckpointedModule):
                 f'in_channels={self.in_channels} are of {len(self.stages)} maps, got {len(inputs)}'
             )
         maps, stages = [], []
+        for x, width in zip(inputs, self.in_channels, strict=True):
+            check_channels(self, width, x.shape[1])
         for x, blocks, widths in zip(inputs, self.stages, self.block_widths, strict=True):
             grid, sizes = (x.shape[2], x.shape[3]), noted_sizes(x)
             layout = blocks[0].layout(grid, 0, x.device)

@@ -83,6 +83,7 @@ class SimpleFeaturePyramid(CheckpointedModule):
             _check_planes(plane_size, in_channels, int(max(scales)))
         if norm not in ('LN', 'BN', None):
             raise ValueError(f"norm must be 'LN', 'BN' or None, got {norm!r}")
+        self.in_channels = in_channels
         self.num_outs = num_outs
         self.multi_level = multi_level
         self.levels = nn.ModuleList(
@@ -103,7 +104,7 @@ class SimpleFeaturePyramid(CheckpointedModule):
 
         Raises:
             TypeError: Tokens instead of maps.
-            ValueError: Another number of maps.
+            ValueError: Another number of maps, or of channels.
         """
         maps = self.per_level(inputs)
         for map_ in maps:
@@ -112,6 +113,7 @@ class SimpleFeaturePyramid(CheckpointedModule):
                     f'{type(self).__name__} takes maps, got {type(map_).__name__}; for a backbone '
                     "with out_type='tokens' use the neck that restores its tokens"
                 )
+            check_channels(self, self.in_channels, map_.shape[1])
         # RoIAlign of mmcv misreads maps in the channels-last format, which LayerNorm leaves behind.
         outs = [level(x).contiguous() for level, x in zip(self.levels, maps, strict=True)]
         while len(outs) < self.num_outs:
@@ -140,6 +142,14 @@ def one_width(in_channels: int | Sequence[int]) -> int:
             f'{as_tuple(in_channels)}; behind a backbone of several widths use FPN of mmdet'
         )
     return widths.pop()
+
+
+def check_channels(neck: nn.Module, in_channels: int, found: int) -> None:
+    """Refuse maps of other channels than a neck was built for, with ValueError."""
+    if found != in_channels:
+        raise ValueError(
+            f'{type(neck).__name__} was built for in_channels={in_channels}, got {found} channels'
+        )
 
 
 class UnfoldPlanes(nn.Module):

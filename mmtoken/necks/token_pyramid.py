@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..layers.common.packed import SparseFeatures
-from .simple_feature_pyramid import SimpleFeaturePyramid
+from .simple_feature_pyramid import SimpleFeaturePyramid, check_channels
 
 
 class SparseFeaturePyramid(SimpleFeaturePyramid):
@@ -34,7 +34,8 @@ class SparseFeaturePyramid(SimpleFeaturePyramid):
 
         Raises:
             TypeError: Maps instead of tokens.
-            ValueError: Another number of taps, or taps that this neck does not restore.
+            ValueError: Another number of taps or of channels, or taps that this neck does not
+                restore.
         """
         taps = self.per_level(inputs) if self.multi_level else [inputs[-1]]
         for tap in taps:
@@ -43,6 +44,7 @@ class SparseFeaturePyramid(SimpleFeaturePyramid):
                     f'{type(self).__name__} takes the SparseFeatures of a backbone with out_type='
                     f"'tokens', got {type(tap).__name__}; for maps use {self.twin_type}"
                 )
+            check_channels(self, self.in_channels, tap.tokens.shape[-1])
         return super().forward([self.restore(i, tap) for i, tap in enumerate(taps)])
 
     @abstractmethod

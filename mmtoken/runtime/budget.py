@@ -4,6 +4,8 @@ from typing import Protocol, runtime_checkable
 
 import torch.nn as nn
 
+from ..arguments import is_number
+
 
 @runtime_checkable
 class Budgeted(Protocol):
@@ -54,8 +56,8 @@ def set_budget(model: nn.Module, tokens: float | None) -> nn.Module:
             'while dense twins, STViT-R, STViT, PSViT and SWAT always have the same'
         )
     least = max(module.least_budget for module in choosing)
-    if tokens is not None and not least <= tokens <= 1:
-        raise ValueError(f'tokens must be from {least:.4g} to 1 for this network, got {tokens}')
+    if tokens is not None and not (is_number(tokens) and least <= tokens <= 1):
+        raise ValueError(f'tokens must be from {least:.4g} to 1 for this network, got {tokens!r}')
     for module in choosing:
         module.budget = tokens
     return model

@@ -121,7 +121,7 @@ def test_a_cell_of_a_plane_is_a_place_of_the_finer_map():
         (dict(plane_size=2), 'multiple of scale 4, got 2'),
         (dict(plane_size=3, in_channels=36, scales=(2, 1)), 'multiple of scale 2, got 3'),
         (dict(in_channels=6), 'multiple of 4, got 6'),
-        (dict(num_outs=0), 'at least 1, got 0'),
+        (dict(num_outs=0), 'of 1 or more, got 0'),
         (dict(num_outs=3, multi_level=True), 'at least 4 with multi_level, got 3'),
         (
             dict(num_outs=2, multi_level=True, scales=(2, 1, 0.5)),

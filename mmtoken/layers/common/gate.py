@@ -12,6 +12,7 @@ import torch.nn as nn
 from timm.layers import trunc_normal_
 from torch import Tensor
 
+from ...arguments import is_count
 from .plain import weight_dtype
 from .precision import full_precision
 
@@ -44,8 +45,9 @@ class RegionGate(nn.Module):
         super().__init__()
         if not 0 < start_ratio < 1:
             raise ValueError(f'start_ratio must be between 0 and 1, got {start_ratio}')
-        if num_layers < 1:
-            raise ValueError(f'num_layers must be 1 or more, got {num_layers}')
+        for name, value in dict(hidden_channels=hidden_channels, num_layers=num_layers).items():
+            if not is_count(value):
+                raise ValueError(f'{name} must be 1 or more, got {value!r}')
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f'kernel_size must be odd and 1 or more, got {kernel_size}')
         self.start_ratio = start_ratio

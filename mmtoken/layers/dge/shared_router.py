@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from ...arguments import is_number
 from ...runtime.decisions import RoutingDecision, record_decision
 from ..common.gate import RegionGate, start_of
 from ..common.regions import RegionLayout, describe_regions, plan_regions
@@ -42,8 +43,8 @@ class SharedRouter(nn.Module):
         **gate,
     ) -> None:
         super().__init__()
-        if query_ratio is not None and not 0 < query_ratio <= 1:
-            raise ValueError(f'query_ratio must be above 0 and at most 1, got {query_ratio}')
+        if query_ratio is not None and not (is_number(query_ratio) and 0 < query_ratio <= 1):
+            raise ValueError(f'query_ratio must be above 0 and at most 1, got {query_ratio!r}')
         if query_ratio is not None:
             gate.setdefault('start_ratio', start_of(1 - query_ratio))
         self.granularities = granularities
