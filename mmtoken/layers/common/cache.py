@@ -134,12 +134,14 @@ def cache_by_shape(function: Callable) -> Callable:
     def constant(*args, **kwargs):
         # In a tuple, since constants that are tensors all have the name of this function, which
         # AOTAutograd takes for the same tensor twice.
+        args, kwargs = _unpacked(args), {name: _unpacked(kwargs[name]) for name in kwargs}
         return (find_or_make(*args, **kwargs),)
 
     @wraps(function)
     def plan(*args, **kwargs):
         if is_compiling():
-            return constant(*_plain(args), **{name: _plain(kwargs[name]) for name in kwargs})[0]
+            args, kwargs = _packed(args), {name: _packed(kwargs[name]) for name in kwargs}
+            return constant(*args, **kwargs)[0]
         return find_or_make(*args, **kwargs)
 
     return plan
@@ -206,6 +208,22 @@ def _plain(value: Any) -> Any:
         parts = [_plain(part) for part in value]
         return type(value)(*parts) if hasattr(value, '_fields') else tuple(parts)
     return operator.index(value)
+
+
+def _packed(value: Any) -> Any:
+    """An argument without named tuples, which torch 2.13 hands to constant functions empty."""
+    if not isinstance(value, tuple):
+        return _plain(value)
+    parts = tuple([_packed(part) for part in value])
+    return (type(value), *parts) if hasattr(value, '_fields') else parts
+
+
+def _unpacked(value: Any) -> Any:
+    """The opposite of :func:`_packed`."""
+    if not isinstance(value, tuple):
+        return value
+    parts = [_unpacked(part) for part in value]
+    return parts[0](*parts[1:]) if parts and isinstance(parts[0], type) else tuple(parts)
 
 
 def _bound_to(sizes: list[Tensor], plan: Any) -> Any:
