@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from mmtoken.layers.common import cache
 
@@ -87,6 +87,6 @@ class OnCpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        tensors = (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        tensors = (leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor))
         self.operations[str(func)] += sum(t.device.type == 'cpu' for t in tensors)
         return result

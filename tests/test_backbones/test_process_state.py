@@ -258,7 +258,7 @@ class NoFloat64(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for value in torch.utils._pytree.tree_leaves((args, kwargs, result)):
+        for value in torch.utils._pytree.tree_flatten((args, kwargs, result))[0]:
             if value is torch.float64 or getattr(value, 'dtype', None) == torch.float64:
                 raise TypeError(f'float64 in {func}')
         return result
