@@ -6,6 +6,8 @@ from torch import nn
 from mmtoken.layers.common.gate import RegionGate
 from mmtoken.layers.dge.block import GranularityRouter
 
+TORCH_2_1 = torch.__version__ < '2.2'  # for the skips of what it cannot do
+
 
 def wake(model: nn.Module) -> nn.Module:
     """Let every parameter matter and every choice be possible.
