@@ -130,12 +130,14 @@ def cache_by_shape(function: Callable) -> Callable:
             return _map_tensors(torch.ops.aten.lift_fresh, result)
         return result
 
-    constant = torch.compiler.assume_constant_result(find_or_make)
+    @torch.compiler.assume_constant_result
+    def constant(*args, **kwargs):
+        return find_or_make(*_unpacked(args), **{name: _unpacked(kwargs[name]) for name in kwargs})
 
     @wraps(function)
     def plan(*args, **kwargs):
         if is_compiling():
-            return constant(*_plain(args), **{name: _plain(kwargs[name]) for name in kwargs})
+            return constant(*_packed(args), **{name: _packed(kwargs[name]) for name in kwargs})
         return find_or_make(*args, **kwargs)
 
     return plan
@@ -202,6 +204,26 @@ def _plain(value: Any) -> Any:
         parts = [_plain(part) for part in value]
         return type(value)(*parts) if hasattr(value, '_fields') else tuple(parts)
     return operator.index(value)
+
+
+def _packed(value: Any) -> Any:
+    """:func:`_plain` with the classes of named tuples in front of their parts.
+
+    torch.compile of torch 2.13 loses the parts of a named tuple on the way to a constant.
+    """
+    if not isinstance(value, tuple):
+        return _plain(value)
+    parts = [_packed(part) for part in value]
+    return (type(value), *parts) if hasattr(value, '_fields') else tuple(parts)
+
+
+def _unpacked(value: Any) -> Any:
+    """The inverse of :func:`_packed`."""
+    if not isinstance(value, tuple):
+        return value
+    if value and isinstance(value[0], type):
+        return value[0](*map(_unpacked, value[1:]))
+    return tuple(map(_unpacked, value))
 
 
 def _bound_to(sizes: list[Tensor], plan: Any) -> Any:
