@@ -1,6 +1,6 @@
 """Networks as files that run without this package: ONNX, and programs of ``torch.export``.
 
-onnx, onnxscript and onnxruntime are needed for ONNX only (the extra ``export``).
+Needs torch 2.6 or later; onnx, onnxscript and onnxruntime for ONNX only (the extra ``export``).
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ Format = Literal['onnx', 'torch-export']
 Run = Callable[[Tensor], tuple[Tensor, ...]]
 SUFFIXES = {'onnx': '.onnx', 'torch-export': '.pt2'}
 TOLERANCE = 1e-3  # of the largest value of an output
+OLDEST_TORCH = '2.6'  # the first whose ONNX exporter takes translations of operators
 
 
 class FeatureExtractor(nn.Module):
@@ -63,6 +64,18 @@ class OutputCheck(NamedTuple):
     error: float
 
 
+def check_torch() -> None:
+    """Refuse a torch that is too old, before any work.
+
+    Raises:
+        ValueError: It is older than :data:`OLDEST_TORCH`.
+    """
+    if torch.__version__ < OLDEST_TORCH:
+        raise ValueError(
+            f'export needs torch {OLDEST_TORCH} or later, this is torch {torch.__version__}'
+        )
+
+
 def check_exportable(model: nn.Module, single: bool) -> None:
     """Refuse what a file cannot hold, before any work.
 
@@ -102,8 +115,9 @@ def export(
         dynamic_batch: Leave the batch size open.
 
     Raises:
-        ValueError: It cannot be exported; the message says why.
+        ValueError: It cannot be exported, or torch is too old; the message says why.
     """
+    check_torch()
     shapes = [{0: torch.export.Dim('batch')}] if dynamic_batch else None
     try:
         with torch.no_grad():

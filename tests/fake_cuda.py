@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import pytest
 import torch
+from helpers import TORCH_2_1
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from mmtoken.layers.common import cache
 
@@ -37,6 +39,8 @@ class _PlansToFake(TorchFunctionMode):
 @contextmanager
 def fake_cuda(monkeypatch) -> Iterator[FakeTensorMode]:
     """Inside this context tensors are fake, and may be on CUDA without a GPU."""
+    if TORCH_2_1 and not torch.cuda.is_available():
+        pytest.skip('torch 2.1 needs the driver of a GPU for fake tensors too')
     mode, make = FakeTensorMode(), cache._in_another_thread
 
     def make_fake(function):
@@ -87,6 +91,6 @@ class OnCpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        tensors = (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        tensors = (leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor))
         self.operations[str(func)] += sum(t.device.type == 'cpu' for t in tensors)
         return result

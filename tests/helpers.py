@@ -1,10 +1,16 @@
 """What several test modules need."""
 
+import pytest
 import torch
 from torch import nn
 
 from mmtoken.layers.common.gate import RegionGate
 from mmtoken.layers.dge.block import GranularityRouter
+
+TORCH_2_1 = torch.__version__ < '2.2'  # for the skips of what it cannot do
+needs_tracing = pytest.mark.skipif(
+    TORCH_2_1, reason='torch.compile and torch.export of torch 2.1 cannot trace our networks'
+)
 
 
 def wake(model: nn.Module) -> nn.Module:

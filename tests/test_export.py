@@ -15,7 +15,15 @@ from mmtoken.backbones import (
     SWATDeiT,
     SWATSwin,
 )  # fmt: skip
-from mmtoken.export import SUFFIXES, FeatureExtractor, check_exportable, compare, export, load
+from mmtoken.export import (
+    OLDEST_TORCH,
+    SUFFIXES,
+    FeatureExtractor,
+    check_exportable,
+    compare,
+    export,
+    load,
+)
 from mmtoken.runtime.budget import set_budget
 
 VIT = dict(embed_dims=32, num_layers=3, num_heads=2, feedforward_channels=64)
@@ -63,6 +71,12 @@ def make(backbone):
     return FeatureExtractor(Model(backbone())).eval()
 
 
+needs_exporters = pytest.mark.skipif(
+    torch.__version__ < OLDEST_TORCH, reason=f'export needs torch {OLDEST_TORCH}'
+)
+
+
+@needs_exporters
 @pytest.mark.parametrize('form', SUFFIXES)
 @pytest.mark.parametrize('name', STATIC)
 def test_static_networks(name, form, tmp_path):
@@ -75,6 +89,7 @@ def test_static_networks(name, form, tmp_path):
         assert checks and all(check.shape[0] == batch for check in checks)
 
 
+@needs_exporters
 @pytest.mark.parametrize('form', SUFFIXES)
 @pytest.mark.parametrize('name', CHOOSING)
 def test_networks_that_choose(name, form, tmp_path):
@@ -85,6 +100,13 @@ def test_networks_that_choose(name, form, tmp_path):
     exported = load(file, form)
     for scale in (0.1, 1, 10):
         compare(exported, network, scale * torch.randn(1, 3, 64, 96))
+
+
+@pytest.mark.parametrize('form', SUFFIXES)
+def test_old_torch_is_refused(form, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, '__version__', torch.torch_version.TorchVersion('2.5.1+cpu'))
+    with pytest.raises(ValueError, match=r'needs torch 2\.6 or later, this is torch 2\.5\.1\+cpu'):
+        export(nn.Identity(), torch.zeros(1), tmp_path / 'network', form)
 
 
 def test_what_cannot_be_exported_is_refused():

@@ -3,12 +3,13 @@ set -euo pipefail
 
 usage() {
   cat <<'EOF'
-Usage: tools/setup_env.sh [onedl|upstream]
+Usage: tools/setup_env.sh [onedl|upstream|latest]
 
-Sets up a virtual environment with mmtoken and one of the two OpenMMLab stacks:
+Sets up a virtual environment with mmtoken and an OpenMMLab stack:
 
   onedl     .venv           the distributions maintained by VBTI (the default); Python 3.10-3.12
   upstream  .venv-upstream  the last releases of OpenMMLab itself; Python 3.10-3.11
+  latest    .venv-latest    onedl on the newest torch that mmcv's ops compile for; Python 3.10-3.12
 
 The first run compiles mmcv's ops, for which no wheels are published (10 to 15 minutes); the wheel
 is kept for later runs, also of other clones. A run returns at once if nothing has changed, updates
@@ -139,12 +140,13 @@ main() {
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
   case $stack in # cuda is torch's
     -h | --help) usage && exit ;;
-    onedl) venv=$root/.venv supported='3.10 3.11 3.12' cuda=13 ;;
-    upstream) venv=$root/.venv-upstream supported='3.10 3.11' cuda=12 ;;
-    *) die "there is no stack '$stack', only onedl and upstream; see: $0 --help" ;;
+    onedl) venv=$root/.venv family=onedl supported='3.10 3.11 3.12' cuda=13 ;;
+    upstream) venv=$root/.venv-upstream family=upstream supported='3.10 3.11' cuda=12 ;;
+    latest) venv=$root/.venv-latest family=onedl supported='3.10 3.11 3.12' cuda=13 ;;
+    *) die "there is no stack '$stack', only onedl, upstream and latest; see: $0 --help" ;;
   esac
   requirements=$root/requirements/$stack.txt
-  constraints=$root/requirements/constraints-$stack.txt
+  constraints=$root/requirements/constraints-$family.txt
   sources=("$requirements" "$constraints" "$root"/requirements/{build,tests}.txt
     "$root"/{tools/setup_env.sh,setup.py,pyproject.toml})
   mmcv=$(grep -oE '^[a-z-]*mmcv==[^ ]+' "$requirements")

@@ -96,7 +96,10 @@ class RandomStateHook(Hook, metaclass=KnownArguments):
         if isinstance(loop, EpochBasedTrainLoop):
             set_states(state)
         else:  # it first skips the data that have been seen, which may draw random numbers
-            loop.dataloader_iterator = _Restoring(loop.dataloader_iterator, loop.dataloader, state)
+            iterator = loop.dataloader_iterator
+            # mmengine 0.10.7 takes them one by one, as those to come; onedl-mmengine has a method.
+            skipped = 0 if hasattr(iterator, 'skip_iter') else runner.iter
+            loop.dataloader_iterator = _Restoring(iterator, loop.dataloader, state, skipped)
 
     def before_val(self, runner: Runner) -> None:
         """Remember the states during validation."""
@@ -116,20 +119,26 @@ class RandomStateHook(Hook, metaclass=KnownArguments):
 
 
 class _Restoring:
-    """An iterator over data that sets the states of generators before its next item.
+    """An iterator over data that sets the states of generators before an item.
+
+    ``skipped`` items come before that one.
 
     What a data loader draws when it starts, and had drawn before it was interrupted, it takes from
     a generator of its own.
     """
 
-    def __init__(self, iterator: Iterator, loader: DataLoader, state: State) -> None:
+    def __init__(self, iterator: Iterator, loader: DataLoader, state: State, skipped: int) -> None:
         self._iterator, self._loader, self._state = iterator, loader, state
+        self._skipped = skipped
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._iterator, name)
 
     def __next__(self) -> Any:
         if self._state is None:
+            return next(self._iterator)
+        if self._skipped:
+            self._skipped -= 1
             return next(self._iterator)
         own = self._loader.generator
         self._loader.generator = torch.Generator().manual_seed(torch.initial_seed())

@@ -12,6 +12,8 @@ from contextvars import ContextVar
 
 import torch
 
+from . import torch_private
+
 _reference = ContextVar('mmtoken_reference', default=False)
 
 
@@ -34,7 +36,4 @@ def on_reference_path() -> bool:
 
 def is_compiling() -> bool:
     """Whether ``torch.compile`` or ``torch.export`` is tracing."""
-    try:
-        return torch.compiler.is_compiling()
-    except AttributeError:  # torch 2.1
-        return torch._dynamo.is_compiling()
+    return torch_private.is_compiling()

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+# Public since torch 2.2. Chosen once: torch.compile cannot trace the choice.
+is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._utils.is_compiling
+
 
 def in_backward() -> bool:
     """Whether this thread is working on a backward pass."""

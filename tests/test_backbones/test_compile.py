@@ -3,6 +3,7 @@
 import pytest
 import torch
 from families import FAMILIES
+from helpers import needs_tracing
 from torch._dynamo.utils import counters
 
 from mmtoken.registry import MODELS
@@ -32,6 +33,7 @@ def check(model, compiled, size):
             torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
 
 
+@needs_tracing
 @pytest.mark.parametrize('name', STATIC)
 def test_static_networks_are_one_graph_for_each_size(name):
     model = build(name)
@@ -41,6 +43,7 @@ def test_static_networks_are_one_graph_for_each_size(name):
     assert counters['stats']['unique_graphs'] == 2
 
 
+@needs_tracing
 @pytest.mark.parametrize('name', MOST_BREAKS)
 def test_breaks_of_networks_that_choose(name):
     model = build(name)

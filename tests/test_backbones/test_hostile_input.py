@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from families import FAMILIES
-from helpers import wake
+from helpers import TORCH_2_1, wake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,6 +58,8 @@ def test_any_batch_of_any_size(name, data):
 @pytest.mark.parametrize('scale', [0.0, 1.0, 1e4])
 def test_half_precision_has_no_nan(name, dtype, scale):
     """All-zero images too, which are padding alone."""
+    if TORCH_2_1 and dtype == torch.float16:
+        pytest.skip('the CPU of torch 2.1 has no autocast to float16')
     model, images = build(name), scale * torch.randn(2, 3, 70, 100)
     with torch.autocast('cpu', dtype):
         loss, grads = train(model, images)

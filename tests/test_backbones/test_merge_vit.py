@@ -3,7 +3,7 @@
 import pytest
 import torch
 from families import VIT
-from helpers import wake
+from helpers import needs_tracing, wake
 from timm.models.vision_transformer import VisionTransformer
 
 import mmtoken
@@ -173,6 +173,7 @@ def test_blocks_that_do_not_exist(merge_blocks):
         MergeViT(VIT, merge_blocks=merge_blocks)
 
 
+@needs_tracing
 def test_compiled():
     model, image = wake(MergeViT(VIT, merge_blocks=(1, 3))).eval(), images(2)
     with torch.no_grad():

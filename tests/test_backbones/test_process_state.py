@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from families import FAMILIES, SMALL_VIT
+from helpers import TORCH_2_1, needs_tracing
 from mmengine.analysis import get_model_complexity_info
 from mmengine.registry import MODELS
 from torch import nn
@@ -171,6 +172,7 @@ def test_nothing_is_left_behind(name, expected):
             assert torch.equal(ours, theirs), ordeal.__name__
 
 
+@needs_tracing
 def test_compiling_leaves_nothing_behind(expected):
     forget()
     with torch.no_grad():
@@ -180,6 +182,7 @@ def test_compiling_leaves_nothing_behind(expected):
         assert torch.equal(ours, theirs)
 
 
+@needs_tracing
 @pytest.mark.parametrize('name', ['DGEDeiT', 'MSViT'])
 def test_compiled_training_publishes_the_same(name):
     """As MMEngine's ``compile=True`` does it, which compiles a training step."""
@@ -204,6 +207,7 @@ def test_compiled_training_publishes_the_same(name):
         torch.testing.assert_close(compiled, plain)
 
 
+@needs_tracing
 @pytest.mark.parametrize('context', [torch.no_grad, torch.enable_grad])
 @pytest.mark.parametrize('name', CONFIGS)
 def test_one_image_is_exported(name, context):
@@ -216,8 +220,13 @@ def test_one_image_is_exported(name, context):
 
 
 @pytest.mark.parametrize('name', CHOOSING)
-@pytest.mark.parametrize('ordeal', [export_two_images, fake, meta, transform, differentiate])
+@pytest.mark.parametrize(
+    'ordeal',
+    [pytest.param(export_two_images, marks=needs_tracing), fake, meta, transform, differentiate],
+)
 def test_what_chooses_says_why_it_cannot(name, ordeal):
+    if TORCH_2_1 and (name, ordeal) == ('MergeViT', transform):
+        pytest.skip('torch 2.1 cannot transform fused attention, which comes before the choice')
     error = put_through(ordeal, build(name).eval())
     assert isinstance(error, RuntimeError)
     assert 'chooses its tokens by looking at the image' in str(error)
@@ -258,7 +267,7 @@ class NoFloat64(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for value in torch.utils._pytree.tree_leaves((args, kwargs, result)):
+        for value in torch.utils._pytree.tree_flatten((args, kwargs, result))[0]:
             if value is torch.float64 or getattr(value, 'dtype', None) == torch.float64:
                 raise TypeError(f'float64 in {func}')
         return result

@@ -55,10 +55,11 @@ def test_in_cpu_inference_alone():
         hook.remove()
         assert use_tiling(layer, x)
         traced = torch.jit.trace(lambda t: t * float(use_tiling(layer, t)), x)
+        # Neither returns t itself: torch 2.1 does not compile what has no operation
         compiled = torch.compile(
-            lambda t: t + 1 if use_tiling(layer, t) else t, backend='eager', fullgraph=True
+            lambda t: t + 1 if use_tiling(layer, t) else t + 2, backend='eager', fullgraph=True
         )
-        assert not traced(x).any() and torch.equal(compiled(x), x)
+        assert not traced(x).any() and torch.equal(compiled(x), x + 2)
     assert not use_tiling(layer, x)
 
 

@@ -19,9 +19,10 @@ def test_traces_record_the_reference():
 
 def test_compiled_graphs_take_the_ordinary_path():
     def function(x):
-        return x + 1 if on_reference_path() or not is_compiling() else x
+        # Neither returns x itself: torch 2.1 does not compile what has no operation
+        return x + 1 if on_reference_path() or not is_compiling() else x + 2
 
     compiled = torch.compile(function, backend='eager', fullgraph=True)
     with reference_path():
-        assert compiled(torch.zeros(1)) == 0
+        assert compiled(torch.zeros(1)) == 2
     assert not is_compiling()

@@ -1,4 +1,7 @@
 import pytest
+import torch
+
+from mmtoken.export import OLDEST_TORCH
 
 CONFIG = """
 default_scope = 'mmseg'
@@ -17,6 +20,11 @@ model = dict(
 """
 
 
+needs_exporters = pytest.mark.skipif(
+    torch.__version__ < OLDEST_TORCH, reason=f'export needs torch {OLDEST_TORCH}'
+)
+
+
 @pytest.fixture
 def export(run, tmp_path):
     def call(*arguments, text=CONFIG):
@@ -27,6 +35,7 @@ def export(run, tmp_path):
     return call
 
 
+@needs_exporters
 def test_a_segmentor(export, tmp_path):
     file = tmp_path / 'model.onnx'
     result = export('--format', 'onnx', '--part', 'model', '--out', file)
@@ -37,6 +46,7 @@ def test_a_segmentor(export, tmp_path):
     assert f'{file} exists; --force overwrites it' in result.stderr
 
 
+@needs_exporters
 def test_nothing_is_left_behind(export, tmp_path, monkeypatch):
     file = tmp_path / 'out' / 'maps.pt2'
     choosing = CONFIG.replace("'mmtoken.STViTDeiT', base_layers=1", "'mmtoken.MSViT'")
@@ -52,3 +62,10 @@ def test_nothing_is_left_behind(export, tmp_path, monkeypatch):
     assert result.returncode == 1
     assert 'differ from PyTorch' in result.stderr
     assert not file.exists()
+
+
+def test_old_torch(export, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, '__version__', torch.torch_version.TorchVersion('2.1.2'))
+    result = export('--format', 'onnx', '--out', tmp_path / 'model.onnx')
+    assert result.returncode == 1
+    assert result.stderr.endswith('export needs torch 2.6 or later, this is torch 2.1.2\n')

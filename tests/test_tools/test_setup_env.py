@@ -139,16 +139,44 @@ def test_missing_compiler(world):
 
 
 @pytest.mark.parametrize(
-    'stack, version', [('onedl', '3.13'), ('onedl', '3.9'), ('upstream', '3.12')]
+    'stack, version, supported',
+    [
+        ('onedl', '3.13', '3.10 or 3.11 or 3.12'),
+        ('onedl', '3.9', '3.10 or 3.11 or 3.12'),
+        ('upstream', '3.12', '3.10 or 3.11'),
+        ('latest', '3.13', '3.10 or 3.11 or 3.12'),
+    ],
 )
-def test_unsupported_python(world, stack, version):
+def test_unsupported_python(world, stack, version, supported):
     world.environment['FAKE_VERSION'] = version
-    assert f'the {stack} stack needs Python 3.10 or 3.11' in world.refusal(stack)
+    assert f'the {stack} stack needs Python {supported}, which' in world.refusal(stack)
 
 
 def test_absent_python(world):
     world.environment['PYTHON'] = 'python4'
     assert 'which python4 are not; set PYTHON' in world.refusal()
+
+
+@pytest.mark.parametrize(
+    'stack, torch, mmcv, constraints',
+    [
+        ('onedl', '2.11.0', 'onedl-mmcv==2.3.6', 'constraints-onedl.txt'),
+        ('upstream', '2.1.2', 'mmcv==2.1.0', 'constraints-upstream.txt'),
+        ('latest', '2.13.0', 'onedl-mmcv==2.3.6', 'constraints-onedl.txt'),
+    ],
+)
+def test_each_stack_has_its_environment_and_versions(world, stack, torch, mmcv, constraints):
+    world.environment |= {'PYTHON': 'python3', 'FAKE_VERSION': '3.11'}
+    folder = '.venv' if stack == 'onedl' else f'.venv-{stack}'
+    out, _ = world.run(stack)
+    assert out.endswith(f'{world.clone / folder} is ready: the {stack} stack on Python 3.11\n')
+    calls = world.log.read_text().splitlines()
+    installations = [call for call in calls if '--python' in call]
+    assert all(f'/{constraints} ' in call for call in installations)
+    assert any(f' torch=={torch} ' in call for call in installations)
+    assert any(f'/requirements/{stack}.txt ' in call for call in installations)
+    (build,) = (call for call in calls if '-m pip wheel' in call)
+    assert f' {mmcv}' in build
 
 
 def test_unknown_stack(world):

@@ -20,7 +20,7 @@ chooses its tokens (DGE, MSViT, MPM) chooses them for each image, as PyTorch doe
 image at a time. Input is what the data preprocessor of the model makes of images: normalized,
 float32, (B, C, H, W).
 
-ONNX needs the extra `export`: pip install onnx onnxscript onnxruntime
+Needs torch 2.6 or later; ONNX also the extra `export`: pip install onnx onnxscript onnxruntime
 """
 EXAMPLES = """\
 examples:
@@ -101,10 +101,11 @@ def run(args: argparse.Namespace) -> tuple:
     from mmtoken.analysis.configs import load_config
     from mmtoken.analysis.recording import load_model
     from mmtoken.analysis.timing import time_in_turn
-    from mmtoken.export import check_exportable, compare, export, load
+    from mmtoken.export import check_exportable, check_torch, compare, export, load
     from mmtoken.files import replacing
     from mmtoken.runtime.budget import set_budget
 
+    check_torch()
     if args.out.exists() and not args.force:
         raise FileExistsError(f'{args.out} exists; --force overwrites it')
     torch.set_num_threads(1)

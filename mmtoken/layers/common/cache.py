@@ -211,19 +211,23 @@ def _plain(value: Any) -> Any:
 
 
 def _packed(value: Any) -> Any:
-    """An argument without named tuples, which torch 2.13 hands to constant functions empty."""
+    """:func:`_plain` with the classes of named tuples in front of their parts.
+
+    torch.compile of torch 2.13 loses the parts of a named tuple on the way to a constant.
+    """
     if not isinstance(value, tuple):
         return _plain(value)
-    parts = tuple([_packed(part) for part in value])
-    return (type(value), *parts) if hasattr(value, '_fields') else parts
+    parts = [_packed(part) for part in value]
+    return (type(value), *parts) if hasattr(value, '_fields') else tuple(parts)
 
 
 def _unpacked(value: Any) -> Any:
-    """The opposite of :func:`_packed`."""
+    """The inverse of :func:`_packed`."""
     if not isinstance(value, tuple):
         return value
-    parts = [_unpacked(part) for part in value]
-    return parts[0](*parts[1:]) if parts and isinstance(parts[0], type) else tuple(parts)
+    if value and isinstance(value[0], type):
+        return value[0](*map(_unpacked, value[1:]))
+    return tuple(map(_unpacked, value))
 
 
 def _bound_to(sizes: list[Tensor], plan: Any) -> Any:

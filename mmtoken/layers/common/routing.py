@@ -1,7 +1,6 @@
 """Routing decisions of dynamic networks: how they are made and trained."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...runtime.routing_override import current_override
@@ -178,7 +177,8 @@ def explores(chooser: nn.Module, x: Tensor) -> bool:
 
 def one_hot(choice: Tensor, like: Tensor) -> Tensor:
     """``(...)`` to ``(..., K)``, with the shape, dtype and device of ``like``."""
-    return F.one_hot(choice, like.shape[-1]).to(like)
+    # F.one_hot looks at the values in torch 2.1, where fake tensors have none.
+    return (choice[..., None] == torch.arange(like.shape[-1], device=choice.device)).to(like)
 
 
 def gumbel_noise(scores: Tensor) -> Tensor:

@@ -1,59 +1,21 @@
-"""Build every config and run one training iteration and one prediction of each on noise.
+"""One training iteration and one prediction of a config on noise, without data.
 
-A quick check of the configs against the installed OpenMMLab libraries, without data. Models are
-those of the configs, but without pretrained weights, with BN instead of SyncBN, and with few
-proposals per image.
+The model is that of the config, but without pretrained weights, with BN instead of SyncBN, and with
+few proposals per image.
 """
 
-import argparse
 import copy
-import sys
-import time
-import traceback
-from pathlib import Path
 
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData, PixelData
-from rich.console import Console
-from rich.table import Table
 
 from mmtoken import follow_image_sizes, token_losses
 from mmtoken.arguments import entries_of, is_pretrained
 
-CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
 HEIGHT, WIDTH = 64, 96
 MAX_REGIONS = 32
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('configs', nargs='*', type=Path, help='default: every config of mmtoken')
-    configs = parser.parse_args().configs or all_configs()
-
-    table = Table(title='One iteration of every config')
-    for column in ('config', 'parameters', 'loss', 'seconds'):
-        table.add_column(column, justify='left' if column == 'config' else 'right')
-    failed = []
-    for path in configs:
-        started = time.time()
-        try:
-            parameters, loss = run(Config.fromfile(path))
-            row = [f'{parameters / 1e6:.1f} M', f'{loss:.3f}', f'{time.time() - started:.0f}']
-        except Exception:
-            traceback.print_exc()
-            failed.append(path)
-            row = ['', 'FAILED', '']
-        table.add_row(path.stem, *row)
-    Console(width=120).print(table)
-    print(f'{len(configs) - len(failed)} passed, {len(failed)} failed')
-    sys.exit(bool(failed))
-
-
-def all_configs() -> list[Path]:
-    """All configs that can be trained, without those in ``_base_``."""
-    return sorted(path for path in CONFIGS.glob('*/*.py') if path.parent.name != '_base_')
 
 
 def run(cfg: Config) -> tuple[int, float]:
@@ -175,6 +137,3 @@ def meta() -> dict:
 
 
 SAMPLES = dict(mmdet=detection_sample, mmseg=segmentation_sample, mmpretrain=classification_sample)
-
-if __name__ == '__main__':
-    main()
