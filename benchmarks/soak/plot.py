@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use('svg')
 import matplotlib.pyplot as plt
+from run import MODELS
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parent.parent / 'docs' / 'images' / 'soak.svg'
@@ -35,10 +36,10 @@ def main() -> int:
 def draw_run(row: list[plt.Axes], run: dict) -> None:
     """The panels of a run."""
     for ax, (key, label) in zip(row, PANELS.items(), strict=True):
-        for index, (name, records) in enumerate(run['models'].items()):
+        for name, records in run['models'].items():
             values = records[key]
             steps = [run['every'] * (i + 1) for i in range(len(values))]
-            ax.plot(steps, values, linewidth=0.8, color=f'C{index}', label=name)
+            ax.plot(steps, values, linewidth=0.8, color=f'C{MODELS.index(name)}', label=name)
         ax.set_xlabel(run['kind'])
         ax.set_ylabel(label)
         ax.set_ylim(bottom=0)

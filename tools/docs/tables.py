@@ -28,7 +28,6 @@ between two comments, the first of which names it and the files it shows:
   choice            the methods, for the README
   machines          the same speed-ups on other machines, benchmarks/{machines,reported}
   speed [GLOB]      benchmarks/GLOB.json, of tools/analysis/benchmark.py
-  profiles          benchmarks/profiles, of tools/analysis/benchmark.py --profile
   macs [GLOB]       benchmarks/macs/GLOB.json, of tools/analysis/flops.py
   memory [GLOB]     benchmarks/high_resolution/GLOB.json, of tools/analysis/flops.py --memory
   scores [GLOB]     benchmarks/shapes/GLOB.json, of tools/analysis/compare.py
@@ -217,21 +216,6 @@ def speed(glob: str = '*') -> str:
     files = sorted(BENCHMARKS.glob(f'{glob}.json'))
     command = [sys.executable, ROOT / 'tools' / 'analysis' / 'summary.py', '--markdown', *files]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def profiles() -> str:
-    """Milliseconds by kind of work, of networks and of their dense twins."""
-    rows, kinds = [], []
-    for name, run in read(BENCHMARKS / 'profiles', '*').items():
-        sparse, dense = (run['profile_ms'][network] for network in ('sparse', 'dense'))
-        kinds = list(sparse)
-        pairs = [(sparse[kind], dense[kind]) for kind in kinds]
-        pairs.append(tuple(sum(profile.values()) for profile in (sparse, dense)))
-        network, _, size = name.split('_')[:3]
-        rows.append(
-            (f'{network}, {size}, {run["dtype"]}', *(f'{a:.0f} / {b:.0f}' for a, b in pairs))
-        )
-    return markdown(('backbone, image, precision', *kinds, 'sum'), rows)
 
 
 def macs(glob: str = '*') -> str:
@@ -488,7 +472,7 @@ def metafile(folder: str) -> dict:
 
 
 TABLES = dict(
-    choice=choice, machines=machines, speed=speed, profiles=profiles, macs=macs, memory=memory,
+    choice=choice, machines=machines, speed=speed, macs=macs, memory=memory,
     scores=scores, models=models, networks=networks, published=published, study=study, seeds=seeds,
     batches=batches, gates=gates, budgets=budgets, zoo=zoo,
 )  # fmt: skip
