@@ -46,6 +46,9 @@ CHOOSING = [
     dict(type='mmtoken.MSViT', arch=VIT, drop_path_rate=0.5),
     dict(type='mmtoken.MSViT', arch=VIT, cls_token=False, window_size=4, global_blocks=(1,)),
 ]
+needs_stock_tool = pytest.mark.skipif(
+    mmseg.__version__ == '1.2.2', reason='get_flops.py of mmseg 1.2.2 fails with any model'
+)
 PRODUCTS = ('linear', 'matmul', 'conv', 'addmm', 'bmm', 'einsum')  # the rest is norms and the like
 
 
@@ -133,6 +136,7 @@ def run_stock_tool(config, monkeypatch):
     runpy.run_path(str(tool), run_name='__main__')
 
 
+@needs_stock_tool
 def test_stock_tool_counts(monkeypatch, capsys):
     config = 'upernet_stvit-r-swin-nano_1xb16-750i_shapes-128x128.py'
     run_stock_tool(config, monkeypatch)
@@ -141,6 +145,7 @@ def test_stock_tool_counts(monkeypatch, capsys):
     assert flops == pytest.approx(ours(network, images(1, 128, 128)) / 1e9, rel=0.02)
 
 
+@needs_stock_tool
 def test_stock_tool_is_refused(monkeypatch):
     with pytest.raises(RuntimeError, match='flops.py CONFIG --query-ratio'):
         run_stock_tool('fpn_dge-pvt-nano_1xb16-300i_shapes-128x128.py', monkeypatch)

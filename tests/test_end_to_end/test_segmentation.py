@@ -95,11 +95,15 @@ def test_inference(workspace, segmenter):
     assert list((workspace / 'segmented' / 'vis').iterdir())
 
 
-def test_browse_dataset_and_print_config(workspace):
+@pytest.mark.skipif(mmseg.__version__ == '1.2.2', reason='browse_dataset.py of mmseg 1.2.2 fails')
+def test_browse_dataset(workspace):
     out = workspace / 'browsed_segmentation'
     run(workspace, STOCK[mmseg] / 'analysis_tools' / 'browse_dataset.py', STVIT,
         '--output-dir', out, '--not-show')  # fmt: skip
     assert len(list(out.glob('**/*.*'))) >= 4
+
+
+def test_print_config(workspace):
     printed = run(workspace, STOCK[mmseg] / 'misc' / 'print_config.py', STVIT)
     assert "type='mmtoken.STViTRSwin'" in printed
 

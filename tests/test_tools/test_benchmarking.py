@@ -11,6 +11,7 @@ from benchmarking.measure import count_progress, measure
 from benchmarking.profile import KINDS, OTHER, profile_step
 from benchmarking.step import Setting, make_images, make_step
 from benchmarking.targets import BenchmarkTarget, build_target, dense_target
+from helpers import TORCH_2_1
 from mmengine.config import Config
 from torch import nn
 
@@ -173,8 +174,10 @@ def test_profile_sorts_operators_by_kind_of_work():
 
 def test_operators_of_a_profile_exist():
     """A name that torch does not have would go unnoticed into the rest."""
-    for name in ' '.join(KINDS.values()).split():
-        assert hasattr(torch.ops.aten, name), name
+    names = ' '.join(KINDS.values()).split()
+    missing = {name for name in names if not hasattr(torch.ops.aten, name)}
+    later = '_scaled_dot_product_flash_attention_for_cpu'  # in torch 2.1 it is that of GPUs
+    assert missing == ({later, f'{later}_backward'} if TORCH_2_1 else set())
 
 
 @pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason='only Linux tells the peak')
