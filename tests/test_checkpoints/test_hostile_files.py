@@ -70,21 +70,27 @@ def test_truncated_anywhere(kind, part, contents):
         refuse(file, 'part.pth is damaged or no checkpoint: ')
 
 
-@settings(deadline=None, max_examples=60)
-@given(place=st.floats(0, 0.9999), bit=st.integers(0, 7))
-def test_a_flipped_bit_anywhere(place, bit, contents, weights):
-    """Either it is refused, or it is none of the content."""
-    damaged = bytearray(contents['zip'])
+def load_flipped(content, place, bit):
+    """What a file with one wrong bit gives; None if it is refused by its name."""
+    damaged = bytearray(content)
     damaged[int(place * len(damaged))] ^= 1 << bit
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, 'damaged.pth')
         file.write_bytes(damaged)
         try:
-            loaded = load(file)
+            return load(file)
         except ValueError as error:
             assert 'damaged.pth' in str(error)
-        else:
-            torch.testing.assert_close(loaded, weights, rtol=0, atol=0)
+            return None
+
+
+@settings(deadline=None, max_examples=60)
+@given(place=st.floats(0, 0.9999), bit=st.integers(0, 7))
+def test_a_flipped_bit_anywhere(place, bit, contents, weights):
+    """Either it is refused, or it is none of the content."""
+    loaded = load_flipped(contents['zip'], place, bit)
+    if loaded is not None:
+        torch.testing.assert_close(loaded, weights, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('kind', ['legacy', 'safetensors'])
@@ -92,17 +98,9 @@ def test_a_flipped_bit_anywhere(place, bit, contents, weights):
 @given(place=st.floats(0, 0.9999), bit=st.integers(0, 7))
 def test_a_flipped_bit_without_checksums(kind, place, bit, contents):
     """These formats have none: values may differ, but are numbers."""
-    damaged = bytearray(contents[kind])
-    damaged[int(place * len(damaged))] ^= 1 << bit
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, 'damaged.pth')
-        file.write_bytes(damaged)
-        try:
-            loaded = load(file)
-        except ValueError as error:
-            assert 'damaged.pth' in str(error)
-        else:
-            assert all(tensor.isfinite().all() for tensor in loaded.values())
+    loaded = load_flipped(contents[kind], place, bit)
+    if loaded is not None:
+        assert all(tensor.isfinite().all() for tensor in loaded.values())
 
 
 @pytest.mark.parametrize('name', FAMILIES)

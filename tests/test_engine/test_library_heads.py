@@ -60,12 +60,10 @@ def build(path, changes, name):
     init_default_scope(cfg.default_scope)
     model = cfg.model
     model.pop('pretrained', None)
-    takers = [model[part] for part in ('neck', 'panoptic_head', 'decode_head') if part in model]
-    takers += [model.auxiliary_head] if 'auxiliary_head' in model else []
+    heads = ('panoptic_head', 'decode_head', 'auxiliary_head')
+    takers = [model[part] for part in (['neck'] if 'neck' in model else heads) if part in model]
     first = takers[0].in_channels
     model.backbone, pyramid, channels = maps_of(name, len(first) if isinstance(first, list) else 1)
-    if 'neck' in model:
-        takers = [model.neck]
     for taker in takers:
         one = not isinstance(taker.in_channels, list)
         taker.in_channels = channels[taker.get('in_index', -1)] if one else channels

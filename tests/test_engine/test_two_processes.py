@@ -196,6 +196,8 @@ def test_two_processes_are_one(case, cfg, two_processes, monkeypatch):
     torch.testing.assert_close(second_weights, first_weights, rtol=0, atol=0)
     for name, value in logged.items():
         assert (first[name] + second[name]) / 2 == pytest.approx(value, rel=1e-4), name
+    if cfg['type'] == 'mmtoken.DGEPVT' and cfg not in TAUGHT.values():
+        assert logged['loss_budget'] > 0 and 0 < logged['query_ratio_s0'] < 1
     for name in logged.keys() & set(GATHERED):
         assert first[name] == pytest.approx(second[name], rel=1e-6), name
 

@@ -401,17 +401,17 @@ def costs(cost: dict | None) -> tuple[str, str, str]:
 def batches(task: str) -> str:
     """Milliseconds a photograph and speed-up over the dense network, by the size of a batch."""
     files = (BENCHMARKS / 'study' / 'results' / task).glob('cost*.json')
-    costs = sorted((json.loads(file.read_text()) for file in files), key=lambda c: c['batch_size'])
+    sizes = sorted((json.loads(file.read_text()) for file in files), key=lambda c: c['batch_size'])
     rows = []
-    for name in costs[0]['rows']:
+    for name in sizes[0]['rows']:
         cells = []
-        for found in costs:
+        for found in sizes:
             row, dense = (found['rows'][key]['ms']['median'] for key in (name, 'dense'))
             deviation = found['rows'][name]['ms_by_batch']['std']
             over = '' if deviation is None else f' ± {deviation:.0f}'
             cells += [f'{row:.0f}{over}', f'{dense / row:.2f}×']
         rows.append((f'`{name}`', *cells))
-    header = [head for c in costs for head in (f'ms, batch of {c["batch_size"]}', 'speed-up')]
+    header = [head for c in sizes for head in (f'ms, batch of {c["batch_size"]}', 'speed-up')]
     return markdown(('row', *header), rows)
 
 
@@ -472,8 +472,8 @@ def metafile(folder: str) -> dict:
 
 
 TABLES = dict(
-    choice=choice, machines=machines, speed=speed, macs=macs, memory=memory,
-    scores=scores, models=models, networks=networks, published=published, study=study, seeds=seeds,
+    choice=choice, machines=machines, speed=speed, macs=macs, memory=memory, scores=scores,
+    models=models, networks=networks, published=published, study=study, seeds=seeds,
     batches=batches, gates=gates, budgets=budgets, zoo=zoo,
 )  # fmt: skip
 
