@@ -123,8 +123,9 @@ class _Restoring:
 
     ``skipped`` items come before that one.
 
-    What a data loader draws when it starts, and had drawn before it was interrupted, it takes from
-    a generator of its own.
+    A data loader draws when it starts. One that only starts now had drawn before it was
+    interrupted, so it does from a generator of its own; one that starts again, at the end of its
+    data, draws as it would have.
     """
 
     def __init__(self, iterator: Iterator, loader: DataLoader, state: State, skipped: int) -> None:
@@ -141,7 +142,9 @@ class _Restoring:
             self._skipped -= 1
             return next(self._iterator)
         own = self._loader.generator
-        self._loader.generator = torch.Generator().manual_seed(torch.initial_seed())
+        # onedl-mmengine starts it behind the data that a sampler skipped; mmengine 0.10.7 at once.
+        if getattr(self._iterator, '_iterator', self._loader) is None:
+            self._loader.generator = torch.Generator().manual_seed(torch.initial_seed())
         set_states(self._state)
         self._state = None
         item = next(self._iterator)

@@ -72,13 +72,14 @@ def loader(sampler):
     )  # fmt: skip
 
 
-def make_runner(folder, backbone, by_epoch=False, hooks=(), **kwargs):
+def make_runner(folder, backbone, by_epoch=False, hooks=(), sampler=None, **kwargs):
     length = dict(max_epochs=2) if by_epoch else dict(max_iters=4)
+    sampler = sampler or ('DefaultSampler' if by_epoch else 'InfiniteSampler')
     torch.manual_seed(0)
     return Runner(
         model=Model(backbone),
         work_dir=str(folder),
-        train_dataloader=loader('DefaultSampler' if by_epoch else 'InfiniteSampler'),
+        train_dataloader=loader(sampler),
         train_cfg=dict(by_epoch=by_epoch, val_interval=1, **length),
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.01)),
         val_dataloader=loader('DefaultSampler'),
@@ -99,17 +100,18 @@ def trained(runner):
     return runner.model.state_dict(), [s['exp_avg'] for s in optimizer.values()]
 
 
-def in_two_parts(folder, backbone, by_epoch=False, without=()):
-    """Interrupted in the middle, and resumed."""
+def in_two_parts(folder, backbone, by_epoch=False, without=(), at=2, **kwargs):
+    """Interrupted before iteration ``at`` or in the second epoch, and resumed."""
     with pytest.raises(KeyboardInterrupt):
-        make_runner(folder, backbone, by_epoch, [Interrupt(3 if by_epoch else 2)]).train()
-    file = folder / ('epoch_1.pth' if by_epoch else 'iter_2.pth')
+        make_runner(folder, backbone, by_epoch, [Interrupt(3 if by_epoch else at)], **kwargs).train()
+    file = folder / ('epoch_1.pth' if by_epoch else f'iter_{at}.pth')
     if without:
         checkpoint = torch.load(file, weights_only=False)
         for key in without:
             del checkpoint[key]
         torch.save(checkpoint, file)
-    return trained(make_runner(folder, backbone, by_epoch, load_from=str(file), resume=True))
+    kwargs |= dict(load_from=str(file), resume=True)
+    return trained(make_runner(folder, backbone, by_epoch, **kwargs))
 
 
 def network(name):
@@ -133,6 +135,14 @@ def test_every_backbone_goes_on(name, tmp_path):
 def test_by_epochs(tmp_path):
     whole = trained(make_runner(tmp_path / 'whole', network('DGEPVT'), by_epoch=True))
     assert_same(in_two_parts(tmp_path / 'parts', network('DGEPVT'), by_epoch=True), whole)
+
+
+@pytest.mark.parametrize('at', [1, 2, 3])
+def test_an_iteration_loop_over_a_finite_sampler(at, tmp_path):
+    """The data end after two iterations, and the loader starts anew."""
+    whole = trained(make_runner(tmp_path / 'whole', network('DGEPVT'), sampler='DefaultSampler'))
+    parts = in_two_parts(tmp_path / 'parts', network('DGEPVT'), at=at, sampler='DefaultSampler')
+    assert_same(parts, whole)
 
 
 def test_without_states_it_is_another_training(tmp_path, caplog):
