@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import needs_tracing
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
@@ -170,6 +171,7 @@ def test_bad_arguments(bad, message):
         SWATSwin(**bad)
 
 
+@needs_tracing
 def test_compiles():
     arch = dict(embed_dims=8, depths=(1, 2), num_heads=(1, 1))
     model, image = wake(SWATSwin(arch, out_indices=(1,)).eval()), torch.randn(1, 3, 64, 96)

@@ -22,6 +22,7 @@ from torch import nn
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS)] * (str(TESTS) not in sys.path)
 from families import FAMILIES  # noqa: E402
+from helpers import TORCH_2_1  # noqa: E402
 
 NAMES = ('STViTRSwin', 'MSViT')
 STRATEGIES = {
@@ -110,7 +111,15 @@ def work(folder, strategy, rank):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize('strategy', STRATEGIES)
+@pytest.mark.parametrize(
+    'strategy',
+    [
+        'ddp',
+        pytest.param(
+            'fsdp', marks=pytest.mark.skipif(TORCH_2_1, reason='FSDP of torch 2.1 needs a GPU')
+        ),
+    ],
+)
 def test_two_processes_read_their_checkpoints(strategy, tmp_path):
     commands = [[sys.executable, __file__, tmp_path, strategy, str(rank)] for rank in (0, 1)]
     processes = [subprocess.Popen(command) for command in commands]

@@ -103,7 +103,9 @@ def trained(runner):
 def in_two_parts(folder, backbone, by_epoch=False, without=(), at=2, **kwargs):
     """Interrupted before iteration ``at`` or in the second epoch, and resumed."""
     with pytest.raises(KeyboardInterrupt):
-        make_runner(folder, backbone, by_epoch, [Interrupt(3 if by_epoch else at)], **kwargs).train()
+        make_runner(
+            folder, backbone, by_epoch, [Interrupt(3 if by_epoch else at)], **kwargs
+        ).train()
     file = folder / ('epoch_1.pth' if by_epoch else f'iter_{at}.pth')
     if without:
         checkpoint = torch.load(file, weights_only=False)

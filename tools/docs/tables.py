@@ -28,6 +28,8 @@ between two comments, the first of which names it and the files it shows:
   choice            the methods, for the README
   machines          the same speed-ups on other machines, benchmarks/{machines,reported}
   speed [GLOB]      benchmarks/GLOB.json, of tools/analysis/benchmark.py
+  profiles          benchmarks/profiles, of tools/analysis/benchmark.py --profile
+  compiled          benchmarks/compiled, of the same with and without --compile
   macs [GLOB]       benchmarks/macs/GLOB.json, of tools/analysis/flops.py
   memory [GLOB]     benchmarks/high_resolution/GLOB.json, of tools/analysis/flops.py --memory
   scores [GLOB]     benchmarks/shapes/GLOB.json, of tools/analysis/compare.py
@@ -216,6 +218,34 @@ def speed(glob: str = '*') -> str:
     files = sorted(BENCHMARKS.glob(f'{glob}.json'))
     command = [sys.executable, ROOT / 'tools' / 'analysis' / 'summary.py', '--markdown', *files]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def profiles() -> str:
+    """Milliseconds by kind of work, of networks and of their dense twins."""
+    kinds, rows = [], []
+    for name, run in read(BENCHMARKS / 'profiles', '*').items():
+        sparse, dense = (run['profile_ms'][network] for network in ('sparse', 'dense'))
+        kinds = list(sparse)
+        pairs = [(sparse[kind], dense[kind]) for kind in kinds]
+        pairs.append((sum(sparse.values()), sum(dense.values())))
+        rows.append((', '.join(name.split('_')), *(f'{a:.0f} / {b:.0f}' for a, b in pairs)))
+    return markdown(('backbone, image, precision', *kinds, 'sum'), rows)
+
+
+def compiled() -> str:
+    """Milliseconds with and without torch.compile, of networks and of their dense twins."""
+    rows = []
+    for name, eager in read(BENCHMARKS / 'compiled', '*_eager').items():
+        name = name.removesuffix('_eager')
+        (run,) = read(BENCHMARKS / 'compiled', f'{name}_compiled').values()
+        cells = (
+            cell
+            for r in (eager, run)
+            for cell in (f'{r["sparse_ms"]:.0f} / {r["dense_ms"]:.0f}', f'{r["speedup"]:.2f}×')
+        )
+        rows.append((', '.join(name.split('_')), *cells))
+    header = ('eager, ms', 'speed-up', 'compiled, ms', 'speed-up')
+    return markdown(('backbone, image', *header), rows)
 
 
 def macs(glob: str = '*') -> str:
@@ -472,9 +502,10 @@ def metafile(folder: str) -> dict:
 
 
 TABLES = dict(
-    choice=choice, machines=machines, speed=speed, macs=macs, memory=memory, scores=scores,
-    models=models, networks=networks, published=published, study=study, seeds=seeds,
-    batches=batches, gates=gates, budgets=budgets, zoo=zoo,
+    choice=choice, machines=machines, speed=speed, profiles=profiles, compiled=compiled,
+    macs=macs, memory=memory, scores=scores, models=models, networks=networks,
+    published=published, study=study, seeds=seeds, batches=batches, gates=gates,
+    budgets=budgets, zoo=zoo,
 )  # fmt: skip
 
 if __name__ == '__main__':
