@@ -639,6 +639,7 @@ def work(folder, rank):
     model = MMDistributedDataParallel(make_model(), find_unused_parameters=False)
     losses, gradients = train_step(model, [rank, rank + 2])
     np.savez(f'{folder}/{rank}.npz', **losses, **gradients)
+    del model  # torch 2.13 may hang if DDP is the last that holds the group
     dist.destroy_process_group()
 
 

@@ -171,6 +171,7 @@ def work(folder, rank):
         model = MMDistributedDataParallel(model, find_unused_parameters=False)
         results[case] = train_step(case, model, range(rank, IMAGES, 2))
     torch.save(results, f'{folder}/{rank}.pth')
+    del model  # torch 2.13 may hang if DDP is the last that holds the group
     dist.destroy_process_group()
 
 
