@@ -146,7 +146,7 @@ class SemanticRecoveryNeck(SparseFeaturePyramid):
             return full_attention
         rotation = grid_rotation(self.rotary, grid, 0, self.head_dims, semantic.device)
         keys = turn_tiles(rotation, grid, self.semantic_size)
-        if len(keys.angles) != semantic.shape[1]:
+        if len(keys.cos_sin) != semantic.shape[1]:
             raise ValueError(
                 f'there are {semantic.shape[1]} semantic tokens of {grid} image tokens, which does '
                 f'not agree with semantic_size={self.semantic_size}'

@@ -166,7 +166,7 @@ def test_tiles_of_one_token_are_pooled_by_a_block_of_the_trunk(args, rotary, tmp
         tokens, layout = dense.run_block(i, tokens, layout)
         pooled, places = sparse.run_block(i, pooled, places)
     torch.testing.assert_close(pooled, tokens, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(places.rotation.angles, layout.rotation.angles)
+    torch.testing.assert_close(places.rotation.cos_sin, layout.rotation.cos_sin)
 
 
 @torch.no_grad()
@@ -178,6 +178,9 @@ def test_rotary_positions_follow_the_grid_as_in_timm(size, tmp_path):
     load_into(ours, tmp_path / 'weights.pth')
     images = torch.randn(1, 3, *size)
     torch.testing.assert_close(ours(images)[0], maps_of(theirs, images), atol=1e-5, rtol=1e-5)
+
+
+NOT_TURNED = torch.cat([torch.ones(8), torch.zeros(8)])  # cosines and sines of no angle
 
 
 @pytest.fixture(params=ROTARY_KINDS)
@@ -225,10 +228,10 @@ def test_masked_and_gathered_tokens_are_turned_alike(rotary):
 
 
 @torch.no_grad()
-def test_tokens_are_turned_by_the_angles_of_their_mean_position(rotary):
+def test_tokens_are_turned_by_the_mean_rotation_of_their_patches(rotary):
     """In a grid whose last row of regions is cut."""
     mixed, merged = MSViT(**rotary).eval(), MergeViT(merge_blocks=(0, 1), **rotary).eval()
-    dense = mixed.rotation((5, 6), torch.device('cpu')).angles[1:].view(5, 6, -1)
+    dense = mixed.rotation((5, 6), torch.device('cpu')).cos_sin[1:].view(5, 6, -1)
     with routing_override(coarse_ratio=0.5, seed=0):
         _, mixed_layout = mixed.reduce(IMAGES)
     tokens, layout = merged.reduce(IMAGES)
@@ -236,31 +239,32 @@ def test_tokens_are_turned_by_the_angles_of_their_mean_position(rotary):
         tokens, layout = merged.run_block(i, tokens, layout)
     for each in (mixed_layout, layout):
         owner = each.owner[:, 1:].unflatten(1, (5, 6))
-        angles = each.rotation.angles
-        assert len(angles) < 2 * 31
-        for token in range(len(angles)):
+        turns = each.rotation.cos_sin
+        assert len(turns) < 2 * 31
+        for token in range(len(turns)):
             image, *place = (owner == token).nonzero().T
-            expected = dense[tuple(place)].mean(dim=0) if len(image) else torch.zeros(8)
-            torch.testing.assert_close(angles[token], expected, atol=1e-5, rtol=1e-5)
+            expected = dense[tuple(place)].mean(dim=0) if len(image) else NOT_TURNED
+            torch.testing.assert_close(turns[token], expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize('pooling', ['attention', 'max', 'mean'])
-def test_semantic_tokens_are_turned_by_the_angles_of_their_mean_position(pooling, rotary):
+def test_semantic_tokens_are_turned_by_the_mean_rotation_of_their_tiles(pooling, rotary):
     """In a grid whose tiles are cut on all sides."""
     model = STViTDeiT(base_layers=1, cls_token=True, pooling=pooling, **rotary).eval()
     with record_tokens() as records:
         tokens, layout = model.reduce(IMAGES)
-        dense = layout.rotation.angles[1:]
+        dense = layout.rotation.cos_sin[1:]
         for i in range(2):
             tokens, layout = model.run_block(i, tokens, layout)
     owner = records[0].owner[0].flatten()
-    assert torch.equal(layout.image_rotation.angles, dense)
-    assert torch.equal(layout.rotation.angles[0], torch.zeros(8))
-    assert len(layout.rotation.angles) == 1 + len(owner.unique()) == tokens.shape[1]
-    for angles, group in zip(layout.rotation.angles[1:], owner.unique(), strict=True):
+    assert torch.equal(layout.image_rotation.cos_sin, dense)
+    prefix, *turns = layout.rotation.cos_sin
+    assert torch.equal(prefix, NOT_TURNED)
+    assert len(turns) == len(owner.unique()) == tokens.shape[1] - 1
+    for turn, group in zip(turns, owner.unique(), strict=True):
         expected = dense[owner == group].mean(dim=0)
-        torch.testing.assert_close(angles, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(turn, expected, atol=1e-5, rtol=1e-5)
 
 
 def official(state):

@@ -326,13 +326,13 @@ def pool_every_granularity(x: Tensor, layout: RegionLayout) -> Tensor:
 def turn_cells(layout: RegionLayout, rotation: Rotation | None) -> RegionLayout:
     """Add the rotation of all cells, given that of the tokens, prefix first.
 
-    A cell has the mean position of its tokens.
+    That of a cell is the mean of those of its tokens.
     """
     if rotation is None:
         return layout
-    angles = pool_every_granularity(rotation.angles[None], layout)[0]
+    means = pool_every_granularity(rotation.cos_sin[None], layout)[0]
     # Not _replace(), whose fields torch.compile loses
-    return RegionLayout(*layout[:-1], rotation.at(angles))
+    return RegionLayout(*layout[:-1], rotation.like(means))
 
 
 def unpool_every_granularity(updates: Tensor, layout: RegionLayout) -> Tensor:

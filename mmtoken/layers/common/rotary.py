@@ -1,7 +1,10 @@
 """Rotary positions: queries and keys are turned by angles that are linear in their position.
 
-So the mean angle of several tokens is the angle at their mean position, which coarse and merged
-tokens have; and prefix tokens, which have no position, have angles of 0 and are not turned.
+Prefix tokens, which have no position, have angles of 0 and are not turned. A token that stands for
+several patches, such as a coarse or merged one, is turned by the mean of their rotations, so that
+a logit is the mean of those of the patches. Turned to their mean position, merged tokens of a
+network with real features were three times as far from the features of all tokens
+(``benchmarks/rotary``).
 
 Source: RoFormer, arXiv 2104.09864; over rows and columns as in EVA-02, arXiv 2303.11331, and
 DINOv3, arXiv 2508.10104.
@@ -45,29 +48,30 @@ class Rotation(NamedTuple):
     """What queries and keys of tokens are turned by.
 
     Attributes:
-        angles: ``(N, d / 2)``.
-        sin: Of each channel, ``(N, 1, d)``.
-        cos: Likewise.
+        cos_sin: Cosines of all angles, then their sines, ``(N, d)``, or means of several tokens'.
+        cos: Of each channel, ``(N, 1, d)``.
+        sin: Likewise.
         interleaved: See :class:`Rotary`.
     """
 
-    angles: Tensor
-    sin: Tensor
+    cos_sin: Tensor
     cos: Tensor
+    sin: Tensor
     interleaved: bool
 
     @classmethod
-    def by(cls, angles: Tensor, interleaved: bool) -> 'Rotation':
-        """The rotation by angles ``(N, d / 2)``."""
+    def by(cls, cos_sin: Tensor, interleaved: bool) -> 'Rotation':
+        """The rotation by cosines and sines ``(N, d)``."""
+        parts = cos_sin[:, None].chunk(2, dim=-1)
         if interleaved:
-            channels = angles.repeat_interleave(2, dim=-1)
+            cos, sin = (part.repeat_interleave(2, dim=-1) for part in parts)
         else:
-            channels = torch.cat([angles, angles], dim=-1)
-        return cls(angles, channels.sin()[:, None], channels.cos()[:, None], interleaved)
+            cos, sin = (torch.cat([part, part], dim=-1) for part in parts)
+        return cls(cos_sin, cos, sin, interleaved)
 
-    def at(self, angles: Tensor) -> 'Rotation':
-        """A rotation of the same kind by other angles, such as means or a selection of these."""
-        return Rotation.by(angles, self.interleaved)
+    def like(self, cos_sin: Tensor) -> 'Rotation':
+        """A rotation of the same kind by other values, such as means or a selection of these."""
+        return Rotation.by(cos_sin, self.interleaved)
 
     def of(self, tokens: Tensor | slice) -> 'Rotation':
         """That of some tokens alone, given their indices ``(M,)``."""
@@ -92,6 +96,14 @@ def grid_rotation(
         dims: Of an attention head, a multiple of 4.
         device: For the result, which is float32.
     """
+    angles = grid_angles(kind, grid, dims)
+    angles = torch.cat([angles.new_zeros(num_prefix_tokens, dims // 2), angles])
+    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return Rotation.by(cos_sin.to(device), ROTARY[kind].interleaved)
+
+
+def grid_angles(kind: str, grid: tuple[int, int], dims: int) -> Tensor:
+    """The angles of the tokens of a grid, row by row: ``(H * W, dims / 2)``, float32."""
     rotary = ROTARY[kind]
     frequencies = rotary.temperature ** -torch.arange(0, 1, 4 / dims, dtype=torch.float64)
     axes = []
@@ -102,9 +114,7 @@ def grid_rotation(
         else:
             axes.append(place * rotary.reference[i] / side)
     places = torch.stack(torch.meshgrid(*axes, indexing='ij'), dim=-1)  # (H, W, 2)
-    angles = (places[..., None] * frequencies).reshape(-1, dims // 2).float()
-    prefix = angles.new_zeros(num_prefix_tokens, dims // 2)
-    return Rotation.by(torch.cat([prefix, angles]).to(device), rotary.interleaved)
+    return (places[..., None] * frequencies).reshape(-1, dims // 2).float()
 
 
 def check_rotary(kind: str | None, embed_dims: int, num_heads: int, name: str = 'rotary') -> None:

@@ -85,7 +85,7 @@ def unmerged_layout(
     owner = torch.arange(batch * length, device=device)
     sizes = torch.ones(batch * length, device=device)
     if rotation is not None:
-        rotation = rotation.at(rotation.angles.repeat(batch, 1))
+        rotation = rotation.like(rotation.cos_sin.repeat(batch, 1))
     owner = owner.view(batch, -1)
     return MergedLayout(grid, num_prefix_tokens, [length] * batch, owner, sizes, rotation)
 
@@ -139,8 +139,8 @@ def merge_mutual_pairs(
         return torch.lerp(*pair, share.to(values.dtype))
 
     rotation = layout.rotation
-    if rotation is not None:  # to that of the mean position
-        rotation = rotation.at(merge(rotation.angles))
+    if rotation is not None:
+        rotation = rotation.like(merge(rotation.cos_sin))
     owner = rank[torch.minimum(place, other)][layout.owner]
     sizes = size + added * (first != second)
     lengths = [count for (count,) in counts]

@@ -17,9 +17,9 @@ where every sublayer normalizes its input, as in ViT.
 Prefix tokens (a class token, registers) are not pooled. They accompany the semantic tokens: they
 query, and are keys, beside P and X, then S1, then S2, as they do in the blocks of ViT.
 
-Where positions are rotary, a semantic token is turned by the angles of the mean position of the
-image tokens that it was pooled from, whatever their weights in the pooling; image tokens that are
-keys, or that query in the recovery, by their own.
+Where positions are rotary, a semantic token is turned by the mean of the rotations of the image
+tokens that it was pooled from, whatever their weights in the pooling; image tokens that are keys,
+or that query in the recovery, by their own.
 
 Source: STViT, arXiv 2303.08685, section 3 (semantic token generation). The code for plain ViT was
 not released. What the paper leaves open follows the released code for Swin,
@@ -146,7 +146,7 @@ def weighted_mean(tiles: Tensor, scores: Tensor, padding: Tensor | None) -> Tens
 def turn_tiles(
     rotation: Rotation | None, grid: tuple[int, int], semantic_size: int
 ) -> Rotation | None:
-    """The rotation of semantic tokens, of the mean position of each tile.
+    """The rotation of semantic tokens, the mean of those of each tile.
 
     Args:
         rotation: Of image tokens, row by row, prefix tokens first; None where positions are not
@@ -160,10 +160,10 @@ def turn_tiles(
     if rotation is None:
         return None
     height, width = grid
-    prefix, angles = rotation.angles.tensor_split([len(rotation.angles) - height * width])
-    tiles, padding = split_tiles(angles.unflatten(0, grid)[None], semantic_size)
+    prefix, image = rotation.cos_sin.tensor_split([len(rotation.cos_sin) - height * width])
+    tiles, padding = split_tiles(image.unflatten(0, grid)[None], semantic_size)
     means = weighted_mean(tiles, tiles.new_zeros(*tiles.shape[:2], 1), padding)
-    return rotation.at(torch.cat([prefix, means]))
+    return rotation.like(torch.cat([prefix, means]))
 
 
 Residual = Literal['query', 'initial']
