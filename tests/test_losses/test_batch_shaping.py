@@ -416,6 +416,7 @@ def train_in_process(rank, folder):
         model = DistributedDataParallel(Gated())
         loss = model(*batches(case)[rank])
         np.save(folder / f'{case}_{rank}.npy', model.module.backward(loss))
+    del model  # torch 2.13 may hang if DDP is the last that holds the group
     dist.destroy_process_group()
 
 

@@ -153,6 +153,7 @@ def train_in_process(rank, folder):
     router = model.module.router
     values = (loss, ratio, *router.weight.grad[0], router.bias.grad)
     np.save(folder / f'{rank}.npy', [value.item() for value in values])
+    del model  # torch 2.13 may hang if DDP is the last that holds the group
     dist.destroy_process_group()
 
 
