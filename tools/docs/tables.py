@@ -38,7 +38,7 @@ between two comments, the first of which names it and the files it shows:
   published         results that authors published, in all metafiles
   study TASK        benchmarks/study/results/TASK, of benchmarks/study/run.py and measure.py
   seeds TASK        the same, seed by seed
-  batches TASK      the same, cost.json and cost_batchN.json: times in batches
+  batches TASK      the same, cost.json and cost_batchN.json: speed-ups in batches
   gates TASK        benchmarks/study/results/TASK/gates.json, of benchmarks/study/gates.py
   budgets TASK/ROW  benchmarks/study/results/TASK/budgets_ROW.json, of benchmarks/study/budgets.py
   zoo               what we have trained ourselves, config by config
@@ -429,7 +429,7 @@ def costs(cost: dict | None) -> tuple[str, str, str]:
 
 
 def batches(task: str) -> str:
-    """Milliseconds a photograph and speed-up over the dense network, by the size of a batch."""
+    """Speed-up over the dense network and spread over photographs, by the size of a batch."""
     files = (BENCHMARKS / 'study' / 'results' / task).glob('cost*.json')
     sizes = sorted((json.loads(file.read_text()) for file in files), key=lambda c: c['batch_size'])
     rows = []
@@ -438,11 +438,10 @@ def batches(task: str) -> str:
         for found in sizes:
             row, dense = (found['rows'][key]['ms']['median'] for key in (name, 'dense'))
             deviation = found['rows'][name]['ms_by_batch']['std']
-            over = '' if deviation is None else f' ± {deviation:.0f}'
-            cells += [f'{row:.0f}{over}', f'{dense / row:.2f}×']
+            over = '' if deviation is None else f' ± {deviation / row:.1%}'
+            cells.append(f'{dense / row:.2f}×{over}')
         rows.append((f'`{name}`', *cells))
-    header = [head for c in sizes for head in (f'ms, batch of {c["batch_size"]}', 'speed-up')]
-    return markdown(('row', *header), rows)
+    return markdown(('row', *(f'batch of {found["batch_size"]}' for found in sizes)), rows)
 
 
 def gates(task: str) -> str:
