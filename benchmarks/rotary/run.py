@@ -90,8 +90,7 @@ def teach(student: nn.Module, weights: str, files: list[Path], steps: int) -> No
     optimizer = torch.optim.AdamW(student.parameters(), 1e-4, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-4, steps)
     augment = v2.Compose([v2.RandomCrop(CROP), v2.RandomHorizontalFlip()])
-    bar = track(range(steps), 'Teaching')
-    for step in bar:
+    for step in track(range(steps), 'Teaching'):
         images = torch.stack([augment(image[0]) for image in read(random.sample(files, 2))])
         with torch.autocast('cpu', torch.bfloat16):
             with torch.no_grad():
@@ -110,25 +109,27 @@ def teach(student: nn.Module, weights: str, files: list[Path], steps: int) -> No
 @torch.no_grad()
 def compare(student: nn.Module, files: list[Path]) -> dict[str, list[float]]:
     """Distances from the full network at the mean position and by the mean rotation."""
-    networks = {
-        'MSViT, 25 % fine': make(MSViT, ROTARY_TRUNK),
-        'MSViT, all coarse': make(MSViT, ROTARY_TRUNK),
-        'MPM, before two blocks': make(MergeViT, ROTARY_TRUNK, merge_blocks=(2, 5)),
-        'MPM, before four blocks': make(MergeViT, ROTARY_TRUNK, merge_blocks=(2, 4, 6, 8)),
+    mixed = make(MSViT, ROTARY_TRUNK)
+    twice = make(MergeViT, ROTARY_TRUNK, merge_blocks=(2, 5))
+    often = make(MergeViT, ROTARY_TRUNK, merge_blocks=(2, 4, 6, 8))
+    rows = {  # networks and the share of coarse regions, of which MPM has none
+        'MSViT, 25 % fine': (mixed, 0.75),
+        'MSViT, all coarse': (mixed, 1.0),
+        'MPM, before two blocks': (twice, 0.0),
+        'MPM, before four blocks': (often, 0.0),
     }
-    found = {name: [[], []] for name in networks}
-    for network in networks.values():
+    found = {name: [[], []] for name in rows}
+    for network in (mixed, twice, often):
         network.load_state_dict(student.state_dict(), strict=False)
         network.eval()
     for image in track(list(read(files)), 'Comparing'):
         full = student(image)[-1]
-        for name, network in networks.items():
-            ratio = 1.0 if 'all' in name else 0.75  # in random regions
+        for name, (network, coarse_ratio) in rows.items():
             for rotations, distances in zip(
                 (mean_positions, nullcontext), found[name], strict=True
             ):
                 torch.manual_seed(0)
-                with routing_override(coarse_ratio=ratio), rotations():
+                with routing_override(coarse_ratio=coarse_ratio), rotations():
                     got = network(image)[-1]
                 distances.append(1 - F.cosine_similarity(got, full).mean().item())
     return {

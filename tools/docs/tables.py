@@ -228,7 +228,7 @@ def profiles() -> str:
         kinds = list(sparse)
         pairs = [(sparse[kind], dense[kind]) for kind in kinds]
         pairs.append((sum(sparse.values()), sum(dense.values())))
-        rows.append((', '.join(name.split('_')), *(f'{a:.0f} / {b:.0f}' for a, b in pairs)))
+        rows.append((name.replace('_', ', '), *(f'{a:.0f} / {b:.0f}' for a, b in pairs)))
     return markdown(('backbone, image, precision', *kinds, 'sum'), rows)
 
 
@@ -243,7 +243,7 @@ def compiled() -> str:
             for r in (eager, run)
             for cell in (f'{r["sparse_ms"]:.0f} / {r["dense_ms"]:.0f}', f'{r["speedup"]:.2f}×')
         )
-        rows.append((', '.join(name.split('_')), *cells))
+        rows.append((name.replace('_', ', '), *cells))
     header = ('eager, ms', 'speed-up', 'compiled, ms', 'speed-up')
     return markdown(('backbone, image', *header), rows)
 
