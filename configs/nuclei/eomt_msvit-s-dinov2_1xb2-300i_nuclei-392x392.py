@@ -3,7 +3,7 @@
 _base_ = [
     '../_base_/mmtoken.py',
     '../_base_/datasets/nuclei_392x392.py',
-    '../_base_/schedules/nuclei_500i.py',
+    '../_base_/schedules/nuclei_300i.py',
 ]
 
 checkpoint = 'https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth'
@@ -71,21 +71,11 @@ model = dict(
         filter_low_score=True,
     ),
 )
-train_dataloader = dict(batch_size=2)
-train_cfg = dict(max_iters=300, val_interval=300)
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=30),
-    dict(type='PolyLR', eta_min=0.0, power=1.0, begin=30, end=300, by_epoch=False),
-]
-# As for the photographs: weights learn slowly, what is new ten times as fast.
 optim_wrapper = dict(
-    optimizer=dict(lr=1e-4),
     paramwise_cfg=dict(
         custom_keys={
-            'backbone.gate': dict(lr_mult=100.0),
             'panoptic_head': dict(lr_mult=10.0),
             'panoptic_head.decoder.blocks': dict(lr_mult=1.0),
         }
-    ),
+    )
 )
-auto_scale_lr = dict(base_batch_size=2)

@@ -14,12 +14,12 @@ def test_rows_name_configs(task):
         assert (ROOT / row.config).is_file()
 
 
-@pytest.mark.parametrize('task', ['nuclei', 'shapes'])
+@pytest.mark.parametrize('task', ['light', 'nuclei', 'shapes'])
 def test_every_sparse_detector_has_its_twin(task):
     configs = {name: row.config for name, row in read_rows(task).items()}
     for name, config in configs.items():
         if not name.endswith('_dense'):
-            size = '-dinov2_' if name == 'eomt' else '-nano_'
+            size = '-dinov2_' if '-dinov2_' in config else '-nano_'
             twin = config.replace(size, size.replace('_', '-dense_'))
             assert configs[f'{name}_dense'] == twin
 
