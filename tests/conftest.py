@@ -6,7 +6,9 @@ import torch
 from metafiles import cache_metafiles
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / 'tools' / folder) for folder in ('', 'datasets', 'analysis', 'misc')]
+sys.path[:0] = [
+    str(ROOT / 'tools' / folder) for folder in ('', 'datasets', 'analysis', 'docs', 'misc')
+]
 sys.path.append(str(ROOT / 'benchmarks' / 'study'))
 cache_metafiles()
 

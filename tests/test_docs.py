@@ -1,6 +1,5 @@
 """Pages: tables are fresh, links and commands lead somewhere, names exist, examples run."""
 
-import importlib.util
 import logging
 import re
 import shlex
@@ -10,6 +9,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import tables
+import token_picture
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
@@ -38,35 +39,23 @@ def each(pages):
     return pytest.mark.parametrize('page', pages, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-def load_tool(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope='module')
-def tables():
-    return load_tool(ROOT / 'tools' / 'docs' / 'tables.py')
-
-
 @each(PAGES)
-def test_tables_are_fresh(page, tables):
+def test_tables_are_fresh(page):
     text = page.read_text()
     assert text.count('<!-- table:') == len(tables.MARK.findall(text)) == text.count('<!-- end -->')
     assert tables.fill(text) == text, 'run tools/docs/tables.py'
 
 
-def test_a_figure_changed_by_hand_is_found(tables):
-    text = '<!-- table: scores dge -->\n' + tables.scores('dge') + '<!-- end -->\n'
+def test_a_figure_changed_by_hand_is_found():
+    text = '<!-- table: scores dge -->\n' + tables.TABLES['scores']('dge') + '<!-- end -->\n'
     assert tables.fill(text) == text
     changed = text.replace('43.00', '47.00')
     assert changed != text and tables.fill(changed) == text
 
 
-def test_tables_name_what_is_missing(tables):
+def test_tables_name_what_is_missing():
     with pytest.raises(ValueError, match='no benchmarks/macs/nothing.json'):
-        tables.macs('nothing')
+        tables.TABLES['macs']('nothing')
     with pytest.raises(KeyError):
         tables.fill('<!-- table: nothing -->\n<!-- end -->')
 
@@ -120,7 +109,7 @@ def expand(word):
 
 
 @each(sorted(ROOT.glob('configs/*/README.md')))
-def test_pages_list_their_configs(page, tables):
+def test_pages_list_their_configs(page):
     """All configs of the folder, and no others; generated tables aside."""
     names = {path.stem for path in page.parent.glob('*.py')}
     quoted = re.findall(r'`([^`\s]+)`', tables.MARK.sub('', BLOCK.sub('', page.read_text())))
@@ -222,9 +211,8 @@ def test_token_picture(tmp_path, monkeypatch, capsys):
         checkpoint = tmp_path / f'{name}.pth'
         torch.save(dict(state_dict=load_model(load_config(config), None).state_dict()), checkpoint)
         args += [f'--{name}', str(config), str(checkpoint)]
-    picture = load_tool(ROOT / 'tools' / 'docs' / 'token_picture.py')
     monkeypatch.setattr(sys, 'argv', ['token_picture.py', *args, '--out', str(tmp_path / 'a.png')])
-    picture.main()
+    token_picture.main()
     logging.disable(logging.NOTSET)
     assert 'a.png' in capsys.readouterr().out
     width, height = Image.open(tmp_path / 'a.png').size

@@ -93,6 +93,16 @@ def test_ratios_in_words():
     assert routing_words(dict(coarse_ratio=[0.25, 1.0, 0.0])) == ['coarse ratio .25/1/0']
 
 
+def test_benchmark_profiles_the_parts_of_a_detector(run_json, monkeypatch):
+    monkeypatch.setattr('benchmarking.measure.peak_mb', lambda *args: None)  # in processes
+    args = (DETECTOR, '--shape', 64, 64, '--rounds', 1, '--part', 'model', '--profile')
+    results, out = run_json('benchmark', *args)
+    for parts in (results['parts_ms'][network] for network in ('sparse', 'dense', 'peer')):
+        assert set(parts) == {'backbone', 'neck', 'rpn_head', 'roi_head', 'rest'}
+        assert all(ms > 0 for ms in parts.values())
+    assert 'kind of work' in out and 'part of the model' in out and 'roi_head' in out
+
+
 @pytest.fixture
 def mixed(tmp_path):
     """Config of a small MSViT."""

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from benchmarking import measure as measuring
-from benchmarking import memory
+from benchmarking import memory, parts
 from benchmarking.measure import count_progress, measure
+from benchmarking.parts import REST, time_parts
 from benchmarking.profile import KINDS, OTHER, profile_step
 from benchmarking.step import Setting, make_images, make_step
 from benchmarking.targets import BenchmarkTarget, build_target, dense_target
@@ -178,6 +179,33 @@ def test_operators_of_a_profile_exist():
     missing = {name for name in names if not hasattr(torch.ops.aten, name)}
     later = '_scaled_dot_product_flash_attention_for_cpu'  # in torch 2.1 it is that of GPUs
     assert missing == ({later, f'{later}_backward'} if TORCH_2_1 else set())
+
+
+def test_time_is_that_of_the_parts_of_a_model(monkeypatch):
+    """Also of a head that is called by its method, and not of children that are not called."""
+    clock = [0.0]
+    monkeypatch.setattr(parts.time, 'perf_counter', lambda: clock[0])
+
+    class Part(nn.Module):
+        def __init__(self, seconds):
+            super().__init__()
+            self.seconds = seconds
+
+        def forward(self, x):
+            clock[0] += self.seconds
+            return x
+
+    model = nn.ModuleDict(dict(backbone=Part(0.004), head=Part(0.002), idle=Part(0)))
+
+    def step():
+        x = model['backbone'](torch.zeros(1))
+        clock[0] += 0.001
+        model['head'].forward(x)
+
+    found = time_parts(step, model, CPU)
+    assert list(found) == ['backbone', 'head', REST]
+    assert list(found.values()) == pytest.approx([4, 2, 1])
+    assert 'forward' not in vars(model['head'])
 
 
 @pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason='only Linux tells the peak')

@@ -35,7 +35,8 @@ the weights: on CUDA as torch allocates it, on a CPU as the resident memory of a
 not compiled.
 
 With --profile the time of torch's operators is printed by kind of work, without that of Python. The
-profiler itself takes some time, so that only shares can be compared.
+profiler itself takes some time, so that only shares can be compared. For forward passes of a model
+the time in backbone, neck and heads is printed as well, that of Python included.
 
 In half precision, forward passes run on cast weights; the libraries' own modules, which do not
 support that alone, also run under autocast. Training runs under autocast with weights in float32,
@@ -47,6 +48,7 @@ examples:
   mmtoken benchmark CFG --shape 512 512 --threads 2 --rounds 20 --json out.json
   mmtoken benchmark CFG --device cuda --dtype float16 --batch-size 8 --train
   mmtoken benchmark CFG --part model --against OTHER_CFG.py
+  mmtoken benchmark CFG --part model --profile
   mmtoken benchmark DGE_CFG --ratio 0.43
   mmtoken benchmark MSVIT_CFG --batch-size 4 --ratio 0.2 0.4 0.6 0.8
 """
@@ -112,7 +114,9 @@ def parse_args():
         help="all through torch.compile, without the library's own backbone",
     )
     parser.add_argument(
-        '--profile', action='store_true', help='also where the time goes, by kind of work'
+        '--profile',
+        action='store_true',
+        help='also where the time goes, by kind of work and by part of the model',
     )
     parser.add_argument(
         '--against', nargs='+', default=[], metavar='CFG', help='further configs to compare with'
@@ -188,6 +192,7 @@ def summarize(measured: dict, targets: dict) -> dict:
             if sparse.profile
             else {}
         ),
+        **(dict(parts_ms={name: m.parts for name, m in measured.items()}) if sparse.parts else {}),
     )  # fmt: skip
 
 
@@ -244,8 +249,11 @@ def report(results: dict, measured: dict, targets: dict) -> None:
             f'{ratio["median"]:.2f} ({ratio["min"]:.2f}–{ratio["max"]:.2f})' if ratio else '',
         )
     console.print(table)
-    if measured['sparse'].profile:
-        console.print(profile_table(measured, targets))
+    labels = [targets[name].name.rpartition('.')[2] for name in measured]
+    for title, group in (('kind of work', 'profile'), ('part of the model', 'parts')):
+        times = [getattr(m, group) for m in measured.values()]
+        if all(times):
+            console.print(time_table(title, labels, times))
     console.print(
         f'MAC ratio {results["mac_ratio"]:.2f} (executed {results["executed_ratio"]:.2f}), '
         f'speed-up over the twin {results["speedup"]:.2f}, realised {results["realised"]:.2f}.'
@@ -262,16 +270,15 @@ def report(results: dict, measured: dict, targets: dict) -> None:
     console.print(f'{machine}, rounds: {results["rounds"]}.')
 
 
-def profile_table(measured: dict, targets: dict) -> Table:
-    """Milliseconds and shares by kind of work, a column for each network."""
+def time_table(title: str, labels: list[str], times: list[dict[str, float]]) -> Table:
+    """Where the time goes: milliseconds and shares, a column for each network."""
     table = Table(title='Where the time goes, in ms', box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column('kind of work')
-    profiles = [m.profile for m in measured.values()]
-    for name in measured:
-        table.add_column(targets[name].name.rpartition('.')[2], justify='right')
-    for kind in profiles[0]:
-        shares = ((p[kind], p[kind] / sum(p.values())) for p in profiles)
-        table.add_row(kind, *(f'{figure(ms)} ({share:.0%})' for ms, share in shares))
+    table.add_column(title)
+    for label in labels:
+        table.add_column(label, justify='right')
+    for row in dict.fromkeys(row for column in times for row in column):
+        shares = ((t.get(row, 0), t.get(row, 0) / sum(t.values())) for t in times)
+        table.add_row(row, *(f'{figure(ms)} ({share:.0%})' for ms, share in shares))
     return table
 
 
