@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from measure import TimedModel, checkpoint
+from measure import TimedModel, Trained, trainings
 from mmengine.config import DictAction
 from mmengine.runner import Runner
 from rich.box import SIMPLE_HEAD
@@ -33,7 +33,8 @@ def main() -> int:
     args = parse_args()
     torch.set_num_threads(1)
     row = read_rows(args.task)[args.row]
-    if checkpoint(row, args.seed) is None:
+    trained = trainings(row, args.seed)
+    if not trained:
         raise SystemExit(f'{args.row} has no checkpoint: benchmarks/study/run.py {args.task} ...')
     file = RESULTS / args.task / f'budgets_{args.row}.json'
     known = json.loads(file.read_text())['budgets'] if file.exists() else {}
@@ -43,7 +44,7 @@ def main() -> int:
         if tokens not in scores:
             scores[tokens] = test(row, args.seed, tokens, args.cfg_options or {})
             write(file, args, {t: dict(scores=s) for t, s in scores.items()})
-    costs = measure(row, budgets, args)
+    costs = measure(trained[0], budgets, args)
     write(file, args, {t: dict(scores=scores[t], **costs[t]) for t in budgets})
     report(json.loads(file.read_text())['budgets'])
     return 0
@@ -80,9 +81,9 @@ def test(row: Row, seed: int, tokens: float, options: dict) -> dict[str, float]:
     return {name: round(float(value), 3) for name, value in runner.test().items()}
 
 
-def measure(row: Row, budgets: list[float], args: argparse.Namespace) -> dict[float, dict]:
+def measure(trained: Trained, budgets: list[float], args: argparse.Namespace) -> dict[float, dict]:
     """Milliseconds and multiply-accumulates by budget."""
-    model = TimedModel(row, args.seed, args.photos, 1)
+    model = TimedModel(trained, args.photos, 1)
     batches = range(len(model.batches))
     times = {tokens: [] for tokens in budgets}
     model.run(0)

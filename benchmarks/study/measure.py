@@ -6,6 +6,7 @@ import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
 from statistics import mean, median
+from typing import NamedTuple
 
 import torch
 from mmengine.config import Config
@@ -47,22 +48,24 @@ def main() -> int:
     """Measure and write; return 0."""
     args = parse_args()
     torch.set_num_threads(args.threads)
-    rows = [row for row in read_rows(args.task).values() if checkpoint(row, args.seed)]
+    trained = [
+        first for row in read_rows(args.task).values() for first in trainings(row, args.seed)[:1]
+    ]
     if args.rows:
-        if unknown := set(args.rows) - {row.name for row in rows}:
+        if unknown := set(args.rows) - {row.name for row, *_ in trained}:
             raise SystemExit(f'no checkpoint in work_dirs/study of {", ".join(sorted(unknown))}')
-        rows = [row for row in rows if row.name in args.rows]
-    if not rows:
+        trained = [found for found in trained if found.row.name in args.rows]
+    if not trained:
         raise SystemExit(f'no row of {args.task}.yml has a checkpoint in work_dirs/study')
     suffix = '' if args.batch_size == 1 else f'_batch{args.batch_size}'
     file = RESULTS / args.task / f'cost{suffix}.json'
     measured = json.loads(file.read_text())['rows'].keys() if file.exists() else set()
-    if lost := measured - {row.name for row in rows}:
+    if lost := measured - {row.name for row, *_ in trained}:
         raise SystemExit(
             f'{file} has rows that would be lost, {", ".join(sorted(lost))}: measure them too, or '
             'move the file away'
         )
-    costs = measure(rows, args)
+    costs = measure(trained, args)
     with replacing(file) as new:
         new.write_text(json.dumps(costs, indent=2) + '\n')
     report(costs['rows'])
@@ -76,27 +79,43 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('task', choices=tasks())
     parser.add_argument('--rows', nargs='+', metavar='ROW', help='these alone (default: all)')
     parser.add_argument('--batch-size', type=int, default=1, metavar='N', help='default: 1')
-    parser.add_argument('--seed', type=int, default=0, help='whose checkpoints (default: 0)')
+    parser.add_argument(
+        '--seed', type=int, help='whose checkpoints (default: the first that a row has)'
+    )
     parser.add_argument('--photos', type=int, default=8, help='of the test set (default: 8)')
     parser.add_argument('--rounds', type=int, default=3, help='of timing (default: 3)')
     parser.add_argument('--threads', type=int, default=1, help='of the CPU (default: 1)')
     return parser.parse_args()
 
 
-def checkpoint(row: Row, seed: int) -> str | None:
-    """The last checkpoint of a row's training; None if there is none."""
-    folder = row.work_dir(seed)
-    return find_latest_checkpoint(folder) if folder.is_dir() and row.result(seed).exists() else None
+class Trained(NamedTuple):
+    """One training of a row, and its last checkpoint."""
+
+    row: Row
+    seed: int
+    checkpoint: str
+
+
+def trainings(row: Row, seed: int | None = None) -> list[Trained]:
+    """The finished trainings of a row that have a checkpoint, or that of one seed alone."""
+    results = RESULTS.glob(f'{row.task}/{row.name}_seed*.json')
+    seeds = sorted(int(path.stem.rpartition('_seed')[2]) for path in results)
+    found = [
+        Trained(row, finished, find_latest_checkpoint(row.work_dir(finished)))
+        for finished in seeds
+        if seed in (None, finished) and row.work_dir(finished).is_dir()
+    ]
+    return [training for training in found if training.checkpoint]
 
 
 class TimedModel:
     """A trained model, its photographs, and a clock on its backbone."""
 
-    def __init__(self, row: Row, seed: int, photos: int, batch_size: int) -> None:
-        cfg = row.load(seed)
+    def __init__(self, trained: Trained, photos: int, batch_size: int) -> None:
+        cfg = trained.row.load(trained.seed)
         cfg.model.backbone.pop('init_cfg', None)  # the checkpoint has all
-        self.row = row
-        self.model = load_model(cfg, checkpoint(row, seed))
+        self.row = trained.row
+        self.model = load_model(cfg, trained.checkpoint)
         self.batch_size = batch_size
         self.batches = load_photos(cfg, photos, batch_size)
         self.backbone_seconds = 0.0
@@ -146,9 +165,9 @@ def load_photos(cfg: Config, number: int, batch_size: int) -> list[dict]:
     return [pseudo_collate(photos[i : i + batch_size]) for i in range(0, number, batch_size)]
 
 
-def measure(rows: list[Row], args: argparse.Namespace) -> dict:
+def measure(trained: list[Trained], args: argparse.Namespace) -> dict:
     """What the JSON holds."""
-    models = [TimedModel(row, args.seed, args.photos, args.batch_size) for row in rows]
+    models = [TimedModel(found, args.photos, args.batch_size) for found in trained]
     batches = range(len(models[0].batches))
     for model in track(models, 'Warming up'):
         model.run(0)
@@ -160,7 +179,7 @@ def measure(rows: list[Row], args: argparse.Namespace) -> dict:
             for model in models[:: -1 if (turn + batch) % 2 else 1]:
                 times[model.row.name][-1].append(model.run(batch))
     results = {}
-    for model in track(models, 'Counting'):
+    for found, model in track(list(zip(trained, models, strict=True)), 'Counting'):
         name = model.row.name
         whole, backbone = (
             [[pair[i] for pair in of_batches] for of_batches in times[name]] for i in range(2)
@@ -170,7 +189,7 @@ def measure(rows: list[Row], args: argparse.Namespace) -> dict:
             ms_by_batch=spread([median(of_rounds) for of_rounds in zip(*whole, strict=True)]),
             backbone_ms=spread([mean(of_batches) for of_batches in backbone]),
             gmacs=spread([model.macs(batch) for batch in batches]),
-            peak_mb=peak_mb(model.row, args),
+            peak_mb=peak_mb(found, args),
         )
     return dict(
         photos=len(batches) * args.batch_size,
@@ -182,18 +201,18 @@ def measure(rows: list[Row], args: argparse.Namespace) -> dict:
     )
 
 
-def peak_mb(row: Row, args: argparse.Namespace) -> float | None:
+def peak_mb(trained: Trained, args: argparse.Namespace) -> float | None:
     """Peak of memory in a process of its own; None without Linux."""
     if not CLEAR_REFS.exists():
         return None
     context = multiprocessing.get_context('spawn')
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(_peak, row, args).result()
+        return pool.submit(_peak, trained, args).result()
 
 
-def _peak(row: Row, args: argparse.Namespace) -> float:
+def _peak(trained: Trained, args: argparse.Namespace) -> float:
     torch.set_num_threads(args.threads)
-    model = TimedModel(row, args.seed, args.batch_size, args.batch_size)
+    model = TimedModel(trained, args.batch_size, args.batch_size)
     with torch.no_grad():
         model.model.backbone(torch.rand(1, 3, 64, 64))  # loads libraries and starts threads
     return resident_peak_mb(lambda: model.run(0))
