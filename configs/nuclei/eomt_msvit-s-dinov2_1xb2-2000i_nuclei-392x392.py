@@ -1,5 +1,6 @@
 # The encoder-only head from weights of DINOv2: queries join the last three blocks. Half of the
-# regions is fine in the nine before.
+# regions is fine in the nine before. Training sees quarters of images, which makes an iteration six
+# times as fast; testing sees whole images.
 _base_ = [
     '../_base_/mmtoken.py',
     '../_base_/datasets/nuclei_392x392.py',
@@ -19,7 +20,7 @@ model = dict(
         bgr_to_rgb=True,
         pad_mask=True,
         pad_size_divisor=28,
-        batch_augments=[dict(type='BatchFixedSizePad', size=(392, 392), pad_mask=True)],
+        batch_augments=[dict(type='BatchFixedSizePad', size=(196, 196), pad_mask=True)],
     ),
     backbone=dict(
         type='mmtoken.MSViT',
@@ -47,10 +48,10 @@ model = dict(
         decoder=dict(
             arch='small',
             num_blocks=3,
-            num_queries=200,
+            num_queries=100,
             patch_size=14,
             layer_scale=1e-5,
-            annealing=dict(total_iters=300),
+            annealing=dict(total_iters=2000),
             init_cfg=init_cfg,
         ),
     ),
@@ -61,16 +62,25 @@ model = dict(
         loss_panoptic=None,
         init_cfg=None,
     ),
-    train_cfg=dict(num_points=4096),
+    train_cfg=dict(num_points=1024),
     test_cfg=dict(
         panoptic_on=False,
         semantic_on=False,
         instance_on=True,
-        max_per_image=200,
+        max_per_image=100,
         iou_thr=0.8,
         filter_low_score=True,
     ),
 )
+train_pipeline = _base_.train_pipeline
+train_pipeline.insert(-1, dict(type='RandomCrop', crop_size=(196, 196)))
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+train_cfg = dict(max_iters=2000, val_interval=1000)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
+    dict(type='PolyLR', eta_min=0.0, power=1.0, begin=100, end=2000, by_epoch=False),
+]
+default_hooks = dict(checkpoint=dict(interval=500))
 optim_wrapper = dict(
     paramwise_cfg=dict(
         custom_keys={
