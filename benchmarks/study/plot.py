@@ -15,8 +15,9 @@ from summaries import Summary, is_dense, summarize, with_shared_seeds
 DESCRIPTION = """\
 Draw docs/images/study_TASK.svg from the results in benchmarks/study/results/TASK: a panel for each
 score, milliseconds of the whole model to the right. The line joins the dense network at several
-resolutions, which is what a method has to beat. Bars are standard deviations over seeds. Rows far
-below all resolutions are named at the bottom, with their scores.
+resolutions, which is what a method has to beat; dashes lead from a row to its dense twin. Bars are
+standard deviations over seeds. Rows far below all resolutions are named at the bottom, with their
+scores.
 """
 DENSE = 'dense'
 FAR_BELOW = 3  # points
@@ -64,8 +65,13 @@ def draw_panel(ax: Axes, summaries: list[Summary], score: str) -> None:
         [milliseconds(s) for s in dense], [mean(s.scores[score]) for s in dense],
         color='0.5', linewidth=1, zorder=1, label='dense, lower resolutions',
     )  # fmt: skip
-    lowest = min(mean(s.scores[score]) for s in dense) - FAR_BELOW
+    lowest = min((mean(s.scores[score]) - FAR_BELOW for s in dense), default=0)
     shown = [s for s in summaries if mean(s.scores[score]) >= lowest]
+    for pair in twins(shown):
+        ax.plot(
+            [milliseconds(s) for s in pair], [mean(s.scores[score]) for s in pair],
+            color='0.5', linewidth=0.8, linestyle=(0, (4, 3)), zorder=1,
+        )  # fmt: skip
     styles = dict(dense=('o', '0.4'), baseline=('s', 'tab:orange'), method=('D', 'tab:blue'))
     for summary in shown:
         marker, color = styles[kind(summary.name)]
@@ -85,6 +91,12 @@ def draw_panel(ax: Axes, summaries: list[Summary], score: str) -> None:
     )
     if missing:
         ax.text(0.99, 0.02, f'below: {missing}', transform=ax.transAxes, ha='right', fontsize=7)
+
+
+def twins(summaries: list[Summary]) -> list[tuple[Summary, Summary]]:
+    """Rows that have a dense twin of their own, with it."""
+    by_name = {s.name: s for s in summaries}
+    return [(s, by_name[name]) for s in summaries if (name := f'{s.name}_{DENSE}') in by_name]
 
 
 def write_names(ax: Axes, summaries: list[Summary], score: str, colors: dict[str, str]) -> None:

@@ -122,6 +122,10 @@ def test_a_row_is_trained_tested_measured_and_drawn(study, tmp_path, monkeypatch
     assert '420×280' in drawn and 'boundary mIoU' in drawn
     study['plot'].draw([summary], out)
     assert out.read_text() == drawn
+    pair = [replace(summary, name=name) for name in ('swat', 'swat_dense')]
+    assert study['plot'].twins([summary, *pair]) == [tuple(pair)]
+    study['plot'].draw(pair, out)  # without other resolutions
+    assert 'swat_dense' in out.read_text()
 
 
 def test_budgets_of_one_checkpoint(study, tmp_path, monkeypatch):
