@@ -114,7 +114,7 @@ class TimedModel:
     def __init__(self, trained: Trained, photos: int, batch_size: int) -> None:
         cfg = trained.row.load(trained.seed)
         cfg.model.backbone.pop('init_cfg', None)  # the checkpoint has all
-        self.row = trained.row
+        self.trained, self.row = trained, trained.row
         self.model = load_model(cfg, trained.checkpoint)
         self.batch_size = batch_size
         self.batches = load_photos(cfg, photos, batch_size)
@@ -179,7 +179,7 @@ def measure(trained: list[Trained], args: argparse.Namespace) -> dict:
             for model in models[:: -1 if (turn + batch) % 2 else 1]:
                 times[model.row.name][-1].append(model.run(batch))
     results = {}
-    for found, model in track(list(zip(trained, models, strict=True)), 'Counting'):
+    for model in track(models, 'Counting'):
         name = model.row.name
         whole, backbone = (
             [[pair[i] for pair in of_batches] for of_batches in times[name]] for i in range(2)
@@ -189,7 +189,7 @@ def measure(trained: list[Trained], args: argparse.Namespace) -> dict:
             ms_by_batch=spread([median(of_rounds) for of_rounds in zip(*whole, strict=True)]),
             backbone_ms=spread([mean(of_batches) for of_batches in backbone]),
             gmacs=spread([model.macs(batch) for batch in batches]),
-            peak_mb=peak_mb(found, args),
+            peak_mb=peak_mb(model.trained, args),
         )
     return dict(
         photos=len(batches) * args.batch_size,
