@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import levers  # noqa: F401  registers the backbones that some rows name
 import yaml
 from mmengine.config import Config
 from mmengine.runner.checkpoint import find_latest_checkpoint

@@ -73,6 +73,12 @@ def summarize(task: str) -> list[Summary]:
     return summaries
 
 
+def of_seed(summary: Summary, seed: int) -> Summary:
+    """A row with one of its seeds."""
+    i = summary.seeds.index(seed)
+    return replace(summary, seeds=[seed], scores={k: [v[i]] for k, v in summary.scores.items()})
+
+
 def with_shared_seeds(summaries: list[Summary]) -> list[Summary]:
     """Summaries of the seeds that all rows have: a seed changes every row, so others mislead."""
     if not summaries:
@@ -86,6 +92,36 @@ def with_shared_seeds(summaries: list[Summary]) -> list[Summary]:
         )
         for s in summaries
     ]
+
+
+def twin_of(summary: Summary, summaries: list[Summary]) -> Summary | None:
+    """The dense twin of a row: ``NAME_dense``, or else ``dense``; None for dense networks."""
+    named = {s.name: s for s in summaries}
+    if 'dense' in summary.name.split('_'):
+        return None
+    return named.get(f'{summary.name}_dense') or named.get('dense')
+
+
+def above_twin_by_seed(summary: Summary, summaries: list[Summary], score: str) -> list[float]:
+    """Points above the dense twin, with each seed that both have."""
+    twin = twin_of(summary, summaries)
+    if twin is None:
+        return []
+    return [
+        of_seed(summary, seed).scores[score][0] - of_seed(twin, seed).scores[score][0]
+        for seed in summary.seeds
+        if seed in twin.seeds
+    ]
+
+
+def above_line_by_seed(summary: Summary, summaries: list[Summary], score: str) -> list[float]:
+    """Points above the line with each seed, through resolutions that have all seeds of the row."""
+    line = [s for s in summaries if is_dense(s.name) and set(summary.seeds) <= set(s.seeds)]
+    found = [
+        above_line(of_seed(summary, seed), [of_seed(s, seed) for s in line], score)
+        for seed in summary.seeds
+    ]
+    return [] if None in found else found
 
 
 def points(key: str, value: float) -> float:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from mmtoken.registry import MODELS
 
 STUDY = Path(__file__).resolve().parents[2] / 'benchmarks' / 'study'
 NAMES = ('rows', 'run', 'summaries', 'measure', 'plot', 'budgets', 'plot_budgets')
@@ -67,6 +70,30 @@ def test_rows_are_compared_with_the_seeds_that_all_have(study):
     ]
     shared = study['summaries'].with_shared_seeds(made)
     assert [(s.seeds, s.scores['mIoU']) for s in shared] == [([0, 2], [40, 44]), ([0, 2], [41, 45])]
+
+
+def test_seeds_are_compared_one_by_one(study):
+    module = study['summaries']
+    made = [
+        module.Summary(name, seeds, {'mIoU': scores}, None, dict(ms=dict(median=ms)), None)
+        for name, seeds, scores, ms in [
+            ('dense', [0, 1], [50, 60], 400),
+            ('dense_1', [0, 1], [40, 44], 200),
+            ('dense_2', [0], [90], 300),  # the line of two seeds leaves it out
+            ('fast', [0, 1], [46, 53], 300),
+            ('slow', [0, 1], [51, 59], 500),  # beyond the line
+            ('eomt', [1, 2], [9, 9], 300),
+            ('eomt_dense', [0, 1], [7, 8], 300),
+        ]
+    ]
+    by_name = {s.name: s for s in made}
+    twin, line = module.above_twin_by_seed, module.above_line_by_seed
+    assert twin(by_name['fast'], made, 'mIoU') == [-4, -7]
+    assert twin(by_name['eomt'], made, 'mIoU') == [1]
+    assert line(by_name['fast'], made, 'mIoU') == pytest.approx([1, 1])
+    for dense in ('dense', 'dense_1', 'eomt_dense'):
+        assert twin(by_name[dense], made, 'mIoU') == []
+    assert line(by_name['dense'], made, 'mIoU') == line(by_name['slow'], made, 'mIoU') == []
 
 
 def test_nothing_has_no_shared_seeds(study):
@@ -176,3 +203,40 @@ def test_curve_of_budgets(study, tmp_path, monkeypatch, capsys):
     drawn = (tmp_path / 'docs' / 'images' / 'budgets_ccp.svg').read_text()
     assert all(word in drawn for word in ('msvit', 'dge', 'dense, seed 1', 'boundary mIoU'))
     assert 'docs/images/budgets_ccp.svg' in capsys.readouterr().out
+
+
+SMALL = dict(embed_dims=32, num_layers=3, num_heads=2, feedforward_channels=64)
+
+
+@pytest.mark.parametrize(
+    'variant, base, args',
+    [
+        ('LearnedMergeMSViT', 'MSViT', dict(gate=dict(input='patches', fine_ratio=0.25))),
+        ('DetailMSViT', 'MSViT', dict(gate=dict(input='patches', fine_ratio=0.25))),
+        ('InterpolatedDGEDeiT', 'DGEDeiT', dict(router=dict(query_ratio=0.5), frozen_stages=1)),
+    ],
+)
+def test_a_variant_starts_as_its_backbone_and_learns(study, variant, base, args):
+    torch.manual_seed(0)
+    made, plain = (
+        MODELS.build(dict(type=f'mmtoken.{name}', arch=SMALL, cls_token=True, **args)).eval()
+        for name in (variant, base)
+    )
+    new, _ = made.load_state_dict(plain.state_dict(), strict=False)
+    assert new
+    x = torch.rand(2, 3, 80, 112)
+    assert torch.allclose(made(x)[0], plain(x)[0], atol=1e-6)
+    made(x)[0].square().sum().backward()
+    parameters = dict(made.named_parameters())
+    assert all(parameters[name].grad.any() for name in new)
+
+
+def test_fewer_layers_end_with_the_norm(study):
+    args = dict(type='mmtoken.FewerLayersMSViT', arch=SMALL, gate=None)
+    x = torch.rand(1, 3, 32, 32)
+    full, fewer = (MODELS.build(dict(args, out_indices=[i])).eval() for i in (2, 1))
+    assert len(fewer.blocks) == 2
+    fewer.norm.weight.data.fill_(0)
+    fewer.norm.bias.data.fill_(3)
+    assert torch.equal(fewer(x)[0], torch.full((1, 32, 2, 2), 3.0))
+    assert full(x)[0].shape == fewer(x)[0].shape

@@ -31,14 +31,23 @@ def study(task: str) -> str:
 
 def seeds(task: str) -> str:
     """Scores of the rows that were trained with several seeds, seed by seed."""
-    several = [s for s in study_module('summaries').summarize(task) if len(s.seeds) > 1]
+    module = study_module('summaries')
+    summaries = module.summarize(task)
+    several = [s for s in summaries if len(s.seeds) > 1]
     columns = sorted({seed for summary in several for seed in summary.seeds})
+    comparisons = {
+        'above the twin': module.above_twin_by_seed,
+        'above the line': module.above_line_by_seed,
+    }
     rows = []
     for summary in several:
         by_seed = dict(zip(summary.seeds, zip(*summary.scores.values(), strict=True), strict=True))
-        cells = (' / '.join(f'{v:.2f}' for v in by_seed.get(seed, ())) for seed in columns)
+        cells = [' / '.join(f'{v:.2f}' for v in by_seed.get(seed, ())) for seed in columns]
+        for compare in comparisons.values():
+            found = [compare(summary, summaries, name) for name in summary.scores]
+            cells.append(' / '.join(plus_minus(spread(v), signed) for v in found if v))
         rows.append((f'`{summary.name}`', *(cell or '–' for cell in cells)))
-    return markdown(('row', *(f'seed {seed}' for seed in columns)), rows)
+    return markdown(('row', *(f'seed {seed}' for seed in columns), *comparisons), rows)
 
 
 def costs(cost: dict | None) -> tuple[str, str, str]:
