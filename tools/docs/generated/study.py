@@ -35,19 +35,25 @@ def seeds(task: str) -> str:
     summaries = module.summarize(task)
     several = [s for s in summaries if len(s.seeds) > 1]
     columns = sorted({seed for summary in several for seed in summary.seeds})
+    rows = []
+    for summary in several:
+        by_seed = dict(zip(summary.seeds, zip(*summary.scores.values(), strict=True), strict=True))
+        cells = (' / '.join(f'{v:.2f}' for v in by_seed.get(seed, ())) for seed in columns)
+        rows.append((f'`{summary.name}`', *(cell or '–' for cell in cells)))
+    header = ['row', *(f'seed {seed}' for seed in columns)]
     comparisons = {
         'above the twin': module.above_twin_by_seed,
         'above the line': module.above_line_by_seed,
     }
-    rows = []
-    for summary in several:
-        by_seed = dict(zip(summary.seeds, zip(*summary.scores.values(), strict=True), strict=True))
-        cells = [' / '.join(f'{v:.2f}' for v in by_seed.get(seed, ())) for seed in columns]
-        for compare in comparisons.values():
+    for title, compare in comparisons.items():
+        cells = []
+        for summary in several:
             found = [compare(summary, summaries, name) for name in summary.scores]
             cells.append(' / '.join(plus_minus(spread(v), signed) for v in found if v))
-        rows.append((f'`{summary.name}`', *(cell or '–' for cell in cells)))
-    return markdown(('row', *(f'seed {seed}' for seed in columns), *comparisons), rows)
+        if any(cells):
+            header.append(title)
+            rows = [(*row, cell or '–') for row, cell in zip(rows, cells, strict=True)]
+    return markdown(header, rows)
 
 
 def costs(cost: dict | None) -> tuple[str, str, str]:
