@@ -5,6 +5,8 @@ import pytest
 import torch
 from metafiles import cache_metafiles
 
+from mmtoken.runtime.aux_losses import AuxLossCollector
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [
     str(ROOT / 'tools' / folder) for folder in ('', 'datasets', 'analysis', 'docs', 'misc')
@@ -16,6 +18,20 @@ cache_metafiles()
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def published_names(monkeypatch):
+    """Names of the losses that networks publish, one for each time."""
+    names = []
+    add = AuxLossCollector.add
+
+    def note_and_add(collector, name, value):
+        names.append(name)
+        add(collector, name, value)
+
+    monkeypatch.setattr(AuxLossCollector, 'add', note_and_add)
+    return names
 
 
 @pytest.fixture(scope='session')

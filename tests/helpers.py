@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from mmengine.config import ConfigDict
+from mmengine.registry import init_default_scope
+from mmengine.utils import import_modules_from_strings
 from torch import nn
 
 from mmtoken.layers.common.gate import RegionGate
@@ -62,3 +65,22 @@ def randomize(model: nn.Module, std: float = 0.3) -> nn.Module:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=std)
     return model
+
+
+def model_of(library: str, backbone: dict, neck: dict | list[dict]) -> ConfigDict:
+    """A small segmentor of mmseg or detector of mmdet on four maps of 16 channels."""
+    import_modules_from_strings([f'{library}.models'])
+    init_default_scope(library)
+    head = dict(
+        type='FPNHead', in_channels=[16] * 4, in_index=[0, 1, 2, 3], feature_strides=[4, 8, 16, 32],
+        channels=8, num_classes=3, norm_cfg=dict(type='BN'),
+    )  # fmt: skip
+    model = dict(
+        mmseg=dict(type='EncoderDecoder', decode_head=head, train_cfg={}, test_cfg={}),
+        mmdet=dict(type='SingleStageDetector', bbox_head=dict(
+            type='FCOSHead', num_classes=3, in_channels=16, feat_channels=8, stacked_convs=1,
+            strides=[4, 8, 16, 32], regress_ranges=((-1, 16), (16, 32), (32, 64), (64, 1e8)),
+            norm_cfg=None,
+        )),
+    )[library]  # fmt: skip
+    return ConfigDict(model, backbone=backbone, neck=neck)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -44,6 +45,35 @@ def test_every_backbone_is_covered():
     assert set(FAMILIES) == set(backbones.__all__)
     for name in FAMILIES:
         assert MODELS.get(f'mmtoken.{name}') is getattr(backbones, name)
+
+
+@pytest.mark.parametrize('cfg', CASES)
+def test_losses_of_its_own_need_the_hook(cfg):
+    model, image = build(cfg).train(), torch.randn(1, 3, 64, 64)
+    with mmtoken.token_losses() as published:
+        model(image)
+    has_losses = any(value.requires_grad for value in published.values())
+    needs_hook = pytest.raises(RuntimeError, match='mmtoken.TokenLossHook')
+    with needs_hook if has_losses else nullcontext():
+        model(image)
+    with torch.no_grad():
+        model(image)
+    model.eval()(image)
+
+
+@pytest.mark.parametrize(
+    'name, args',
+    [
+        *((name, getattr(backbones, name).twin_args) for name in FAMILIES),
+        ('DGEDeiT', dict(budget=None)),
+        ('MSViT', dict(gate=dict(loss=None))),
+        ('MSViT', dict(frozen_stages=0)),  # the gate too
+    ],
+)
+def test_nothing_without_losses_of_its_own_needs_the_hook(name, args):
+    build(dict(FAMILIES[name].small, type=f'mmtoken.{name}', **args)).train()(
+        torch.randn(1, 3, 64, 64)
+    )
 
 
 @pytest.mark.parametrize('cfg', CASES)

@@ -236,22 +236,16 @@ def test_what_is_published():
 
 @pytest.mark.parametrize('with_cp', [False, True])
 @pytest.mark.parametrize('outside', [False, True])
-def test_published_once(with_cp, outside, monkeypatch):
+def test_published_once(with_cp, outside, published_names):
     """Also when backward makes everything again while somebody collects."""
-    added = []
-    monkeypatch.setattr(
-        mmtoken.runtime.aux_losses.AuxLossCollector,
-        'add',
-        lambda sink, name, value: added.append((name, value)),
-    )
     model = stir_routers(make(with_cp=with_cp)).train()
     image = torch.randn(2, 3, 128, 128, requires_grad=True)
     with mmtoken.token_losses(), record_routing() as record:
         maps = checkpoint(model, image, use_reentrant=False) if outside else model(image)
-        names = [name for name, _ in added]
-        assert names.count('loss_budget') == 1 and len(names) == 6 and len(record) == 5
+        assert published_names.count('loss_budget') == 1
+        assert len(published_names) == 6 and len(record) == 5
         sum(m.square().mean() for m in maps).backward(retain_graph=not outside)
-    assert len(added) == 6 and len(record) == 5 * (1 + outside)
+    assert len(published_names) == 6 and len(record) == 5 * (1 + outside)
     if outside:
         assert all(
             torch.equal(a.choice, b.choice) for a, b in zip(record, record[5:], strict=False)
@@ -276,16 +270,6 @@ def test_task_alone_teaches_routers(train_mode):
     sum((m * torch.randn_like(m)).mean() for m in maps).backward()
     gates = [p for name, p in model.named_parameters() if 'router' in name]
     assert len(gates) == 10 and all(p.grad.any() for p in gates)
-
-
-def test_forgotten_hook():
-    model, image = make().train(), torch.randn(1, 3, 64, 64)
-    with pytest.raises(RuntimeError, match='mmtoken.TokenLossHook'):
-        model(image)
-    with torch.no_grad():
-        model(image)
-    model.eval()(image)
-    make(**DGEPVT.twin_args).train()(image)
 
 
 def test_budget_is_built_from_its_config():

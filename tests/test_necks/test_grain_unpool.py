@@ -1,9 +1,7 @@
 import pytest
 import torch
-from helpers import stir_routers
-from mmengine.config import ConfigDict
-from mmengine.registry import MODELS, init_default_scope
-from mmengine.utils import import_modules_from_strings
+from helpers import model_of, stir_routers
+from mmengine.registry import MODELS
 
 import mmtoken
 from mmtoken.analysis import dense_twin
@@ -104,21 +102,7 @@ BOTH = [
 
 @pytest.mark.parametrize('library', ['mmdet', 'mmseg'])
 def test_behind_a_backbone_of_the_libraries(library):
-    import_modules_from_strings([f'{library}.models'])
-    init_default_scope(library)
-    head = dict(
-        type='FPNHead', in_channels=[16] * 4, in_index=[0, 1, 2, 3], feature_strides=[4, 8, 16, 32],
-        channels=8, num_classes=3, norm_cfg=dict(type='BN'),
-    )  # fmt: skip
-    model = dict(
-        mmseg=dict(type='EncoderDecoder', decode_head=head, train_cfg={}, test_cfg={}),
-        mmdet=dict(type='SingleStageDetector', bbox_head=dict(
-            type='FCOSHead', num_classes=3, in_channels=16, feat_channels=8, stacked_convs=1,
-            strides=[4, 8, 16, 32], regress_ranges=((-1, 16), (16, 32), (32, 64), (64, 1e8)),
-            norm_cfg=None,
-        )),
-    )[library]  # fmt: skip
-    cfg = ConfigDict(model, backbone=RESNET, neck=BOTH)
+    cfg = model_of(library, RESNET, BOTH)
     twin = dense_twin(cfg)
     assert twin.neck[0].granularities == (1,) and twin.neck[0].budget is None
     network = MODELS.build(cfg)
