@@ -72,26 +72,38 @@ def one_by_one(query, key, value, lengths):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize('lengths', [[4], [3, 3], [5, 1, 9], [1, 1, 2], [0, 4, 3]])
-@pytest.mark.parametrize('way', ['chosen', 'reference', 'padded', 'reference path'])
-def test_queries_see_the_keys_of_their_own_image(way, lengths):
-    tensors = packed(lengths, dtype=torch.float64)
-    expected = one_by_one(*tensors, lengths)
+WAYS = ('chosen', 'reference', 'padded', 'reference path')
+
+
+def in_one_way(way, fast, reference, tensors, lengths):
+    """The reference, or what a function chooses on the CPU, elsewhere, or on the reference path."""
     if way == 'reference':
-        out = varlen_cross_attention_reference(*tensors, lengths)
-    elif way == 'padded':
-        out = varlen_cross_attention(*(t.as_subclass(Elsewhere) for t in tensors), lengths)
-    elif way == 'reference path':
-        with reference_path():
-            out = varlen_cross_attention(*(t.as_subclass(Elsewhere) for t in tensors), lengths)
-    else:
-        out = varlen_cross_attention(*tensors, lengths)
-    out = out.as_subclass(torch.Tensor)
+        return reference(*tensors, lengths)
+    if way == 'chosen':
+        return fast(*tensors, lengths)
+    tensors = [t.as_subclass(Elsewhere) for t in tensors]
+    with reference_path() if way == 'reference path' else nullcontext():
+        return fast(*tensors, lengths).as_subclass(torch.Tensor)
+
+
+def assert_same(out, expected, tensors):
+    """Values and gradients."""
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-12)
     weights = torch.randn_like(expected)
     grads = [torch.autograd.grad((o * weights).sum(), tensors) for o in (out, expected)]
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize('lengths', [[4], [3, 3], [5, 1, 9], [1, 1, 2], [0, 4, 3]])
+@pytest.mark.parametrize('way', WAYS)
+def test_queries_see_the_keys_of_their_own_image(way, lengths):
+    tensors = packed(lengths, dtype=torch.float64)
+    expected = one_by_one(*tensors, lengths)
+    out = in_one_way(
+        way, varlen_cross_attention, varlen_cross_attention_reference, tensors, lengths
+    )
+    assert_same(out, expected, tensors)
 
 
 @pytest.mark.parametrize('lengths', [[4], [6, 6], [5, 1, 9]])
@@ -175,25 +187,12 @@ def each_sequence(query, key, value, lengths):
 
 
 @pytest.mark.parametrize('lengths', [[5], [3, 3], [5, 1, 9], [1, 1, 2], [1]])
-@pytest.mark.parametrize('way', ['chosen', 'reference', 'padded', 'reference path'])
+@pytest.mark.parametrize('way', WAYS)
 def test_packed_tokens_see_their_own_sequence(way, lengths):
     tensors = sequences(lengths, dtype=torch.float64)
     expected = each_sequence(*tensors, lengths)
-    if way == 'reference':
-        out = varlen_attention_reference(*tensors, lengths)
-    elif way == 'padded':
-        out = varlen_attention(*(t.as_subclass(Elsewhere) for t in tensors), lengths)
-    elif way == 'reference path':
-        with reference_path():
-            out = varlen_attention(*(t.as_subclass(Elsewhere) for t in tensors), lengths)
-    else:
-        out = varlen_attention(*tensors, lengths)
-    out = out.as_subclass(torch.Tensor)
-    torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-12)
-    weights = torch.randn_like(expected)
-    grads = [torch.autograd.grad((o * weights).sum(), tensors) for o in (out, expected)]
-    for ours, theirs in zip(*grads, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+    out = in_one_way(way, varlen_attention, varlen_attention_reference, tensors, lengths)
+    assert_same(out, expected, tensors)
 
 
 @pytest.mark.parametrize('lengths', [[4], [6, 6], [5, 1, 9]])
