@@ -1,6 +1,7 @@
 """Two threads with two models do not see each other's switches, records and losses."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -44,24 +45,16 @@ def test_two_models_in_two_threads():
     images = torch.randn(2, 3, 64, 96)
     msvit, dge = MSViT(ARCH).train(), DGEPVT(PYRAMID, out_indices=(0, 1)).train()
 
-    def train_msvit(barrier):
-        override = mmtoken.routing_override(coarse_ratio=0.5)
+    def train(model, override, barrier):
         with override, record_routing() as record, mmtoken.token_losses() as losses:
             barrier.wait()
             for _ in range(3):
-                msvit(images)
+                model(images)
             barrier.wait()
         return record, losses
 
-    def train_dge(barrier):
-        override = mmtoken.routing_override(query_ratio=0.5)
-        with override, record_routing() as record, mmtoken.token_losses() as losses:
-            barrier.wait()
-            for _ in range(3):
-                dge(images)
-            barrier.wait()
-        return record, losses
-
+    train_msvit = partial(train, msvit, mmtoken.routing_override(coarse_ratio=0.5))
+    train_dge = partial(train, dge, mmtoken.routing_override(query_ratio=0.5))
     (scales, gate_losses), (cells, budget_losses) = run_together(train_msvit, train_dge)
     assert [decision.per_network for decision in scales] == [True] * 3
     assert [decision.per_network for decision in cells] == [False] * 6
