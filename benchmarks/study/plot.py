@@ -15,9 +15,12 @@ from summaries import Summary, is_dense, summarize, with_shared_seeds
 DESCRIPTION = """\
 Draw docs/images/study_TASK.svg from the results in benchmarks/study/results/TASK: a panel for each
 score, milliseconds of the whole model to the right. The line joins the dense network at several
-resolutions, which is what a method has to beat; dashes lead from a row to its dense twin. Bars are
-standard deviations over seeds. Rows far below all resolutions are named at the bottom, with their
-scores.
+resolutions, which is what a method has to beat; dashes lead from a row to its dense twin. Rows far
+below all resolutions are named at the bottom, with their scores.
+
+The seeds are those that all rows have, or with --seeds those given, and then only rows that have
+them all: docs/images/study_TASK_seeds.svg. Points are means over seeds, bars standard deviations
+of what is left once the mean over all rows of a seed is taken away, since a seed moves all rows.
 """
 DENSE = 'dense'
 FAR_BELOW = 3  # points
@@ -36,11 +39,17 @@ def main() -> int:
         description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('task', choices=tasks())
-    task = parser.parse_args().task
-    summaries = with_shared_seeds([s for s in summarize(task) if s.cost])
-    if not summaries:
+    parser.add_argument('--seeds', type=int, nargs='+', metavar='N', help='these, not all shared')
+    args = parser.parse_args()
+    task, seeds = args.task, set(args.seeds or ())
+    measured = [s for s in summarize(task) if s.cost]
+    if not measured:
         raise SystemExit(f'no row of {task} has been measured: benchmarks/study/measure.py {task}')
-    out = ROOT / 'docs' / 'images' / f'study_{task}.svg'
+    summaries = with_shared_seeds([s for s in measured if seeds <= set(s.seeds)], seeds or None)
+    if not summaries:
+        raise SystemExit(f'no row of {task} has all seeds {sorted(seeds)}')
+    suffix = '_seeds' if seeds else ''
+    out = ROOT / 'docs' / 'images' / f'study_{task}{suffix}.svg'
     draw(summaries, out)
     print(out.relative_to(ROOT))
     return 0
@@ -60,6 +69,7 @@ def draw(summaries: list[Summary], out: Path) -> None:
 
 def draw_panel(ax: Axes, summaries: list[Summary], score: str) -> None:
     """One score against milliseconds."""
+    deviations = deviations_within_seeds(summaries, score)
     dense = sorted((s for s in summaries if is_dense(s.name)), key=milliseconds)
     ax.plot(
         [milliseconds(s) for s in dense], [mean(s.scores[score]) for s in dense],
@@ -76,9 +86,8 @@ def draw_panel(ax: Axes, summaries: list[Summary], score: str) -> None:
     styles = dict(dense=('o', '0.4'), baseline=('s', 'tab:orange'), method=('D', 'tab:blue'))
     for summary in shown:
         marker, color = styles[kind(summary.name)]
-        values = summary.scores[score]
-        deviation = stdev(values) if len(values) > 1 else None
-        x, y = milliseconds(summary), mean(values)
+        x, y = milliseconds(summary), mean(summary.scores[score])
+        deviation = deviations.get(summary.name)
         ax.errorbar(x, y, deviation, fmt=marker, color=color, markersize=5, capsize=2, zorder=2)
     ax.set_xlabel('milliseconds a photograph')
     ax.set_ylabel(score)
@@ -92,6 +101,17 @@ def draw_panel(ax: Axes, summaries: list[Summary], score: str) -> None:
     )
     if missing:
         ax.text(0.99, 0.02, f'below: {missing}', transform=ax.transAxes, ha='right', fontsize=7)
+
+
+def deviations_within_seeds(summaries: list[Summary], score: str) -> dict[str, float]:
+    """Standard deviations over seeds, without what a seed moves in all rows; none of one seed."""
+    common = [mean(values) for values in zip(*(s.scores[score] for s in summaries), strict=True)]
+    if len(common) < 2:
+        return {}
+    return {
+        s.name: stdev(a - b for a, b in zip(s.scores[score], common, strict=True))
+        for s in summaries
+    }
 
 
 def twins(summaries: list[Summary]) -> list[tuple[Summary, Summary]]:

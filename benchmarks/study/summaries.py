@@ -1,6 +1,7 @@
 """Results of the study, gathered for tables and plots."""
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import mean
@@ -73,25 +74,21 @@ def summarize(task: str) -> list[Summary]:
     return summaries
 
 
-def of_seed(summary: Summary, seed: int) -> Summary:
-    """A row with one of its seeds."""
-    i = summary.seeds.index(seed)
-    return replace(summary, seeds=[seed], scores={k: [v[i]] for k, v in summary.scores.items()})
+def with_seeds(summary: Summary, seeds: list[int]) -> Summary:
+    """A row with some of its seeds."""
+    places = [summary.seeds.index(seed) for seed in seeds]
+    scores = {name: [values[i] for i in places] for name, values in summary.scores.items()}
+    return replace(summary, seeds=seeds, scores=scores)
 
 
-def with_shared_seeds(summaries: list[Summary]) -> list[Summary]:
-    """Summaries of the seeds that all rows have: a seed changes every row, so others mislead."""
+def with_shared_seeds(
+    summaries: list[Summary], seeds: Collection[int] | None = None
+) -> list[Summary]:
+    """Rows with ``seeds``, or with the seeds that all have: a seed changes every row."""
     if not summaries:
         return []
-    shared = sorted(set.intersection(*(set(s.seeds) for s in summaries)))
-    return [
-        replace(
-            s,
-            seeds=shared,
-            scores={k: [v[s.seeds.index(i)] for i in shared] for k, v in s.scores.items()},
-        )
-        for s in summaries
-    ]
+    shared = seeds or set.intersection(*(set(s.seeds) for s in summaries))
+    return [with_seeds(s, sorted(shared)) for s in summaries]
 
 
 def twin_of(summary: Summary, summaries: list[Summary]) -> Summary | None:
@@ -108,7 +105,7 @@ def above_twin_by_seed(summary: Summary, summaries: list[Summary], score: str) -
     if twin is None:
         return []
     return [
-        of_seed(summary, seed).scores[score][0] - of_seed(twin, seed).scores[score][0]
+        with_seeds(summary, [seed]).scores[score][0] - with_seeds(twin, [seed]).scores[score][0]
         for seed in summary.seeds
         if seed in twin.seeds
     ]
@@ -118,7 +115,7 @@ def above_line_by_seed(summary: Summary, summaries: list[Summary], score: str) -
     """Points above the line with each seed, through resolutions that have all seeds of the row."""
     line = [s for s in summaries if is_dense(s.name) and set(summary.seeds) <= set(s.seeds)]
     found = [
-        above_line(of_seed(summary, seed), [of_seed(s, seed) for s in line], score)
+        above_line(with_seeds(summary, [seed]), [with_seeds(s, [seed]) for s in line], score)
         for seed in summary.seeds
     ]
     return [] if None in found else found

@@ -96,6 +96,18 @@ def test_seeds_are_compared_one_by_one(study):
     assert line(by_name['dense'], made, 'mIoU') == line(by_name['slow'], made, 'mIoU') == []
 
 
+def test_bars_leave_out_what_a_seed_moves_in_all_rows(study):
+    made = [
+        study['summaries'].Summary(name, [0, 1], {'mIoU': scores}, None, None, None)
+        for name, scores in (('dense', [40, 50]), ('fast', [41, 53]))
+    ]
+    deviations = study['plot'].deviations_within_seeds(made, 'mIoU')
+    assert deviations == pytest.approx(dict(dense=0.5**0.5, fast=0.5**0.5))
+    one = study['summaries'].with_shared_seeds(made, {1})
+    assert [s.scores['mIoU'] for s in one] == [[50], [53]]
+    assert study['plot'].deviations_within_seeds(one, 'mIoU') == {}
+
+
 def test_nothing_has_no_shared_seeds(study):
     assert study['summaries'].with_shared_seeds([]) == []
 
