@@ -27,6 +27,8 @@ class LearnedMergeMSViT(MSViT):
     """A coarse token gets, beside the embedding of its region scaled down, a learned merge of the
     embeddings of the region's patches. It starts as zero."""
 
+    newly_initialized_keys = rf'{MSViT.newly_initialized_keys}|merge\..*'
+
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.merge = zeros(nn.Linear(self.ratio**2 * self.embed_dims, self.embed_dims))
@@ -48,6 +50,8 @@ class DetailMSViT(MSViT):
     """The copies of a coarse token differ by what the patch embedding sees in each place: a
     projection of its difference from the mean of the region, added to the last map. It starts as
     zero."""
+
+    newly_initialized_keys = rf'{MSViT.newly_initialized_keys}|detail\..*'
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -76,6 +80,8 @@ class DetailMSViT(MSViT):
 class InterpolatedDGEDeiT(DGEDeiT):
     """What a trained block adds to the tokens of the grid passes a depth-wise 3 x 3 convolution, so
     that updates of pooled queries are interpolated. It starts as the identity."""
+
+    newly_initialized_keys = rf'{DGEDeiT.newly_initialized_keys}|interpolate\..*'
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
