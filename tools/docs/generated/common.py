@@ -13,12 +13,12 @@ SIZES = ('t', 's', 'm', 'b', 'base32')  # in this order
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table; columns after the first that hold figures alone are aligned to the right."""
+    """A table; columns after the first that hold figures or nothing are aligned to the right."""
     header, rows = list(header), [list(row) for row in rows]
     if not rows:
         raise ValueError(f'no rows for the table of {header}')
     figures = [
-        all(re.match(r'[\d−+.][^×]*$|$', row[i]) for row in rows) for i in range(len(header))
+        all(re.match(r'[\d−+.][^×]*$|–?$', row[i]) for row in rows) for i in range(len(header))
     ]
     rule = ['---:' if right and i else '---' for i, right in enumerate(figures)]
     return ''.join(f'| {" | ".join(cells)} |\n' for cells in (header, rule, *rows))
