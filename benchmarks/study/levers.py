@@ -1,6 +1,10 @@
-"""Variants of backbones that the study alone needs: levers that were tried, and a baseline."""
+"""Variants of backbones that the study alone needs: levers that were tried, and a baseline.
+
+They are in MMEngine's registry, not in that of mmtoken, which holds what is for users.
+"""
 
 import torch
+from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from mmtoken.backbones.dge_deit import DGEDeiT, RoutedLayout
@@ -8,7 +12,6 @@ from mmtoken.backbones.msvit import MSViT
 from mmtoken.backbones.vit_base import DenseLayout
 from mmtoken.layers.common.regions import pool_cells, unpool_cells
 from mmtoken.layers.msvit.mixed_scale import PackedLayout
-from mmtoken.registry import MODELS
 
 
 @MODELS.register_module()

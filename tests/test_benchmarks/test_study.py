@@ -231,8 +231,8 @@ SMALL = dict(embed_dims=32, num_layers=3, num_heads=2, feedforward_channels=64)
 )
 def test_a_variant_starts_as_its_backbone_and_learns(study, tmp_path, variant, base, args):
     made, plain = (
-        MODELS.build(dict(type=f'mmtoken.{name}', arch=SMALL, cls_token=True, **args)).eval()
-        for name in (variant, base)
+        MODELS.build(dict(type=name, arch=SMALL, cls_token=True, **args)).eval()
+        for name in (variant, f'mmtoken.{base}')
     )
     torch.save(plain.state_dict(), tmp_path / 'weights.pth')
     new = load_into(made, tmp_path / 'weights.pth').newly_initialized
@@ -245,7 +245,7 @@ def test_a_variant_starts_as_its_backbone_and_learns(study, tmp_path, variant, b
 
 
 def test_fewer_layers_end_with_the_norm(study):
-    args = dict(type='mmtoken.FewerLayersMSViT', arch=SMALL, gate=None)
+    args = dict(type='FewerLayersMSViT', arch=SMALL, gate=None)
     x = torch.rand(1, 3, 32, 32)
     full, fewer = (MODELS.build(dict(args, out_indices=[i])).eval() for i in (2, 1))
     assert len(fewer.blocks) == 2
