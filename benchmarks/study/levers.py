@@ -11,6 +11,7 @@ from mmtoken.backbones.dge_deit import DGEDeiT, RoutedLayout
 from mmtoken.backbones.msvit import MSViT
 from mmtoken.backbones.vit_base import DenseLayout
 from mmtoken.layers.common.regions import pool_cells, unpool_cells
+from mmtoken.layers.common.stem import pad_to_stride
 from mmtoken.layers.msvit.mixed_scale import PackedLayout
 
 
@@ -38,13 +39,9 @@ class LearnedMergeMSViT(MSViT):
 
     def embed_coarse(self, x: Tensor) -> Tensor:
         coarse = super().embed_coarse(x)  # (B, Hr, Wr, C)
-        patches = self.patch_embed(x)  # (B, H, W, C)
-        (rows, columns), side = coarse.shape[1:3], self.ratio
-        patches = nn.functional.pad(
-            patches,
-            (0, 0, 0, side * columns - patches.shape[2], 0, side * rows - patches.shape[1]),
-        )
-        regions = patches.unflatten(2, (columns, side)).unflatten(1, (rows, side))
+        side = self.ratio
+        patches = self.patch_embed(pad_to_stride(x, self.patch_size * side))  # (B, H, W, C)
+        regions = patches.unflatten(2, (-1, side)).unflatten(1, (-1, side))
         return coarse + self.merge(regions.permute(0, 1, 3, 2, 4, 5).flatten(3))
 
 

@@ -10,7 +10,14 @@ matplotlib.use('svg')
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from rows import ROOT, tasks
-from summaries import Summary, is_dense, summarize, with_shared_seeds
+from summaries import (
+    Summary,
+    has_all_tokens,
+    is_dense,
+    own_twin,
+    summarize,
+    with_shared_seeds,
+)
 
 DESCRIPTION = """\
 Draw docs/images/study_TASK.svg from the results in benchmarks/study/results/TASK: a panel for each
@@ -116,8 +123,7 @@ def deviations_within_seeds(summaries: list[Summary], score: str) -> dict[str, f
 
 def twins(summaries: list[Summary]) -> list[tuple[Summary, Summary]]:
     """Rows that have a dense twin of their own, with it."""
-    by_name = {s.name: s for s in summaries}
-    return [(s, by_name[name]) for s in summaries if (name := f'{s.name}_{DENSE}') in by_name]
+    return [(s, twin) for s in summaries if (twin := own_twin(s, summaries))]
 
 
 def write_names(ax: Axes, summaries: list[Summary], score: str, colors: dict[str, str]) -> None:
@@ -147,7 +153,7 @@ def write_names(ax: Axes, summaries: list[Summary], score: str, colors: dict[str
 
 def kind(name: str) -> str:
     """Whether a row is the dense network, another baseline, or a method."""
-    if DENSE in name.split('_'):
+    if has_all_tokens(name):
         return DENSE
     return 'baseline' if any(word in name for word in BASELINES) else 'method'
 

@@ -91,12 +91,16 @@ def with_shared_seeds(
     return [with_seeds(s, sorted(shared)) for s in summaries]
 
 
+def own_twin(summary: Summary, summaries: list[Summary]) -> Summary | None:
+    """The row ``NAME_dense``, or None."""
+    return next((s for s in summaries if s.name == f'{summary.name}_dense'), None)
+
+
 def twin_of(summary: Summary, summaries: list[Summary]) -> Summary | None:
-    """The dense twin of a row: ``NAME_dense``, or else ``dense``; None for dense networks."""
-    named = {s.name: s for s in summaries}
-    if 'dense' in summary.name.split('_'):
+    """The dense twin of a row: its own, or else ``dense``; None for dense networks."""
+    if has_all_tokens(summary.name):
         return None
-    return named.get(f'{summary.name}_dense') or named.get('dense')
+    return own_twin(summary, summaries) or next((s for s in summaries if s.name == 'dense'), None)
 
 
 def above_twin_by_seed(summary: Summary, summaries: list[Summary], score: str) -> list[float]:
@@ -124,6 +128,11 @@ def above_line_by_seed(summary: Summary, summaries: list[Summary], score: str) -
 def points(key: str, value: float) -> float:
     """A score from 0 to 100; COCO's are from 0 to 1."""
     return 100 * value if key.startswith('coco/') else value
+
+
+def has_all_tokens(name: str) -> bool:
+    """Whether a row is a dense network: the one of the task, or the twin of another row."""
+    return 'dense' in name.split('_')
 
 
 def is_dense(name: str) -> bool:
