@@ -84,16 +84,27 @@ def with_seeds(summary: Summary, seeds: list[int]) -> Summary:
 def with_shared_seeds(
     summaries: list[Summary], seeds: Collection[int] | None = None
 ) -> list[Summary]:
-    """Rows with ``seeds``, or with the seeds that all have: a seed changes every row."""
+    """Rows with ``seeds``, or with the seeds that all have: a seed changes every row.
+
+    Without ``seeds``, rows that lack the lowest seed of all are left out.
+    """
     if not summaries:
         return []
-    shared = seeds or set.intersection(*(set(s.seeds) for s in summaries))
-    return [with_seeds(s, sorted(shared)) for s in summaries]
+    if seeds is None:
+        lowest = min(min(s.seeds) for s in summaries)
+        summaries = [s for s in summaries if lowest in s.seeds]
+        seeds = set.intersection(*(set(s.seeds) for s in summaries))
+    return [with_seeds(s, sorted(seeds)) for s in summaries]
 
 
 def own_twin(summary: Summary, summaries: list[Summary]) -> Summary | None:
-    """The row ``NAME_dense``, or None."""
-    return next((s for s in summaries if s.name == f'{summary.name}_dense'), None)
+    """The row ``NAME_dense`` of ``NAME`` or ``NAME_VARIANT``, or None."""
+    if has_all_tokens(summary.name):
+        return None
+    rows = {s.name: s for s in summaries}
+    words = summary.name.split('_')
+    twins = ('_'.join([*words[:n], 'dense']) for n in range(len(words), 0, -1))
+    return next((rows[twin] for twin in twins if twin in rows), None)
 
 
 def twin_of(summary: Summary, summaries: list[Summary]) -> Summary | None:

@@ -71,6 +71,8 @@ def test_rows_are_compared_with_the_seeds_that_all_have(study):
     ]
     shared = study['summaries'].with_shared_seeds(made)
     assert [(s.seeds, s.scores['mIoU']) for s in shared] == [([0, 2], [40, 44]), ([0, 2], [41, 45])]
+    late = study['summaries'].Summary('late', [1], {'mIoU': [50]}, None, None, None)
+    assert study['summaries'].with_shared_seeds([*made, late]) == shared
 
 
 def test_seeds_are_compared_one_by_one(study):
@@ -85,12 +87,14 @@ def test_seeds_are_compared_one_by_one(study):
             ('slow', [0, 1], [51, 59], 500),  # beyond the line
             ('eomt', [1, 2], [9, 9], 300),
             ('eomt_dense', [0, 1], [7, 8], 300),
+            ('eomt_50', [0, 1], [9, 9], 300),
         ]
     ]
     by_name = {s.name: s for s in made}
     twin, line = module.above_twin_by_seed, module.above_line_by_seed
     assert twin(by_name['fast'], made, 'mIoU') == [-4, -7]
     assert twin(by_name['eomt'], made, 'mIoU') == [1]
+    assert twin(by_name['eomt_50'], made, 'mIoU') == [2, 1]
     assert line(by_name['fast'], made, 'mIoU') == pytest.approx([1, 1])
     for dense in ('dense', 'dense_1', 'eomt_dense'):
         assert twin(by_name[dense], made, 'mIoU') == []

@@ -112,7 +112,7 @@ def zoo() -> str:
     study_rows, module, rows = study_module('rows'), study_module('summaries'), []
     for task in study_rows.tasks():
         known = study_rows.read_rows(task)
-        for summary in module.with_shared_seeds(module.summarize(task)):
+        for summary in module.summarize(task):
             row = known[summary.name]
             if row.options or row.size or row.override:
                 continue
