@@ -41,10 +41,14 @@ WARM_UP = 15  # iterations
 
 @dataclass(frozen=True)
 class Setting:
-    """How a gate is built and trained."""
+    """How a gate is built and trained; one that reads the deviation of pixels is not trained.
+
+    With ``warm_start`` it first learns, for as long, in which regions pixels deviate most.
+    """
 
     name: str
     input: str = 'patches'
+    warm_start: bool = False
     kernel_size: int = 3
     lr: float = 1e-2
     start_ratio: float = 0.75
@@ -53,7 +57,9 @@ class Setting:
 
 
 SETTINGS = (
+    Setting('none: standard deviation of the pixels', input='deviation'),
     Setting('sees 3×3 regions'),
+    Setting('the same, learned the deviation of pixels before', warm_start=True),
     Setting('learning rate 1e-3', lr=1e-3),
     Setting('starts with 10 % coarse, 1e-3', lr=1e-3, start_ratio=0.1),
     Setting('reads the coarse embedding', input='embed'),
@@ -124,8 +130,11 @@ def read_regions(
         batch = model.data_preprocessor(item, True)
         images = batch['inputs']
         labels = labels_of_samples(batch['data_samples'], tuple(images.shape[-2:]))
+        pixels = describe_regions(images.permute(0, 2, 3, 1), backbone.patch_size * ratio)[0]
+        _, deviation = pixels.chunk(2, dim=-1)
         with torch.no_grad():
             seen = dict(
+                deviation=deviation.mean(dim=-1, keepdim=True),
                 embed=backbone.embed_coarse(images)[0],
                 patches=describe_regions(backbone.patch_embed(images), ratio)[0],
             )
@@ -133,21 +142,51 @@ def read_regions(
         yield seen, purity[0]
 
 
+class DeviationGate(nn.Module):
+    """Wants fine tokens where pixels deviate: ``(B, Hr, Wr, 1) -> (B, Hr, Wr, 2)``."""
+
+    def forward(self, deviation: Tensor) -> Tensor:
+        return torch.cat([deviation, torch.zeros_like(deviation)], dim=-1)
+
+
 def train_gate(setting: Setting, photos: list, seed: int) -> nn.Module:
     """A gate trained on region labels alone, with the schedule of the configs."""
     torch.manual_seed(seed)
+    if setting.input == 'deviation':
+        return DeviationGate()
     channels = photos[0][0][setting.input].shape[-1]
     gate = RegionGate(channels, start_ratio=setting.start_ratio, kernel_size=setting.kernel_size)
+    inputs = [seen[setting.input] for seen, _ in photos]
+    if setting.warm_start:
+        fit(gate, setting, inputs, [is_quiet(seen['deviation'][..., 0]) for seen, _ in photos])
+    fit(gate, setting, inputs, [purity >= MIN_PURITY for _, purity in photos])
+    return gate.eval()
+
+
+def is_quiet(deviation: Tensor) -> Tensor:
+    """Regions that are not among those whose pixels deviate most, ``(Hr, Wr)``."""
+    return deviation < deviation.quantile(1 - FINE_RATIO)
+
+
+def fit(gate: nn.Module, setting: Setting, inputs: list[Tensor], coarse: list[Tensor]) -> None:
+    """Teach a gate which regions of photographs are coarse.
+
+    Args:
+        gate: To be trained.
+        setting: How.
+        inputs: What it reads of each photograph, ``(Hr, Wr, C)``.
+        coarse: Its target, ``(Hr, Wr)``, bool.
+    """
     optimizer = torch.optim.AdamW(gate.parameters(), setting.lr, weight_decay=0.05)
-    order = torch.randperm(len(photos)).tolist()
+    order = torch.randperm(len(inputs)).tolist()
     for step in range(setting.iterations):
         warm_up = min(1, (step + 1) / WARM_UP)
         for group in optimizer.param_groups:
             group['lr'] = setting.lr * warm_up * (1 - step / setting.iterations)
         first = step * setting.batch_size
-        batch = [photos[order[i % len(order)]] for i in range(first, first + setting.batch_size)]
-        seen = torch.stack([seen[setting.input] for seen, _ in batch])
-        target = (torch.stack([purity for _, purity in batch]) >= MIN_PURITY).long()
+        batch = [order[i % len(order)] for i in range(first, first + setting.batch_size)]
+        seen = torch.stack([inputs[i] for i in batch])
+        target = torch.stack([coarse[i] for i in batch]).long()
         if torch.rand(()) < 0.5:
             seen, target = seen.flip(2), target.flip(2)
         loss = F.cross_entropy(gate(seen).flatten(0, 2), target.flatten())
@@ -155,7 +194,6 @@ def train_gate(setting: Setting, photos: list, seed: int) -> nn.Module:
         loss.backward()
         nn.utils.clip_grad_norm_(gate.parameters(), 1.0)
         optimizer.step()
-    return gate.eval()
 
 
 @torch.no_grad()
