@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
 
@@ -41,6 +42,9 @@ cost_batchN.json for batches of N photographs:
 All models are in one process and run in turn, batch by batch, so that their times can be compared;
 the figure of a round is the mean over photographs, and the median over rounds is shown.
 Rows without a checkpoint in work_dirs/study are left out.
+
+With --beside, rows are added to a file of before: they are measured together with a row that is in
+it, and their times are scaled by what that row took then over what it takes now.
 """
 
 
@@ -59,17 +63,55 @@ def main() -> int:
         raise SystemExit(f'no row of {args.task}.yml has a checkpoint in work_dirs/study')
     suffix = '' if args.batch_size == 1 else f'_batch{args.batch_size}'
     file = RESULTS / args.task / f'cost{suffix}.json'
-    measured = json.loads(file.read_text())['rows'].keys() if file.exists() else set()
-    if lost := measured - {row.name for row, *_ in trained}:
+    before = json.loads(file.read_text()) if file.exists() else dict(rows={})
+    names = [row.name for row, *_ in trained]
+    if args.beside:
+        check_beside(args, names, before, file)
+    elif lost := before['rows'].keys() - set(names):
         raise SystemExit(
             f'{file} has rows that would be lost, {", ".join(sorted(lost))}: measure them too, or '
-            'move the file away'
+            'move the file away, or add new rows with --beside'
         )
     costs = measure(trained, args)
+    if args.beside:
+        costs = dict(before, rows=before['rows'] | scaled_rows(costs, before, args.beside))
     with replacing(file) as new:
         new.write_text(json.dumps(costs, indent=2) + '\n')
-    report(costs['rows'])
+    report({name: costs['rows'][name] for name in names})
     return 0
+
+
+def check_beside(args: argparse.Namespace, names: list[str], before: dict, file: Path) -> None:
+    """Refuse to add rows that are there, or without the row beside which they are timed.
+
+    Raises:
+        SystemExit: Says what is missing or in the way.
+    """
+    if args.beside not in before['rows']:
+        raise SystemExit(f'--beside {args.beside}: {file} has no such row')
+    if args.beside not in names:
+        raise SystemExit(f'--beside {args.beside}: give it with the new ones as --rows')
+    if there := before['rows'].keys() & (set(names) - {args.beside}):
+        raise SystemExit(f'{file} has {", ".join(sorted(there))} already')
+    for name in ('photos', 'batch_size', 'threads'):
+        if before[name] != getattr(args, name):
+            raise SystemExit(f'{file} has {name} {before[name]}, not {getattr(args, name)}')
+
+
+def scaled_rows(costs: dict, before: dict, beside: str) -> dict[str, dict]:
+    """New rows in the milliseconds of ``before``."""
+    now, then = (c['rows'][beside]['ms']['median'] for c in (costs, before))
+    scaled = {}
+    for name, cost in costs['rows'].items():
+        if name == beside:
+            continue
+        times = {
+            key: {k: None if v is None else v * then / now for k, v in cost[key].items()}
+            for key in ('ms', 'ms_by_batch', 'backbone_ms')
+        }
+        origin = dict(row=beside, ms=now, environment=costs['environment'])
+        scaled[name] = cost | times | dict(beside=origin)
+    return scaled
 
 
 def parse_args() -> argparse.Namespace:
@@ -78,6 +120,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('task', choices=tasks())
     parser.add_argument('--rows', nargs='+', metavar='ROW', help='these alone (default: all)')
+    parser.add_argument(
+        '--beside', metavar='ROW', help='one of --rows that has been measured: add the others'
+    )
     parser.add_argument('--batch-size', type=int, default=1, metavar='N', help='default: 1')
     parser.add_argument(
         '--seed', type=int, help='whose checkpoints (default: the first that a row has)'

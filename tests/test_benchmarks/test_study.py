@@ -1,5 +1,6 @@
 import importlib
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -160,6 +161,7 @@ def test_a_row_is_trained_tested_measured_and_drawn(study, tmp_path, monkeypatch
             study['measure'].main()
     of_two = batches['rows']['dense_420x280']['gmacs']['mean']
     assert of_two == pytest.approx(cost['gmacs']['mean'], rel=0.01)  # for one photograph
+    add_a_row_beside(study, tmp_path, monkeypatch)
     out = tmp_path / 'plot.svg'
     study['plot'].draw([summary], out)
     drawn = out.read_text()
@@ -170,6 +172,42 @@ def test_a_row_is_trained_tested_measured_and_drawn(study, tmp_path, monkeypatch
     assert study['plot'].twins([summary, *pair]) == [tuple(pair)]
     study['plot'].draw(pair, out)  # without other resolutions
     assert 'swat_dense' in out.read_text()
+
+
+def add_a_row_beside(study, tmp_path, monkeypatch):
+    """Times of a row that comes later are scaled to those of before."""
+    old, new = 'dense_420x280', 'dense_504x336'
+    work_dirs, results = tmp_path / 'work_dirs' / 'study' / 'ccp', tmp_path / 'results' / 'ccp'
+    shutil.copytree(work_dirs / f'{old}_seed0', work_dirs / f'{new}_seed0')
+    shutil.copy(results / f'{old}_seed0.json', results / f'{new}_seed0.json')
+    before = json.loads((results / 'cost.json').read_text())
+    of_old = before['rows'][old]
+
+    def now(key, factor):
+        return {k: v and factor * v for k, v in of_old[key].items()}
+
+    slow = {key: now(key, 2) for key in ('ms', 'ms_by_batch', 'backbone_ms')}
+    slower = {key: now(key, 6) for key in slow}
+    rows = {old: of_old | slow, new: of_old | slower}  # on a machine that is half as fast
+    monkeypatch.setattr(study['measure'], 'measure', lambda *args: dict(before, rows=rows))
+    argv = ['measure.py', 'ccp', '--photos', '1', '--rounds', '1', '--rows']
+    for options, message in (
+        ([new, '--beside', 'dense'], 'has no such row'),
+        ([new, '--beside', old], 'give it with the new ones'),
+        ([old, new, '--beside', old, '--photos', '2'], 'photos 1, not 2'),
+    ):
+        monkeypatch.setattr(sys, 'argv', [*argv, *options])
+        with pytest.raises(SystemExit, match=message):
+            study['measure'].main()
+    monkeypatch.setattr(sys, 'argv', [*argv, old, new, '--beside', old])
+    assert study['measure'].main() == 0
+    after = json.loads((results / 'cost.json').read_text())
+    assert list(after['rows']) == [old, new] and after['rows'][old] == of_old
+    added = after['rows'][new]
+    assert added['ms']['median'] == pytest.approx(3 * of_old['ms']['median'])
+    assert added['gmacs'] == of_old['gmacs'] and added['beside']['row'] == old
+    with pytest.raises(SystemExit, match=f'has {new} already'):
+        study['measure'].main()
 
 
 def test_budgets_of_one_checkpoint(study, tmp_path, monkeypatch):
