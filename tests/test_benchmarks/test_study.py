@@ -14,7 +14,7 @@ from mmtoken.checkpoints.load import load_into
 from mmtoken.registry import MODELS
 
 STUDY = Path(__file__).resolve().parents[2] / 'benchmarks' / 'study'
-NAMES = ('rows', 'run', 'summaries', 'measure', 'plot', 'budgets', 'plot_budgets')
+NAMES = ('rows', 'run', 'summaries', 'measure', 'plot', 'budgets', 'plot_budgets', 'gates')
 # One iteration from scratch, in this process
 SHORT = [
     '--cfg-options', 'model.backbone.init_cfg=None', 'train_cfg.max_iters=1',
@@ -232,6 +232,25 @@ def test_budgets_of_one_checkpoint(study, tmp_path, monkeypatch):
     again = json.loads(file.read_text())['budgets']
     assert list(again) == ['0.3', '0.5', '1.0'] and again['0.3']['scores'] == dict(mIoU=1.0)
     assert again['0.5']['scores'] == budgets['0.5']['scores']
+
+
+@pytest.mark.parametrize('warm_start', (False, True))
+def test_gates_find_the_regions_whose_labels_change(study, warm_start):
+    gates, photos = study['gates'], []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        deviation = torch.rand(6, 8, 1)
+        seen = dict(deviation=deviation, patches=torch.cat([deviation, torch.rand(6, 8, 3)], -1))
+        photos.append((seen, 1 - (deviation[..., 0] > 0.8).float()))
+    plain = gates.Setting('plain', input='deviation')
+    assert gates.coverage(gates.train_gate(plain, photos, 0), plain, photos)[0] > 0.9
+    new = gates.Setting('new', kernel_size=1, iterations=0)
+    taught = gates.Setting('taught', kernel_size=1, iterations=60, warm_start=warm_start)
+    before, after = (
+        gates.coverage(gates.train_gate(setting, photos, 0), setting, photos)[0]
+        for setting in (new, taught)
+    )
+    assert before < 0.6 and after > 0.9
 
 
 def test_an_unknown_row_is_named(study, monkeypatch):
