@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mmtoken.backbones.dge_deit import DGEDeiT, RoutedLayout
 from mmtoken.backbones.msvit import MSViT
 from mmtoken.backbones.vit_base import DenseLayout
-from mmtoken.layers.common.regions import pool_cells, unpool_cells
+from mmtoken.layers.common.regions import RegionLayout, pool_cells, unpool_cells
 from mmtoken.layers.common.stem import pad_to_stride
 from mmtoken.layers.msvit.mixed_scale import PackedLayout
 
@@ -57,9 +57,11 @@ class DetailMSViT(MSViT):
         super().__init__(*args, **kwargs)
         self.detail = zeros(nn.Linear(self.embed_dims, self.embed_dims))
 
-    def reduce(self, x: Tensor) -> tuple[Tensor, PackedLayout]:
-        self.patches = self.patch_embed(x)  # (B, H, W, C)
-        return super().reduce(x)
+    def choose_scales(
+        self, x: Tensor, coarse: Tensor, patches: Tensor | None, regions: RegionLayout
+    ) -> Tensor:
+        self.patches = self.patch_embed(x) if patches is None else patches  # (B, H, W, C)
+        return super().choose_scales(x, coarse, patches, regions)
 
     def restore(self, index: int, tokens: Tensor, layout: PackedLayout) -> Tensor:
         tokens = super().restore(index, tokens, layout)
