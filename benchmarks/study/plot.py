@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use('svg')
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from rows import ROOT, tasks
+from rows import ROOT, read_rows, tasks
 from summaries import (
     Summary,
     has_all_tokens,
@@ -23,13 +23,14 @@ DESCRIPTION = """\
 Draw docs/images/study_TASK.svg from the results in benchmarks/study/results/TASK: a panel for each
 score, milliseconds of the whole model to the right. The line joins the dense network at several
 resolutions, which is what a method has to beat; dashes lead from a row to its dense twin. Rows far
-below all resolutions are named at the bottom, with their scores.
+below all resolutions are named at the bottom, with their scores; rows with `plot: false` are left
+out.
 
 The seeds are those that all rows have, or with --seeds those given, and then only rows that have
 them all: docs/images/study_TASK_seeds.svg. Points are means over seeds, bars standard deviations
 of what is left once the mean over all rows of a seed is taken away, since a seed moves all rows.
 """
-DENSE = 'dense'
+DENSE, BASELINE, METHOD = 'dense', 'baseline', 'method'
 FAR_BELOW = 3  # points
 LINE, NEAR = 9, 7  # height of a line, in points; lines beside each other whose names would touch
 BASELINES = (
@@ -49,7 +50,8 @@ def main() -> int:
     parser.add_argument('--seeds', type=int, nargs='+', metavar='N', help='these, not all shared')
     args = parser.parse_args()
     task, seeds = args.task, set(args.seeds or ())
-    measured = [s for s in summarize(task) if s.cost]
+    rows = read_rows(task)
+    measured = [s for s in summarize(task) if s.cost and rows[s.name].plot]
     if not measured:
         raise SystemExit(f'no row of {task} has been measured: benchmarks/study/measure.py {task}')
     summaries = with_shared_seeds([s for s in measured if seeds <= set(s.seeds)], seeds or None)
@@ -90,7 +92,7 @@ def draw_panel(ax: Axes, summaries: list[Summary], score: str) -> None:
             [milliseconds(s) for s in pair], [mean(s.scores[score]) for s in pair],
             color='0.5', linewidth=0.8, linestyle=(0, (4, 3)), zorder=1,
         )  # fmt: skip
-    styles = dict(dense=('o', '0.4'), baseline=('s', 'tab:orange'), method=('D', 'tab:blue'))
+    styles = {DENSE: ('o', '0.4'), BASELINE: ('s', 'tab:orange'), METHOD: ('D', 'tab:blue')}
     for summary in shown:
         marker, color = styles[kind(summary.name)]
         x, y = milliseconds(summary), mean(summary.scores[score])
@@ -98,8 +100,8 @@ def draw_panel(ax: Axes, summaries: list[Summary], score: str) -> None:
         ax.errorbar(x, y, deviation, fmt=marker, color=color, markersize=5, capsize=2, zorder=2)
     ax.set_xlabel('milliseconds a photograph')
     ax.set_ylabel(score)
-    ax.set_xlim(left=0)
     ax.margins(x=0.15, y=0.12)
+    ax.set_xlim(left=0)
     ax.spines[['top', 'right']].set_visible(False)
     ax.grid(alpha=0.3)
     write_names(ax, shown, score, {key: color for key, (_, color) in styles.items()})
@@ -127,13 +129,14 @@ def twins(summaries: list[Summary]) -> list[tuple[Summary, Summary]]:
 
 
 def write_names(ax: Axes, summaries: list[Summary], score: str, colors: dict[str, str]) -> None:
-    """Names beside the points: of the dense network to the right, of others to the left.
+    """Names beside the points: of methods to the left, of the dense network below to the right,
+    of other baselines to the right.
 
-    Those to the left are moved apart, from the highest one downwards.
+    Those at the height of their points are moved apart, from the highest one downwards.
     """
     ax.figure.tight_layout()
     to_pixels, line = ax.transData, LINE * ax.figure.dpi / 72
-    written: list[tuple[float, float]] = []
+    written: dict[str, list[tuple[float, float]]] = dict(left=[], right=[])
     for summary in sorted(summaries, key=lambda s: -mean(s.scores[score])):
         point = milliseconds(summary), mean(summary.scores[score])
         x, y = to_pixels.transform(point)
@@ -141,9 +144,10 @@ def write_names(ax: Axes, summaries: list[Summary], score: str, colors: dict[str
         if group == DENSE:
             place, side = (x + line / 2, y - line), 'left'
         else:
-            near = [b for a, b in written if abs(a - x) < NEAR * line]
-            place, side = (x - line / 2, min([y, *(b - line for b in near)])), 'right'
-            written.append((x, place[1]))
+            side, gap = ('right', -line / 2) if group == METHOD else ('left', line / 2)
+            near = [b for a, b in written[side] if abs(a - x) < NEAR * line]
+            place = x + gap, min([y, *(b - line for b in near)])
+            written[side].append((x, place[1]))
         ax.annotate(
             short(summary.name), point, xytext=to_pixels.inverted().transform(place), ha=side,
             va='center', fontsize=7, color=colors[group],
@@ -155,7 +159,7 @@ def kind(name: str) -> str:
     """Whether a row is the dense network, another baseline, or a method."""
     if has_all_tokens(name):
         return DENSE
-    return 'baseline' if any(word in name for word in BASELINES) else 'method'
+    return BASELINE if any(word in name for word in BASELINES) else METHOD
 
 
 def short(name: str) -> str:

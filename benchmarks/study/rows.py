@@ -29,6 +29,7 @@ class Row:
         size: Height and width that a segmenter's photographs are resized to; None for those of the
             config.
         override: Arguments of :func:`mmtoken.routing_override`: random choices, not learned ones.
+        plot: Whether it is in the plot; others are in the tables alone.
     """
 
     task: str
@@ -37,6 +38,7 @@ class Row:
     options: dict = field(default_factory=dict)
     size: tuple[int, int] | None = None
     override: dict | None = None
+    plot: bool = True
 
     def load(self, seed: int) -> Config:
         """The config of one training, which goes on from its last checkpoint if there is one.
@@ -85,7 +87,7 @@ def read_rows(task: str) -> dict[str, Row]:
     for name, given in document['rows'].items():
         given = dict(given)
         base = rows[given.pop('base')] if 'base' in given else None
-        if unknown := given.keys() - {'config', 'options', 'size', 'override'}:
+        if unknown := given.keys() - {'config', 'options', 'size', 'override', 'plot'}:
             raise ValueError(f'row {name} of {task}.yml has unknown keys {sorted(unknown)}')
         merged = default if base is None else dict(
             config=base.config, size=base.size, override=base.override
