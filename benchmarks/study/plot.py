@@ -14,8 +14,8 @@ from summaries import (
     Summary,
     has_all_tokens,
     is_dense,
-    own_twin,
     summarize,
+    twin_of,
     with_shared_seeds,
 )
 
@@ -54,7 +54,7 @@ def main() -> int:
     measured = [s for s in summarize(task) if s.cost and rows[s.name].plot]
     if not measured:
         raise SystemExit(f'no row of {task} has been measured: benchmarks/study/measure.py {task}')
-    summaries = with_shared_seeds([s for s in measured if seeds <= set(s.seeds)], seeds or None)
+    summaries = with_shared_seeds([s for s in measured if seeds <= set(s.seeds)], seeds)
     if not summaries:
         raise SystemExit(f'no row of {task} has all seeds {sorted(seeds)}')
     suffix = '_seeds' if seeds else ''
@@ -125,7 +125,8 @@ def deviations_within_seeds(summaries: list[Summary], score: str) -> dict[str, f
 
 def twins(summaries: list[Summary]) -> list[tuple[Summary, Summary]]:
     """Rows that have a dense twin of their own, with it."""
-    return [(s, twin) for s in summaries if (twin := own_twin(s, summaries))]
+    found = ((s, twin_of(s, summaries)) for s in summaries)
+    return [(s, twin) for s, twin in found if twin and twin.name != DENSE]
 
 
 def write_names(ax: Axes, summaries: list[Summary], score: str, colors: dict[str, str]) -> None:

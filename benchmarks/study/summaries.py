@@ -90,28 +90,24 @@ def with_shared_seeds(
     """
     if not summaries:
         return []
-    if seeds is None:
+    if not seeds:
         lowest = min(min(s.seeds) for s in summaries)
         summaries = [s for s in summaries if lowest in s.seeds]
         seeds = set.intersection(*(set(s.seeds) for s in summaries))
     return [with_seeds(s, sorted(seeds)) for s in summaries]
 
 
-def own_twin(summary: Summary, summaries: list[Summary]) -> Summary | None:
-    """The row ``NAME_dense`` of ``NAME`` or ``NAME_VARIANT``, or None."""
+def twin_of(summary: Summary, summaries: list[Summary]) -> Summary | None:
+    """The dense twin of a row ``NAME`` or ``NAME_VARIANT``: ``NAME_dense``, or else ``dense``.
+
+    None for dense networks, and without such a row.
+    """
     if has_all_tokens(summary.name):
         return None
     rows = {s.name: s for s in summaries}
     words = summary.name.split('_')
-    twins = ('_'.join([*words[:n], 'dense']) for n in range(len(words), 0, -1))
+    twins = ('_'.join([*words[:n], 'dense']) for n in range(len(words), -1, -1))
     return next((rows[twin] for twin in twins if twin in rows), None)
-
-
-def twin_of(summary: Summary, summaries: list[Summary]) -> Summary | None:
-    """The dense twin of a row: its own, or else ``dense``; None for dense networks."""
-    if has_all_tokens(summary.name):
-        return None
-    return own_twin(summary, summaries) or next((s for s in summaries if s.name == 'dense'), None)
 
 
 def above_twin_by_seed(summary: Summary, summaries: list[Summary], score: str) -> list[float]:
