@@ -30,6 +30,7 @@ class Row:
             config.
         override: Arguments of :func:`mmtoken.routing_override`: random choices, not learned ones.
         plot: Whether it is in the plot; others are in the tables alone.
+        title: In words, in the table of means; None for a row that is not in it.
     """
 
     task: str
@@ -39,6 +40,7 @@ class Row:
     size: tuple[int, int] | None = None
     override: dict | None = None
     plot: bool = True
+    title: str | None = None
 
     def load(self, seed: int) -> Config:
         """The config of one training, which goes on from its last checkpoint if there is one.
@@ -87,7 +89,8 @@ def read_rows(task: str) -> dict[str, Row]:
     for name, given in document['rows'].items():
         given = dict(given)
         base = rows[given.pop('base')] if 'base' in given else None
-        if unknown := given.keys() - {'config', 'options', 'size', 'override', 'plot'}:
+        known = {'config', 'options', 'size', 'override', 'plot', 'title'}
+        if unknown := given.keys() - known:
             raise ValueError(f'row {name} of {task}.yml has unknown keys {sorted(unknown)}')
         merged = default if base is None else dict(
             config=base.config, size=base.size, override=base.override

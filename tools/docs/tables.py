@@ -11,7 +11,7 @@ from generated.cost import compiled, macs, memory, parts, profiles, speed
 from generated.machines import machines
 from generated.networks import models, networks, published
 from generated.scores import scores
-from generated.study import batches, budgets, gates, seeds, study, zoo
+from generated.study import batches, budgets, gates, means, seeds, study, zoo
 
 DESCRIPTION = """\
 Write the generated tables of README.md, docs/, benchmarks/ and configs/*/README.md. A table stands
@@ -33,6 +33,7 @@ between two comments, the first of which names it and the files it shows:
   networks FOLDER   parameters and MACs in configs/FOLDER/metafile.yml
   published         results that authors published, in all metafiles
   study TASK        benchmarks/study/results/TASK, of benchmarks/study/run.py and measure.py
+  means TASK        the same, means over trainings of the rows that have a title
   seeds TASK        the same, seed by seed
   batches TASK      the same, cost.json and cost_batchN.json: speed-ups in batches
   gates TASK        benchmarks/study/results/TASK/gates.json, of benchmarks/study/gates.py
@@ -42,7 +43,7 @@ between two comments, the first of which names it and the files it shows:
 TABLES = dict(
     choice=choice, machines=machines, speed=speed, profiles=profiles, parts=parts,
     compiled=compiled, macs=macs, memory=memory, scores=scores, models=models, networks=networks,
-    published=published, study=study, seeds=seeds, batches=batches, gates=gates,
+    published=published, study=study, means=means, seeds=seeds, batches=batches, gates=gates,
     budgets=budgets, zoo=zoo,
 )  # fmt: skip
 MARK = re.compile(r'(<!-- table: (?P<name>\S+) ?(?P<argument>\S*) -->\n).*?(<!-- end -->)', re.S)

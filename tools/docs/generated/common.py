@@ -24,10 +24,10 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return ''.join(f'| {" | ".join(cells)} |\n' for cells in (header, rule, *rows))
 
 
-def plus_minus(values: dict, form=lambda value: f'{value:.2f}') -> str:
-    """A mean, and its standard deviation if there is one."""
-    deviation = '' if values['std'] is None else f' ± {values["std"]:.2f}'
-    return form(values['mean']) + deviation
+def plus_minus(values: dict, decimals: int = 2, sign: bool = False) -> str:
+    """A mean, with a plus sign if ``sign``, and its standard deviation if there is one."""
+    mean = signed(values['mean'], decimals) if sign else f'{values["mean"]:.{decimals}f}'
+    return mean if values['std'] is None else f'{mean} ± {values["std"]:.{decimals}f}'
 
 
 def signed(value: float, decimals: int = 2) -> str:

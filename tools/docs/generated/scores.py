@@ -16,7 +16,7 @@ def scores(glob: str = '*') -> str:
                 sparse, dense, difference = (spreads[k] for k in ('sparse', 'dense', 'difference'))
                 rows.append(
                     (f'`{Path(pair["config"]).stem}`', METRICS[metric].label, plus_minus(sparse),
-                     plus_minus(dense), plus_minus(difference, signed), str(len(pair['seeds'])))
+                     plus_minus(dense), plus_minus(difference, sign=True), str(len(pair['seeds'])))
                 )  # fmt: skip
     header = ('config', 'metric', 'score', 'of the other', 'difference', 'seeds')
     return markdown(header, rows)

@@ -4,6 +4,7 @@ import json
 import sys
 from importlib import import_module
 from pathlib import Path
+from statistics import mean
 from types import ModuleType
 
 from mmtoken.analysis.spread import spread
@@ -29,6 +30,21 @@ def study(task: str) -> str:
     return markdown(header, rows)
 
 
+def means(task: str) -> str:
+    """Means over trainings of the rows that have a title, best first, with their times."""
+    rows, module = study_module('rows').read_rows(task), study_module('summaries')
+    titled = [s for s in module.summarize(task) if rows[s.name].title]
+    shared = module.with_shared_seeds(titled)
+    shared.sort(key=lambda s: -mean(next(iter(s.scores.values()))))
+    cells = [
+        (rows[s.name].title, *(plus_minus(spread(v), decimals=1) for v in s.scores.values()),
+         f'{s.cost["ms"]["median"] / 1000:.2f}')
+        for s in shared
+    ]  # fmt: skip
+    header = (f'mean of {len(shared[0].seeds)} trainings', *shared[0].scores, 'seconds')
+    return markdown(header, cells)
+
+
 def seeds(task: str) -> str:
     """Scores of the rows that were trained with several seeds, seed by seed."""
     module = study_module('summaries')
@@ -49,7 +65,7 @@ def seeds(task: str) -> str:
         cells = []
         for summary in several:
             found = [compare(summary, summaries, name) for name in summary.scores]
-            cells.append(' / '.join(plus_minus(spread(v), signed) for v in found if v))
+            cells.append(' / '.join(plus_minus(spread(v), sign=True) for v in found if v))
         if any(cells):
             header.append(title)
             rows = [(*row, cell or '–') for row, cell in zip(rows, cells, strict=True)]
