@@ -56,6 +56,8 @@ def test_a_figure_changed_by_hand_is_found():
 def test_tables_name_what_is_missing():
     with pytest.raises(ValueError, match='no benchmarks/macs/nothing.json'):
         tables.TABLES['macs']('nothing')
+    with pytest.raises(ValueError, match='no row of light.yml has both a title and results'):
+        tables.TABLES['means']('light')
     with pytest.raises(KeyError):
         tables.fill('<!-- table: nothing -->\n<!-- end -->')
 

@@ -31,9 +31,15 @@ def study(task: str) -> str:
 
 
 def means(task: str) -> str:
-    """Means over trainings of the rows that have a title, best first, with their times."""
+    """Means over trainings of the rows that have a title, best first, with their times.
+
+    Raises:
+        ValueError: No row has both a title and results.
+    """
     rows, module = study_module('rows').read_rows(task), study_module('summaries')
     titled = [s for s in module.summarize(task) if rows[s.name].title]
+    if not titled:
+        raise ValueError(f'no row of {task}.yml has both a title and results')
     shared = module.with_shared_seeds(titled)
     shared.sort(key=lambda s: -mean(next(iter(s.scores.values()))))
     cells = [
