@@ -1,7 +1,7 @@
 """The rows of the study: which network, on which images."""
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import levers  # noqa: F401  registers the backbones that some rows name
@@ -72,6 +72,9 @@ class Row:
         return RESULTS / self.task / f'{self.name}_seed{seed}.json'
 
 
+KEYS = {each.name for each in fields(Row)} - {'task', 'name'}  # of a row, in its file
+
+
 def tasks() -> list[str]:
     """Names of all files of rows."""
     return sorted(path.stem for path in HERE.glob('*.yml'))
@@ -89,8 +92,7 @@ def read_rows(task: str) -> dict[str, Row]:
     for name, given in document['rows'].items():
         given = dict(given)
         base = rows[given.pop('base')] if 'base' in given else None
-        known = {'config', 'options', 'size', 'override', 'plot', 'title'}
-        if unknown := given.keys() - known:
+        if unknown := given.keys() - KEYS:
             raise ValueError(f'row {name} of {task}.yml has unknown keys {sorted(unknown)}')
         merged = default if base is None else dict(
             config=base.config, size=base.size, override=base.override

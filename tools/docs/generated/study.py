@@ -44,7 +44,7 @@ def means(task: str) -> str:
     shared.sort(key=lambda s: -mean(next(iter(s.scores.values()))))
     cells = [
         (rows[s.name].title, *(plus_minus(spread(v), decimals=1) for v in s.scores.values()),
-         f'{s.cost["ms"]["median"] / 1000:.2f}')
+         '–' if s.cost is None else f'{s.cost["ms"]["median"] / 1000:.2f}')
         for s in shared
     ]  # fmt: skip
     header = (f'mean of {len(shared[0].seeds)} trainings', *shared[0].scores, 'seconds')
