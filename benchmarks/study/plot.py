@@ -28,7 +28,7 @@ out.
 
 The seeds are those that all rows have, or with --seeds those given, and then only rows that have
 them all: docs/images/study_TASK_seeds.svg. Points are means over seeds, bars standard deviations
-of what is left once the mean over all rows of a seed is taken away, since a seed moves all rows.
+of what is left once the mean over a seed's points is taken away, since a seed moves all rows.
 """
 DENSE, BASELINE, METHOD = 'dense', 'baseline', 'method'
 FAR_BELOW = 3  # points
@@ -78,7 +78,6 @@ def draw(summaries: list[Summary], out: Path) -> None:
 
 def draw_panel(ax: Axes, summaries: list[Summary], score: str) -> None:
     """One score against milliseconds."""
-    deviations = deviations_within_seeds(summaries, score)
     dense = sorted((s for s in summaries if is_dense(s.name)), key=milliseconds)
     ax.plot(
         [milliseconds(s) for s in dense], [mean(s.scores[score]) for s in dense],
@@ -87,6 +86,7 @@ def draw_panel(ax: Axes, summaries: list[Summary], score: str) -> None:
     # Without the dense network at several resolutions nothing is far below.
     lowest = min((mean(s.scores[score]) - FAR_BELOW for s in dense), default=0)
     shown = [s for s in summaries if mean(s.scores[score]) >= lowest]
+    deviations = deviations_within_seeds(shown, score)
     for pair in twins(shown):
         ax.plot(
             [milliseconds(s) for s in pair], [mean(s.scores[score]) for s in pair],
