@@ -53,9 +53,10 @@ class MSViT(PlainBackbone):
     Padding: regions wholly in the padding of a batch are coarse and do not count, whatever their
     color where the sizes of images are known (:class:`mmtoken.TokenLossHook`,
     :func:`mmtoken.follow_image_sizes`, :func:`mmtoken.set_image_sizes`). Elsewhere trailing zeros
-    are taken for padding, and the black lower part of an image too. The gate sees one region at a
-    time, so padding with zeros changes no choice. Tokens of padding are keys like any others, and
-    positions are resampled to the padded grid: maps differ from those of the image alone.
+    are taken for padding, and the black lower part of an image too. The gate does not see regions
+    in the padding, so padding with zeros changes no choice. Tokens of padding are keys like any
+    others, and positions are resampled to the padded grid: maps differ from those of the image
+    alone.
 
     Args:
         arch: ``'tiny'``, ``'small'``, ``'base'``, ``'large'``, or a dict with the keys
