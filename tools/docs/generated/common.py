@@ -31,8 +31,8 @@ def plus_minus(values: dict, decimals: int = 2, sign: bool = False) -> str:
 
 
 def signed(value: float, decimals: int = 2) -> str:
-    """A difference, with a minus sign proper."""
-    return f'{value:+.{decimals}f}'.replace('-', '−')
+    """A difference, with a minus sign proper, and none before a zero."""
+    return f'{round(value, decimals) + 0.0:+.{decimals}f}'.replace('-', '−')
 
 
 def read(folder: Path, glob: str) -> dict[str, dict]:
