@@ -21,10 +21,10 @@ from summaries import (
 
 DESCRIPTION = """\
 Draw docs/images/study_TASK.svg from the results in benchmarks/study/results/TASK: a panel for each
-score, milliseconds of the whole model to the right. The line joins the dense network at several
-resolutions, which is what a method has to beat; dashes lead from a row to its dense twin. Rows far
-below all resolutions are named at the bottom, with their scores; rows with `plot: false` are left
-out.
+score, milliseconds of the whole model to the right, from 0 unless all are alike. The line joins the
+dense network at several resolutions, which is what a method has to beat; dashes lead from a row to
+its dense twin. Rows far below all resolutions are named at the bottom, with their scores; rows with
+`plot: false` are left out.
 
 The seeds are those that all rows have, or with --seeds those given, and then only rows that have
 them all: docs/images/study_TASK_seeds.svg. Points are means over seeds, bars standard deviations
@@ -101,7 +101,9 @@ def draw_panel(ax: Axes, summaries: list[Summary], score: str) -> None:
     ax.set_xlabel('milliseconds a photograph')
     ax.set_ylabel(score)
     ax.margins(x=0.15, y=0.12)
-    ax.set_xlim(left=0)
+    times = [milliseconds(s) for s in shown]
+    if min(times) < max(times) / 2:  # times that are closer would all be in one place
+        ax.set_xlim(left=0)
     ax.spines[['top', 'right']].set_visible(False)
     ax.grid(alpha=0.3)
     write_names(ax, shown, score, {key: color for key, (_, color) in styles.items()})
@@ -152,6 +154,7 @@ def write_names(ax: Axes, summaries: list[Summary], score: str, colors: dict[str
         ax.annotate(
             short(summary.name), point, xytext=to_pixels.inverted().transform(place), ha=side,
             va='center', fontsize=7, color=colors[group],
+            bbox=dict(facecolor='white', alpha=0.75, linewidth=0, pad=0.3),  # above lines and bars
             arrowprops=dict(arrowstyle='-', linewidth=0.4, color=colors[group], shrinkB=3),
         )  # fmt: skip
 
