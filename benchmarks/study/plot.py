@@ -101,7 +101,7 @@ def draw_panel(ax: Axes, summaries: list[Summary], score: str) -> None:
     ax.set_xlabel('milliseconds a photograph')
     ax.set_ylabel(score)
     ax.margins(x=0.15, y=0.12)
-    times = [milliseconds(s) for s in shown]
+    times = [milliseconds(s) for s in summaries]  # of all panels alike
     if min(times) < max(times) / 2:  # times that are closer would all be in one place
         ax.set_xlim(left=0)
     ax.spines[['top', 'right']].set_visible(False)
